@@ -1,0 +1,324 @@
+"""What a run is made of: frozen dataclasses, their checks, and `--set a.b=c` over them."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from vlmo_ray.errors import UserError
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The architecture (paper section 4.1; the sizes are in `MODEL_SIZES`)."""
+
+    width: int
+    depth: int
+    num_heads: int
+    vl_start: int  # the first layer with a vision-language expert, from 0
+    position: Literal["relative", "absolute"] = "relative"
+    layer_scale: float | None = 0.1
+    drop_path: float = 0.1  # at the last layer, growing linearly from 0; also the dropout of text embeddings
+    image_size: int = 224
+    patch_size: int = 16
+    vocab_size: int = 30522
+    max_text_len: int = 40
+    bias_text_len: int = 196  # the text length that the relative bias table is sized for
+    heads: tuple[str, ...] = ("itc", "itc_vl", "itm", "mlm")  # any of these and "vqa", "nlvr2"
+    num_answers: int = 3129  # of the VQA head
+
+    @property
+    def num_patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+
+# Paper section 4.1: Base has 12 layers, the top two with VL experts; Large 24, the top three. base_plus is the
+# released 24-layer narrow model. `tiny` is ours, for a CPU.
+MODEL_SIZES: dict[str, ModelConfig] = {
+    "base": ModelConfig(width=768, depth=12, num_heads=12, vl_start=10),
+    "base_plus": ModelConfig(
+        width=544, depth=24, num_heads=16, vl_start=21, position="absolute", layer_scale=None
+    ),
+    "large": ModelConfig(width=1024, depth=24, num_heads=16, vl_start=21),
+    "tiny": ModelConfig(
+        width=96, depth=4, num_heads=4, vl_start=3, image_size=32, patch_size=8, max_text_len=24,
+        bias_text_len=24, layer_scale=None, drop_path=0.0,
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """How a record becomes a training row, and how rows are put in order."""
+
+    crop_area: tuple[float, float] = (0.5, 1.0)
+    flip: bool = True
+    randaugment_ops: int = 2
+    randaugment_magnitude: int = 7
+    mlm_probability: float = 0.15
+    group_steps: int = 8  # rows are shuffled within the batches of this many consecutive steps
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """Weights of the terms; the contrastive term is the mean of its two branches."""
+
+    itc: float = 1.0
+    itm: float = 1.0
+    mlm: float = 0.25
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW with linear warm-up, then linear decay to 0 (paper section 4.1)."""
+
+    peak_lr: float = 2e-4
+    warmup_steps: int = 2500
+    weight_decay: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.98
+    eps: float = 1e-8
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of steps with one global batch; phases follow one another in one run."""
+
+    steps: int
+    global_batch: int
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """What the run asks of Ray. Nothing here changes a number of the run."""
+
+    min_workers: int = 1
+    max_workers: int = 1
+    gpus_per_worker: int = 1  # 0: train on CPUs, in float32
+    cpus_per_worker: float = 1.0
+    data_cpus_per_worker: float = 2.0  # for reading and decoding; kept free of training workers
+    max_failures: int = 8
+    start_timeout_s: float = 30.0
+    resize_interval_s: float = 60.0
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run, resolved. The same config and data set give the same curve on any number of workers."""
+
+    name: str
+    model: ModelConfig
+    phases: tuple[Phase, ...]
+    slice_size: int  # rows in the unit that is dealt to workers
+    micro_batch: int  # rows a worker runs forward and backward at once; a multiple of slice_size
+    data: DataConfig = field(default_factory=DataConfig)
+    loss: LossWeights = field(default_factory=LossWeights)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    seed: int = 1
+    init: str = ""  # weights to start from: a folder or file that `vlmo_ray.load` reads; "" = at random
+    checkpoint_every: int = 1000  # steps
+    keep_checkpoints: int = 3
+    log_every: int = 20  # steps
+
+    @property
+    def total_steps(self) -> int:
+        return sum(phase.steps for phase in self.phases)
+
+
+def check(config: Config) -> Config:
+    """Returns the config if it can run, else raises a UserError that names the field and the remedy."""
+    model = config.model
+    if model.image_size % model.patch_size:
+        sizes = [model.image_size // model.patch_size * model.patch_size + d for d in (0, model.patch_size)]
+        raise UserError(
+            f"model.image_size={model.image_size} is not a multiple of model.patch_size={model.patch_size}; "
+            f"use {' or '.join(str(s) for s in sizes if s)}"
+        )
+    if model.width % model.num_heads:
+        raise UserError(f"model.width={model.width} is not a multiple of model.num_heads={model.num_heads}")
+    if not 0 <= model.vl_start < model.depth:
+        raise UserError(f"model.vl_start={model.vl_start} must be a layer from 0 to {model.depth - 1}")
+    if model.max_text_len > model.bias_text_len and model.position == "relative":
+        raise UserError(
+            f"model.max_text_len={model.max_text_len} is above model.bias_text_len={model.bias_text_len}, the "
+            "text length of the relative position table; raise bias_text_len too"
+        )
+    if model.max_text_len < 3:
+        raise UserError(f"model.max_text_len={model.max_text_len} leaves no room between [CLS] and [SEP]; use >= 3")
+    if not config.phases or any(p.steps < 1 or p.global_batch < 1 for p in config.phases):
+        raise UserError(f"phases={config.phases} must name at least one phase, with steps and global_batch >= 1")
+    if config.slice_size < 1 or config.micro_batch < 1 or config.micro_batch % config.slice_size:
+        raise UserError(
+            f"micro_batch={config.micro_batch} is not a positive multiple of slice_size={config.slice_size}"
+        )
+    for phase in config.phases:
+        if phase.global_batch % config.slice_size or phase.global_batch % config.micro_batch:
+            raise UserError(
+                f"a global batch of {phase.global_batch} does not divide into micro-batches of "
+                f"{config.micro_batch}; choose micro_batch and slice_size so that both divide it"
+            )
+    slices = min(phase.global_batch for phase in config.phases) // config.slice_size
+    cluster = config.cluster
+    if not 1 <= cluster.min_workers <= cluster.max_workers:
+        raise UserError(
+            f"cluster.min_workers={cluster.min_workers} and cluster.max_workers={cluster.max_workers} "
+            "must satisfy 1 <= min <= max"
+        )
+    if cluster.max_workers > slices:
+        raise UserError(
+            f"cluster.max_workers={cluster.max_workers} is more than the {slices} slices of {config.slice_size} rows "
+            "in a global batch; lower max_workers or slice_size"
+        )
+    if config.optim.warmup_steps >= config.total_steps:
+        raise UserError(
+            f"optim.warmup_steps={config.optim.warmup_steps} leaves nothing of the {config.total_steps} steps in "
+            "phases; lower it"
+        )
+    for path in ("checkpoint_every", "keep_checkpoints", "log_every", "data.group_steps"):
+        if _get(config, path) < 1:
+            raise UserError(f"{path}={_get(config, path)} must be at least 1")
+    return config
+
+
+def _ineffective(config: Config) -> dict[str, str]:
+    """Fields that change nothing under this config, and why; setting one by hand is a mistake worth naming."""
+    out = {}
+    if config.model.position == "absolute":
+        out["model.bias_text_len"] = "model.position is 'absolute', which has no relative bias table"
+    if "vqa" not in config.model.heads:
+        out["model.num_answers"] = "model.heads has no 'vqa'"
+    if config.data.randaugment_ops == 0:
+        out["data.randaugment_magnitude"] = "data.randaugment_ops is 0"
+    for term, heads in {"itc": ("itc", "itc_vl"), "itm": ("itm",), "mlm": ("mlm",)}.items():
+        if not set(heads) & set(config.model.heads):
+            out[f"loss.{term}"] = f"model.heads has no {term!r}"
+    return out
+
+
+def override(config: Config, settings: list[str]) -> Config:
+    """Applies `a.b=c` settings in order and checks the result.
+
+    Values are JSON where that parses (`true`, `3e-4`, `[[100, 64]]`), else plain strings.
+    """
+    paths = []
+    for setting in settings:
+        path, equals, text = setting.partition("=")
+        if not equals:
+            raise UserError(f"--set {setting!r} has no '='; write --set field=value, for example --set seed=2")
+        config = _replace(config, path.strip().split("."), text.strip(), path.strip())
+        paths.append(path.strip())
+    silent = _ineffective(config)
+    for path in paths:
+        if path in silent:
+            raise UserError(f"--set {path}=... has no effect here: {silent[path]}")
+    return check(config)
+
+
+def _get(config: Any, path: str) -> Any:
+    for part in path.split("."):
+        config = getattr(config, part)
+    return config
+
+
+def _replace(node: Any, parts: list[str], text: str, path: str) -> Any:
+    name, *rest = parts
+    names = [f.name for f in dataclasses.fields(node)]
+    if name not in names:
+        near = difflib.get_close_matches(name, names, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(names)}"
+        raise UserError(f"unknown field {path!r} ({type(node).__name__} has no {name!r}); {hint}")
+    value = getattr(node, name)
+    if dataclasses.is_dataclass(value):
+        if not rest:
+            raise UserError(f"{path!r} is a group of fields; set one of them, for example {path}.{_first(value)}=...")
+        return dataclasses.replace(node, **{name: _replace(value, rest, text, path)})
+    if rest:
+        raise UserError(f"unknown field {path!r}: {name!r} is a single value")
+    try:
+        raw = json.loads(text)
+    except json.JSONDecodeError:
+        raw = text
+    return dataclasses.replace(node, **{name: _coerce(raw, typing.get_type_hints(type(node))[name], path)})
+
+
+def _first(node: Any) -> str:
+    return dataclasses.fields(node)[0].name
+
+
+def _coerce(raw: Any, kind: Any, path: str) -> Any:
+    """`raw` (from JSON) as the annotated type, or a UserError."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    wrong = UserError(f"{path}={raw!r} is not of the kind {_spell(kind)}")
+    if origin in (typing.Union, types.UnionType):
+        if raw is None and type(None) in args:
+            return None
+        return _coerce(raw, next(a for a in args if a is not type(None)), path)
+    if origin is Literal:
+        if raw not in args:
+            raise UserError(f"{path}={raw!r} must be one of {', '.join(map(repr, args))}")
+        return raw
+    if origin is tuple:
+        if isinstance(raw, str):
+            raw = raw.split(",")
+        if not isinstance(raw, (list, tuple)) or (args[-1] is not Ellipsis and len(raw) != len(args)):
+            raise wrong
+        kinds = [args[0]] * len(raw) if args[-1] is Ellipsis else args
+        return tuple(_coerce(r, k, path) for r, k in zip(raw, kinds, strict=True))
+    if dataclasses.is_dataclass(kind):
+        return _build(kind, raw, path)
+    if kind is float and isinstance(raw, (int, float)) and not isinstance(raw, bool):
+        return float(raw)
+    if kind is str:
+        return raw if isinstance(raw, str) else json.dumps(raw)
+    if type(raw) is not kind:
+        raise wrong
+    return raw
+
+
+def _build(kind: Any, raw: Any, path: str) -> Any:
+    names = [f.name for f in dataclasses.fields(kind)]
+    if isinstance(raw, (list, tuple)):  # [steps, global_batch]
+        raw = dict(zip(names, raw, strict=False)) if len(raw) <= len(names) else raw
+    if not isinstance(raw, dict) or set(raw) - set(names):
+        raise UserError(f"{path}={raw!r} does not fit {kind.__name__}({', '.join(names)})")
+    hints = typing.get_type_hints(kind)
+    values = {n: _coerce(v, hints[n], f"{path}.{n}") for n, v in raw.items()}
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise UserError(f"{path}={raw!r} lacks a field of {kind.__name__}: {error}") from error
+
+
+def _spell(kind: Any) -> str:
+    return getattr(kind, "__name__", str(kind)) if not typing.get_args(kind) else str(kind)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain JSON-able form; `from_dict` is its inverse."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_dict(raw: dict[str, Any]) -> Config:
+    return _build(Config, raw, "config")
+
+
+def model_from_dict(raw: dict[str, Any]) -> ModelConfig:
+    return _build(ModelConfig, raw, "model")
+
+
+def differences(a: Any, b: Any, prefix: str = "") -> list[str]:
+    """`field: old -> new` lines between two configs of the same type."""
+    lines = []
+    for f in dataclasses.fields(a):
+        old, new = getattr(a, f.name), getattr(b, f.name)
+        if dataclasses.is_dataclass(old) and dataclasses.is_dataclass(new):
+            lines += differences(old, new, f"{prefix}{f.name}.")
+        elif old != new:
+            lines.append(f"{prefix}{f.name}: {old!r} -> {new!r}")
+    return lines

@@ -1,0 +1,1 @@
+"""The pre-training objectives as functions of tensors."""

@@ -1,0 +1,18 @@
+"""Masked language modelling on image-text pairs (paper section 3.3)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def masked_lm_loss(logits: Tensor, labels: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of logits `[M, V]` at the masked positions alone, against their labels `[M]`.
+
+    count is the number of targets in the whole step: the loss is this worker's sum divided by it, 0 if there
+    is none. Returns (loss, number of targets predicted right).
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    loss = F.cross_entropy(logits, labels, reduction="sum") / count.clamp(min=1)
+    return loss, (logits.argmax(dim=-1) == labels).sum()

@@ -1,0 +1,91 @@
+"""Small runs: for a laptop's CPU, for the demo, and for one GPU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from vlmo_ray.config import MODEL_SIZES, ClusterConfig, Config, DataConfig, OptimConfig, Phase
+from vlmo_ray.recipes.pretrain import pretrain_1b
+
+
+def tiny() -> Config:
+    """A few steps of a tiny model, to see every part move: `vlmo pretrain tiny --data FOLDER`, a minute on 2 CPUs."""
+    return Config(
+        name="tiny",
+        model=MODEL_SIZES["tiny"],
+        phases=(Phase(steps=60, global_batch=32),),
+        slice_size=8,
+        micro_batch=16,
+        optim=OptimConfig(peak_lr=1e-3, warmup_steps=10),
+        cluster=ClusterConfig(max_workers=2, gpus_per_worker=0),
+        checkpoint_every=20,
+        log_every=10,
+    )
+
+
+def demo() -> Config:
+    """What `make demo` trains: scenes of coloured shapes, two CPU workers, under five minutes."""
+    return replace(
+        tiny(),
+        name="demo",
+        phases=(Phase(steps=500, global_batch=96),),
+        slice_size=24,
+        micro_batch=48,
+        data=DataConfig(group_steps=16),
+        optim=OptimConfig(peak_lr=2e-3, warmup_steps=50),
+        checkpoint_every=100,
+        log_every=10,
+    )
+
+
+def pretrain_1b_tiny() -> Config:
+    """The two phases of `pretrain_1b` in small: the same code path on a laptop, in under a minute."""
+    return replace(
+        pretrain_1b(),
+        name="pretrain_1b_tiny",
+        model=MODEL_SIZES["tiny"],
+        phases=(Phase(steps=24, global_batch=16), Phase(steps=12, global_batch=32)),
+        slice_size=8,
+        micro_batch=8,
+        optim=OptimConfig(peak_lr=1e-3, warmup_steps=4),
+        cluster=ClusterConfig(max_workers=2, gpus_per_worker=0),
+        checkpoint_every=12,
+        log_every=6,
+    )
+
+
+def small_photos() -> Config:
+    """Photographs with captions on a CPU: 7,000 Flickr8k-sized images at 64 px in under an hour on 2 cores."""
+    return replace(
+        tiny(),
+        name="small_photos",
+        model=replace(
+            MODEL_SIZES["tiny"], width=192, depth=6, num_heads=6, vl_start=5, image_size=64, patch_size=8
+        ),
+        phases=(Phase(steps=1000, global_batch=128),),
+        slice_size=32,
+        micro_batch=64,
+        data=DataConfig(group_steps=16, randaugment_ops=0),
+        optim=OptimConfig(peak_lr=1e-3, warmup_steps=100),
+        checkpoint_every=100,
+        log_every=10,
+    )
+
+
+def medium_photos() -> Config:
+    """Photographs with captions on one GPU: a 12-layer narrow model at 128 px."""
+    return replace(
+        small_photos(),
+        name="medium_photos",
+        model=replace(
+            MODEL_SIZES["base"], width=384, num_heads=6, image_size=128, max_text_len=32, bias_text_len=32
+        ),
+        phases=(Phase(steps=4000, global_batch=1024),),
+        slice_size=64,
+        micro_batch=512,
+        data=DataConfig(),
+        optim=OptimConfig(peak_lr=5e-4, warmup_steps=400),
+        cluster=ClusterConfig(cpus_per_worker=2, data_cpus_per_worker=12),
+        checkpoint_every=500,
+        log_every=50,
+    )

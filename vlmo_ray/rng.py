@@ -1,0 +1,95 @@
+"""Stateless randomness: every draw is a function of (seed, purpose, step, sample position, draw index).
+
+Nothing here has a state, so a draw can be repeated anywhere: in another process, on another number of
+workers, after a resume, or in the second forward of a recomputation. The NumPy and the PyTorch versions
+return the same bits. The mixing function is SplitMix64 (Steele, Lea and Flood, OOPSLA 2014).
+
+    >>> key = stream(seed=1, purpose="drop_path", step=7)
+    >>> uniforms(key, [0, 5], 2)[1] == uniforms(key, [5], 2)[0]
+    array([ True,  True])
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:  # the data tasks import this module and have no use for torch
+    import torch
+
+_GOLDEN = 0x9E3779B97F4A7C15
+_MIX_1 = 0xBF58476D1CE4E5B9
+_MIX_2 = 0x94D049BB133111EB
+_MASK = (1 << 64) - 1
+
+
+def stream(seed: int, purpose: str, step: int = 0) -> int:
+    """The 64-bit key of one family of draws; `purpose` keeps families apart."""
+    digest = hashlib.blake2b(f"{seed}/{purpose}/{step}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def hash_text(text: str) -> int:
+    """A signed 63-bit hash of a string, equal in every process (Python's own `hash` is not)."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+
+def generator(seed: int, purpose: str, step: int, position: int) -> np.random.Generator:
+    """A NumPy generator for one sample, for code that draws an unknown number of values in a row."""
+    return np.random.Generator(np.random.Philox(key=stream(seed, f"{purpose}@{position}", step)))
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(_MIX_1)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(_MIX_2)
+    return x ^ (x >> np.uint64(31))
+
+
+def uniforms(key: int, positions, n: int) -> np.ndarray:
+    """Draws in [0, 1) with 24 bits each, `[len(positions), n]` float64; row b belongs to `positions[b]`."""
+    with np.errstate(over="ignore"):
+        rows = _mix(np.asarray(positions, dtype=np.uint64) * np.uint64(_GOLDEN) + np.uint64(key))
+        draws = _mix(rows[:, None] + np.arange(1, n + 1, dtype=np.uint64) * np.uint64(_GOLDEN))
+    return (draws >> np.uint64(40)).astype(np.float64) * 2.0**-24
+
+
+def _signed(x: int) -> int:
+    return x - (1 << 64) if x >= 1 << 63 else x
+
+
+def _shift(x: torch.Tensor, bits: int) -> torch.Tensor:
+    # torch has no unsigned 64-bit arithmetic: an arithmetic shift, then the copied sign bits cleared
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix_torch(x: torch.Tensor) -> torch.Tensor:
+    x = (x ^ _shift(x, 30)) * _signed(_MIX_1)
+    x = (x ^ _shift(x, 27)) * _signed(_MIX_2)
+    return x ^ _shift(x, 31)
+
+
+def uniforms_torch(key: int, positions: torch.Tensor, n: int, first: int = 0) -> torch.Tensor:
+    """`uniforms` on the device of `positions` (int64 `[B]`), float32 `[B, n]`, draws `first .. first + n`."""
+    import torch
+
+    rows = _mix_torch(positions * _signed(_GOLDEN) + _signed(key))
+    index = torch.arange(first + 1, first + n + 1, device=positions.device, dtype=torch.int64)
+    draws = _mix_torch(rows[:, None] + index * _signed(_GOLDEN))
+    return _shift(draws, 40).to(torch.float32) * 2.0**-24
+
+
+@dataclass(frozen=True)
+class Noise:
+    """The drop path and dropout draws of one pass of one step, for the samples at `positions` (int64 `[B]`)."""
+
+    seed: int
+    step: int
+    name: str  # of the pass: two passes over the same samples draw apart
+    positions: torch.Tensor
+
+    def uniform(self, purpose: str, n: int) -> torch.Tensor:
+        """Float32 `[B, n]` in [0, 1), the same whatever else is in the batch."""
+        return uniforms_torch(stream(self.seed, f"{self.name}/{purpose}", self.step), self.positions, n)

@@ -1,0 +1,1 @@
+"""One file per task: its fields, its loss and its metrics."""

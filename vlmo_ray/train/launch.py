@@ -1,0 +1,234 @@
+"""From a config to a run on a Ray cluster: checks that can be made beforehand, TorchTrainer, recovery settings."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from vlmo_ray.config import ClusterConfig, Config, check
+from vlmo_ray.data.manifest import check_shards, load_manifest
+from vlmo_ray.data.store import Store, open_store
+from vlmo_ray.errors import UserError
+from vlmo_ray.train.loop import Job, Outcome, train
+from vlmo_ray.train.state import TrainState
+
+_SNAPSHOT = "checkpoint_manager_snapshot.json"  # Ray Train's list of committed checkpoints
+_LEAST_CPU = 0.1
+
+
+@contextmanager
+def ray_session() -> Iterator[None]:
+    """Joins the cluster of `RAY_ADDRESS` (set inside `ray job submit`), or starts one on this machine and ends it.
+
+    An already initialised Ray is used as it is. A running local cluster is never joined by accident.
+    """
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    address = os.environ.get("RAY_ADDRESS") or "local"
+    local = {"include_dashboard": False} if address == "local" else {}
+    ray.init(address=address, log_to_driver=True, **local)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@dataclasses.dataclass(frozen=True)
+class Shares:
+    """CPUs asked for: by a training worker, and by its data pipeline."""
+
+    worker: float
+    data: float
+
+
+def shares(cluster: ClusterConfig, cpus: float, gpus: float, autoscaling: bool = False) -> Shares:
+    """How the cluster's CPUs are divided, so that reading and decoding always have some.
+
+    Ray Train reserves its CPUs first, and a data task that finds none waits for ever without an error: so on
+    CPU workers take less than they ask for where that leaves too little, and on GPU a lack is refused.
+    """
+    where = "the cluster can ever have" if autoscaling else "this cluster has"
+    if cluster.data_cpus_per_worker < _LEAST_CPU:
+        raise UserError(
+            f"cluster.data_cpus_per_worker={cluster.data_cpus_per_worker} leaves no CPU for reading and decoding; "
+            "set it to 0.5 or more"
+        )
+    if cluster.gpus_per_worker:
+        if cluster.min_workers * cluster.gpus_per_worker > gpus:
+            raise UserError(
+                f"{cluster.min_workers} workers with {cluster.gpus_per_worker} GPU each are more than {where} "
+                f"({gpus:g} GPUs); lower cluster.min_workers, add nodes, or train on CPUs with "
+                "--set cluster.gpus_per_worker=0"
+            )
+        need = cluster.min_workers * (cluster.cpus_per_worker + cluster.data_cpus_per_worker)
+        if need > cpus:
+            raise UserError(
+                f"{cluster.min_workers} workers need {cluster.min_workers * cluster.cpus_per_worker:g} CPUs and "
+                f"{cluster.min_workers * cluster.data_cpus_per_worker:g} for data, more than {where} ({cpus:g}): no "
+                "CPU would be left for data. Lower cluster.cpus_per_worker or cluster.data_cpus_per_worker"
+            )
+        return Shares(cluster.cpus_per_worker, cluster.data_cpus_per_worker)
+    if cluster.min_workers * 2 * _LEAST_CPU > cpus:
+        raise UserError(
+            f"{cluster.min_workers} workers are more than {where} room for ({cpus:g} CPUs, at least {_LEAST_CPU} for "
+            "a worker and as much for its data); lower cluster.min_workers or add nodes"
+        )
+    # an elastic maximum that the cluster cannot reach today must not starve the workers it does have
+    workers = max(cluster.min_workers, min(cluster.max_workers, int(cpus / (2 * _LEAST_CPU))))
+    data = min(cluster.data_cpus_per_worker, cpus / 2 / workers)
+    return Shares(round(min(cluster.cpus_per_worker, cpus / workers - data), 3), round(data, 3))
+
+
+def cluster_room() -> tuple[float, float, bool]:
+    """CPUs and GPUs the cluster has, or may grow to where an autoscaler says so; and whether one does."""
+    import ray
+
+    now = ray.cluster_resources()
+    most = ray._private.state.state.get_max_resources_from_cluster_config()
+    grown = {key: max(now.get(key, 0), (most or {}).get(key) or 0) for key in ("CPU", "GPU")}
+    return grown["CPU"], grown["GPU"], most is not None
+
+
+def latest_checkpoint(run: Store) -> str | None:
+    """Name of the newest committed checkpoint folder of a run; None if there is none yet."""
+    if not run.exists(_SNAPSHOT):
+        return None
+    snapshot = json.loads(run.read(_SNAPSHOT))
+    newest = snapshot.get("latest_checkpoint_result")
+    return newest["checkpoint_dir_name"] if newest else None
+
+
+def download(run: Store, checkpoint: str, folder: Path) -> Path:
+    """Copies a checkpoint of a run into a local folder."""
+    for name in run.list(f"{checkpoint}/"):
+        target = folder / Path(name).name
+        target.write_bytes(run.read(name))
+    return folder
+
+
+def _worker(job: Job) -> dict:
+    """Runs in every Ray Train worker."""
+    import ray.train
+    import torch
+    from ray.train import Checkpoint
+
+    context = ray.train.get_context()
+    device = ray.train.torch.get_device()
+    if device.type == "cpu":
+        on_node = context.get_local_world_size()
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // on_node))
+
+    def commit(folder: Path, step: int) -> None:
+        ray.train.report(
+            {"step": step},
+            checkpoint=Checkpoint.from_directory(str(folder)),
+            checkpoint_dir_name=f"checkpoint-{step:08d}",
+        )
+        shutil.rmtree(folder)
+
+    def run(resume: Path | None) -> Outcome:
+        return train(
+            job,
+            rank=context.get_world_rank(),
+            world=context.get_world_size(),
+            device=device,
+            resume=resume,
+            commit=commit,
+        )
+
+    newest = ray.train.get_checkpoint()
+    if newest is None:
+        outcome = run(None)
+    else:
+        with newest.as_directory() as folder:
+            outcome = run(Path(folder))
+    return dataclasses.asdict(outcome)
+
+
+def pretrain(config: Config, data: str, storage: str, name: str | None = None) -> Store:
+    """Pre-trains `config` on the data set at `data`; returns the run, `storage`/`name` (default: the recipe's).
+
+    A run of that name that is already there goes on from its newest checkpoint. Raises UserError for everything
+    that the caller can mend, most of it before a worker starts.
+    """
+    check(config)
+    name = name or config.name
+    manifest = load_manifest(data)
+    check_shards(manifest)
+    storage_root = open_store(storage, create=True)
+    run = open_store(f"{storage.rstrip('/')}/{name}", create=True)
+    newest = latest_checkpoint(run)
+    if newest is not None:
+        state = TrainState.load_state_dict(json.loads(run.read(f"{newest}/train_state.json")))
+        state.continue_with(config, manifest.fingerprint)
+        print(f"run {name!r} continues from step {state.step} of {config.total_steps}", flush=True)
+
+    with ray_session():
+        cpus, gpus, autoscaling = cluster_room()
+        cluster = config.cluster
+        share = shares(cluster, cpus, gpus, autoscaling)
+        rows = schedule_rows(config)
+        print(
+            f"{config.name}: {config.total_steps} steps, {rows:,} pairs ({rows / manifest.num_rows:.2f} epochs of "
+            f"{manifest.num_rows:,}); {cluster.min_workers} to {cluster.max_workers} workers with "
+            f"{cluster.gpus_per_worker} GPU and {share.worker:g} CPU each, {share.data:g} CPU each for data",
+            flush=True,
+        )
+        job = Job(config, data, run.uri, manifest.fingerprint, data_cpus=share.data)
+        outcome = _fit(job, share, storage_root, name)
+    if outcome["stopped"]:
+        raise UserError(f"run {name!r} stopped at {outcome['stopped']}")
+    return run
+
+
+def schedule_rows(config: Config) -> int:
+    return sum(phase.steps * phase.global_batch for phase in config.phases)
+
+
+def _fit(job: Job, share: Shares, storage: Store, name: str) -> dict:
+    cluster = job.config.cluster
+    # After a lost node Ray Train first tries the old size and waits this long before it takes a smaller one. It
+    # reads the environment, and carries this variable on to its controller.
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(cluster.start_timeout_s)
+
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    elastic = cluster.min_workers < cluster.max_workers
+    resources = {"CPU": share.worker} | ({"GPU": cluster.gpus_per_worker} if cluster.gpus_per_worker else {})
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config=job,
+        scaling_config=ScalingConfig(
+            num_workers=(cluster.min_workers, cluster.max_workers) if elastic else cluster.max_workers,
+            use_gpu=cluster.gpus_per_worker > 0,
+            resources_per_worker=resources,
+            # a resize restarts all workers from the last checkpoint: not more often than there are some
+            elastic_resize_monitor_interval_s=cluster.resize_interval_s,
+        ),
+        run_config=RunConfig(
+            name=name,
+            storage_path=storage.root,
+            storage_filesystem=storage.fs,
+            failure_config=FailureConfig(max_failures=cluster.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=job.config.keep_checkpoints),
+        ),
+    )
+    try:
+        return trainer.fit().return_value
+    except TrainingFailedError as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, UserError):
+            cause = cause.__cause__ or getattr(cause, "cause", None)
+        if cause is not None:
+            raise UserError(str(cause)) from error
+        raise
