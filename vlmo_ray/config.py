@@ -180,6 +180,8 @@ def check(config: Config) -> Config:
             f"optim.warmup_steps={config.optim.warmup_steps} leaves nothing of the {config.total_steps} steps in "
             "phases; lower it"
         )
+    if missing := [head for head in ("itc", "itc_vl", "itm", "mlm") if head not in model.heads]:
+        raise UserError(f"model.heads lacks {', '.join(missing)}: pre-training needs the heads itc, itc_vl, itm and mlm")
     for path in ("checkpoint_every", "keep_checkpoints", "log_every", "data.group_steps"):
         if _get(config, path) < 1:
             raise UserError(f"{path}={_get(config, path)} must be at least 1")
@@ -195,9 +197,6 @@ def _ineffective(config: Config) -> dict[str, str]:
         out["model.num_answers"] = "model.heads has no 'vqa'"
     if config.data.randaugment_ops == 0:
         out["data.randaugment_magnitude"] = "data.randaugment_ops is 0"
-    for term, heads in {"itc": ("itc", "itc_vl"), "itm": ("itm",), "mlm": ("mlm",)}.items():
-        if not set(heads) & set(config.model.heads):
-            out[f"loss.{term}"] = f"model.heads has no {term!r}"
     return out
 
 
@@ -240,11 +239,14 @@ def _replace(node: Any, parts: list[str], text: str, path: str) -> Any:
         return dataclasses.replace(node, **{name: _replace(value, rest, text, path)})
     if rest:
         raise UserError(f"unknown field {path!r}: {name!r} is a single value")
+    return dataclasses.replace(node, **{name: _coerce(_parse(text), typing.get_type_hints(type(node))[name], path)})
+
+
+def _parse(text: str) -> Any:
     try:
-        raw = json.loads(text)
+        return json.loads(text)
     except json.JSONDecodeError:
-        raw = text
-    return dataclasses.replace(node, **{name: _coerce(raw, typing.get_type_hints(type(node))[name], path)})
+        return text
 
 
 def _first(node: Any) -> str:
@@ -265,7 +267,7 @@ def _coerce(raw: Any, kind: Any, path: str) -> Any:
         return raw
     if origin is tuple:
         if isinstance(raw, str):
-            raw = raw.split(",")
+            raw = [_parse(part) for part in raw.split(",")]
         if not isinstance(raw, (list, tuple)) or (args[-1] is not Ellipsis and len(raw) != len(args)):
             raise wrong
         kinds = [args[0]] * len(raw) if args[-1] is Ellipsis else args

@@ -17,7 +17,7 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
     Not for anything one-dimensional (norms, biases, LayerScale), scalars (temperatures), nor the embeddings of
     position and modality. The original excluded by substrings of names, which missed several norms.
     """
-    return parameter.ndim >= 2 and not any(part in name for part in _PLACES)
+    return parameter.ndim >= 2 and not set(name.split(".")) & set(_PLACES)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:

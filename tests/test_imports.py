@@ -1,0 +1,64 @@
+"""Imports run one way, as `docs/design.md` lays down, and importing a module does nothing else."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent.parent / "vlmo_ray"
+BOTTOM = {"errors", "config", "rng"}
+# what each part may import of the package itself
+MAY = {
+    "errors": set(),
+    "rng": set(),
+    "config": {"errors"},
+    "recipes": {"config", "errors", "recipes"},
+    "model": BOTTOM | {"model"},
+    "objectives": BOTTOM | {"objectives"},
+    "data": BOTTOM | {"data"},
+    "tasks": BOTTOM | {"model", "objectives", "data", "tasks"},
+    "train": BOTTOM | {"tasks", "data", "model", "objectives", "train", "convert"},
+    "convert": BOTTOM | {"model", "data", "train", "official", "resize"},
+    "official": BOTTOM | {"model", "resize"},
+    "resize": BOTTOM | {"model"},
+    "evaluate": BOTTOM | {"model", "tasks", "data", "train", "convert"},
+}
+NEVER = {"model": {"ray", "pyarrow"}, "objectives": {"ray", "pyarrow"}, "data": {"torch"}, "recipes": {"torch", "ray"}}
+TORCH_IN_DATA = {"batch.py"}  # the one place where rows become tensors
+
+
+def imports(path: Path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module
+
+
+def test_imports_run_one_way():
+    wrong = []
+    for path in PACKAGE.rglob("*.py"):
+        part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        for name in imports(path):
+            top, *rest = name.split(".")
+            if top == "vlmo_ray" and part in MAY and rest and rest[0] not in MAY[part] | {part}:
+                wrong.append(f"{path.name} imports {name}")
+            if top in NEVER.get(part, set()) and path.name not in TORCH_IN_DATA:
+                wrong.append(f"{path.name} imports {name}")
+    assert not wrong, wrong
+
+
+def test_data_never_sees_the_model():
+    for path in (PACKAGE / "data").rglob("*.py"):
+        assert not any(name.startswith("vlmo_ray.model") for name in imports(path)), path
+
+
+def test_light_modules_stay_light():
+    """Listing recipes must not wait for torch or Ray, and data tasks must not hold torch in memory."""
+    code = (
+        "import sys, vlmo_ray, vlmo_ray.recipes, vlmo_ray.cli, vlmo_ray.data.decode, vlmo_ray.data.read, "
+        "vlmo_ray.data.text; print([m for m in ('torch', 'ray') if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
