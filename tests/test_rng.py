@@ -14,7 +14,7 @@ def test_numpy_and_torch_draw_the_same(key, positions, n):
     ours = uniforms(key, positions, n)
     theirs = uniforms_torch(key, torch.tensor(positions), n)
     assert np.array_equal(ours, theirs.double().numpy())
-    assert (0 <= ours).all() and (ours < 1).all()
+    assert (ours >= 0).all() and (ours < 1).all()
 
 
 def test_first_skips_draws():
@@ -33,7 +33,9 @@ def test_draws_are_uniform_and_uncorrelated():
     assert abs(np.corrcoef(draws[:-1].ravel(), draws[1:].ravel())[0, 1]) < 0.01
     assert abs(np.corrcoef(draws[:, :-1].ravel(), draws[:, 1:].ravel())[0, 1]) < 0.01
     counts = np.histogram(draws, bins=20, range=(0, 1))[0]
-    assert ((counts - draws.size / 20) ** 2 / (draws.size / 20)).sum() < 43.8  # chi-square, 19 degrees, p = 0.001
+    assert (
+        (counts - draws.size / 20) ** 2 / (draws.size / 20)
+    ).sum() < 43.8  # chi-square, 19 degrees, p = 0.001
 
 
 @pytest.mark.parametrize("other", [(2, "a", 0), (1, "b", 0), (1, "a", 1)])

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def load(path, **options) -> VLMo:
-    """The model in a folder of ours or in a released file; `options` are those of `convert.load_model`."""
-    from vlmo_ray.convert import load_model  # here, so that data tasks import this package without torch
+    """The model of a run, an imported folder or a released file; see `vlmo_ray.train.runs.load`."""
+    from vlmo_ray.train import runs  # here, so that data tasks import this package without torch
 
-    return load_model(path, **options)
+    return runs.load(path, **options)

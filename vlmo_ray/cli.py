@@ -12,6 +12,7 @@ from tyro.conf import Positional, UseAppendAction, arg
 from vlmo_ray.errors import UserError
 
 Settings = UseAppendAction[Annotated[tuple[str, ...], arg(name="set", metavar="A.B=C")]]
+Options = UseAppendAction[Annotated[tuple[str, ...], arg(name="option", metavar="NAME=VALUE")]]
 
 
 def recipes() -> None:
@@ -38,6 +39,60 @@ def show(recipe: Positional[str], settings: Settings = ()) -> None:
     from vlmo_ray.recipes import recipe as named
 
     print(json.dumps(to_dict(override(named(recipe), list(settings))), indent=1))
+
+
+def prepare(
+    format: Positional[Literal["karpathy", "webdataset", "parquet", "table"]],
+    source: Positional[str],
+    out: Positional[str] = "",
+    option: Options = (),
+    index: bool = False,
+    seed: int = 0,
+    memory_mb: int = 1024,
+    shard_mb: int = 256,
+    rows_per_group: int = 256,
+    verify: bool = False,
+    forbid: tuple[Literal["crop", "flip", "color", "geometric"], ...] = (),
+) -> None:
+    """Turn image-text pairs of a public format into shuffled shards with a manifest; goes on where it stopped.
+
+    Args:
+        format: karpathy (COCO, Flickr8k/30k JSON), webdataset (tars, img2dataset's too), parquet (Hugging
+            Face or img2dataset layout) or table (CSV or TSV of path and caption).
+        source: a file, folder or `s3://bucket/prefix` of that format.
+        out: the folder or `s3://bucket/prefix` to write.
+        option: of the format, `--option name=value`: karpathy has split, images; parquet image_column,
+            text_column; table image_column, text_column, header, quoting, images.
+        index: rewrite nothing, add a manifest beside the shards of the source (webdataset, parquet).
+        seed: of the shuffle.
+        memory_mb: how much of the pairs one task may hold.
+        shard_mb: size of the shards.
+        rows_per_group: rows that are read at once.
+        verify: decode every image to the last pixel instead of reading its header.
+        forbid: augmentations that would make captions of this data untrue.
+    """
+    from vlmo_ray.data.prepare import prepare as run
+
+    options = {}
+    for text in option:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise UserError(f"--option {text!r} has no '='; write --option name=value, for example split=val")
+        options[name] = {"true": True, "false": False}.get(value, int(value) if value.isdigit() else value)
+    counts = run(
+        format,
+        source,
+        out or None,
+        index=index,
+        seed=seed,
+        memory=memory_mb << 20,
+        shard_bytes=shard_mb << 20,
+        rows_per_group=rows_per_group,
+        verify=verify,
+        forbid=forbid,
+        **options,
+    )
+    print(counts)
 
 
 def pretrain(
@@ -86,12 +141,12 @@ def evaluate(
 
     from rich.console import Console
 
-    from vlmo_ray.convert import load_model
     from vlmo_ray.evaluate import retrieval, table
     from vlmo_ray.train.launch import ray_session
+    from vlmo_ray.train.runs import load
 
     assert task == "retrieval"
-    weights = load_model(model)
+    weights = load(model)
     with ray_session():
         result = retrieval(weights, data, num_workers=workers or None)
     if json_output:
@@ -121,9 +176,9 @@ def export(run: Positional[str], out: Positional[str]) -> None:
         run: a run or an imported folder.
         out: the .pt file to write.
     """
-    from vlmo_ray.convert import export_official
+    from vlmo_ray.train import runs
 
-    export_official(run, out)
+    runs.export(run, out)
     print(f"wrote {out}")
 
 

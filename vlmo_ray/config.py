@@ -31,6 +31,7 @@ class ModelConfig:
     bias_text_len: int = 196  # the text length that the relative bias table is sized for
     heads: tuple[str, ...] = ("itc", "itc_vl", "itm", "mlm")  # any of these and "vqa", "nlvr2"
     num_answers: int = 3129  # of the VQA head
+    init_std: float = 0.02  # of the truncated normal that weights start from
 
     @property
     def num_patches(self) -> int:
@@ -47,7 +48,7 @@ MODEL_SIZES: dict[str, ModelConfig] = {
     "large": ModelConfig(width=1024, depth=24, num_heads=16, vl_start=21),
     "tiny": ModelConfig(
         width=96, depth=4, num_heads=4, vl_start=3, image_size=32, patch_size=8, max_text_len=24,
-        bias_text_len=24, layer_scale=None, drop_path=0.0,
+        bias_text_len=24, layer_scale=None, drop_path=0.0, init_std=0.06,
     ),
 }  # fmt: skip
 
@@ -131,10 +132,12 @@ class Config:
         return sum(phase.steps for phase in self.phases)
 
 
-def check(config: Config) -> Config:
-    """Returns the config if it can run, else raises a UserError that names the field and the remedy."""
-    model = config.model
-    if model.image_size % model.patch_size:
+HEADS = ("itc", "itc_vl", "itm", "mlm", "vqa", "nlvr2")
+
+
+def check_model(model: ModelConfig) -> ModelConfig:
+    """Returns the architecture if its numbers fit together, else raises a UserError with the remedy."""
+    if model.image_size % model.patch_size or model.image_size < model.patch_size:
         sizes = [model.image_size // model.patch_size * model.patch_size + d for d in (0, model.patch_size)]
         raise UserError(
             f"model.image_size={model.image_size} is not a multiple of model.patch_size={model.patch_size}; "
@@ -142,17 +145,35 @@ def check(config: Config) -> Config:
         )
     if model.width % model.num_heads:
         raise UserError(f"model.width={model.width} is not a multiple of model.num_heads={model.num_heads}")
-    if not 0 <= model.vl_start < model.depth:
-        raise UserError(f"model.vl_start={model.vl_start} must be a layer from 0 to {model.depth - 1}")
-    if model.max_text_len > model.bias_text_len and model.position == "relative":
+    if not 0 <= model.vl_start <= model.depth:
         raise UserError(
-            f"model.max_text_len={model.max_text_len} is above model.bias_text_len={model.bias_text_len}, the "
-            "text length of the relative position table; raise bias_text_len too"
+            f"model.vl_start={model.vl_start} must be from 0 to {model.depth}, the number of layers"
+        )
+    if model.position not in ("relative", "absolute"):
+        raise UserError(f"model.position={model.position!r} must be 'relative' or 'absolute'")
+    if not 0 <= model.drop_path < 1:
+        raise UserError(f"model.drop_path={model.drop_path} must be a rate from 0 to below 1")
+    if model.position == "relative" and model.max_text_len > model.bias_text_len:
+        raise UserError(
+            f"model.max_text_len={model.max_text_len} is above model.bias_text_len={model.bias_text_len}, the text "
+            "length of the relative bias table; lower the first or raise the second"
         )
     if model.max_text_len < 3:
-        raise UserError(f"model.max_text_len={model.max_text_len} leaves no room between [CLS] and [SEP]; use >= 3")
+        raise UserError(
+            f"model.max_text_len={model.max_text_len} leaves no room between [CLS] and [SEP]; use >= 3"
+        )
+    if unknown := sorted(set(model.heads) - set(HEADS)):
+        raise UserError(f"model.heads names {', '.join(unknown)}; known: {', '.join(HEADS)}")
+    return model
+
+
+def check(config: Config) -> Config:
+    """Returns the config if it can run, else raises a UserError that names the field and the remedy."""
+    model = check_model(config.model)
     if not config.phases or any(p.steps < 1 or p.global_batch < 1 for p in config.phases):
-        raise UserError(f"phases={config.phases} must name at least one phase, with steps and global_batch >= 1")
+        raise UserError(
+            f"phases={config.phases} must name at least one phase, with steps and global_batch >= 1"
+        )
     if config.slice_size < 1 or config.micro_batch < 1 or config.micro_batch % config.slice_size:
         raise UserError(
             f"micro_batch={config.micro_batch} is not a positive multiple of slice_size={config.slice_size}"
@@ -180,8 +201,14 @@ def check(config: Config) -> Config:
             f"optim.warmup_steps={config.optim.warmup_steps} leaves nothing of the {config.total_steps} steps in "
             "phases; lower it"
         )
+    if model.vl_start == model.depth:
+        raise UserError(
+            f"model.vl_start={model.vl_start} leaves no layer with a vision-language expert; lower it"
+        )
     if missing := [head for head in ("itc", "itc_vl", "itm", "mlm") if head not in model.heads]:
-        raise UserError(f"model.heads lacks {', '.join(missing)}: pre-training needs the heads itc, itc_vl, itm and mlm")
+        raise UserError(
+            f"model.heads lacks {', '.join(missing)}: pre-training needs the heads itc, itc_vl, itm and mlm"
+        )
     for path in ("checkpoint_every", "keep_checkpoints", "log_every", "data.group_steps"):
         if _get(config, path) < 1:
             raise UserError(f"{path}={_get(config, path)} must be at least 1")
@@ -209,7 +236,9 @@ def override(config: Config, settings: list[str]) -> Config:
     for setting in settings:
         path, equals, text = setting.partition("=")
         if not equals:
-            raise UserError(f"--set {setting!r} has no '='; write --set field=value, for example --set seed=2")
+            raise UserError(
+                f"--set {setting!r} has no '='; write --set field=value, for example --set seed=2"
+            )
         config = _replace(config, path.strip().split("."), text.strip(), path.strip())
         paths.append(path.strip())
     silent = _ineffective(config)
@@ -235,11 +264,15 @@ def _replace(node: Any, parts: list[str], text: str, path: str) -> Any:
     value = getattr(node, name)
     if dataclasses.is_dataclass(value):
         if not rest:
-            raise UserError(f"{path!r} is a group of fields; set one of them, for example {path}.{_first(value)}=...")
+            raise UserError(
+                f"{path!r} is a group of fields; set one of them, for example {path}.{_first(value)}=..."
+            )
         return dataclasses.replace(node, **{name: _replace(value, rest, text, path)})
     if rest:
         raise UserError(f"unknown field {path!r}: {name!r} is a single value")
-    return dataclasses.replace(node, **{name: _coerce(_parse(text), typing.get_type_hints(type(node))[name], path)})
+    return dataclasses.replace(
+        node, **{name: _coerce(_parse(text), typing.get_type_hints(type(node))[name], path)}
+    )
 
 
 def _parse(text: str) -> Any:

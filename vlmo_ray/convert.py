@@ -66,8 +66,8 @@ def from_official(
     """(configuration, weights under our names, report) of a released VLMo or BEiT state dict.
 
     The state dict may be bare or wrapped; the configuration is read off its keys and shapes. `image_size`,
-    `max_text_len` and `heads` ask for others than those of the file; `num_heads` and `bias_text_len` tell what
-    a file cannot (see `official.translate`). Raises UserError naming keys that are not VLMo's.
+    `max_text_len` and `heads` ask for others than those of the file; `num_heads` and `bias_text_len` tell
+    what a file cannot (see `official.translate`). Raises UserError naming keys that are not VLMo's.
     """
     official = translate(
         state_dict, num_heads=num_heads, bias_text_len=bias_text_len, max_text_len=max_text_len
@@ -84,9 +84,8 @@ def _fit(
     heads: tuple[str, ...] | None,
 ) -> tuple[ModelConfig, Fitted]:
     asked = {"image_size": image_size, "max_text_len": max_text_len, "heads": heads}
-    config = dataclasses.replace(
-        source, **{name: value for name, value in asked.items() if value is not None}
-    )
+    asked = {name: value for name, value in asked.items() if value is not None}
+    config = dataclasses.replace(source, **asked)
     return config, fit_state(state, source, config)
 
 
@@ -114,10 +113,9 @@ def read_tensors(path: str | Path) -> Mapping[str, Any]:
             f"{path} is not a PyTorch file of tensors, or holds objects that could run code when read, so it "
             "was not read. If you trust it, load it in Python and save its state dict alone with torch.save."
         ) from error
-    except (SafetensorError, RuntimeError, EOFError) as error:
-        raise UserError(
-            f"{path} cannot be read, it may be cut short: {str(error).splitlines()[0]}"
-        ) from error
+    except (SafetensorError, RuntimeError, OSError, EOFError) as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise UserError(f"{path} cannot be read, it may be cut short: {reason}") from error
     if not isinstance(checkpoint, Mapping):
         raise UserError(f"{path} holds a {type(checkpoint).__name__}, not a state dict.")
     return checkpoint
@@ -128,9 +126,7 @@ def import_official(
 ) -> Report:
     """Writes the released file `path` as a folder `out`, every tensor with its bits and its type."""
     official = translate(read_tensors(path), num_heads=num_heads, bias_text_len=bias_text_len)
-    fitted = fit_state(
-        official.state, official.config, official.config
-    )  # checks shapes, finds what is missing
+    fitted = fit_state(official.state, official.config, official.config)  # for its checks and the report
     description = {"official": {"wrapper": official.wrapper, "keys": official.keys}} if official.keys else {}
     _write(out, official.config, official.state, official.carried, description)
     return _report(official, fitted)
@@ -194,6 +190,8 @@ def load_model(
             f"{path} lacks {len(fitted.missing)} parameters of the model: {shorten(fitted.missing)}. "
             "Pass allow_missing=True to start them at random."
         )
+    if fitted.dropped and heads is None:
+        raise UserError(f"{path} has weights that its model has no place for: {shorten(fitted.dropped)}.")
     model = VLMo(config)
     if fitted.missing:
         init_weights(model, seed)
@@ -217,10 +215,8 @@ def _write(
 
 def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     # safetensors takes neither views nor tensors that share memory
-    return {
-        name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for name, value in tensors.items()
-    }
+    plain = torch.contiguous_format
+    return {name: value.detach().cpu().clone(memory_format=plain) for name, value in tensors.items()}
 
 
 def _read(folder: str | Path) -> tuple[dict, dict[str, Tensor]]:

@@ -59,30 +59,31 @@ def retrieval(
     data: str,
     *,
     num_workers: int | None = None,
-    batch_size: int = 64,
     subset: Collection[str] = (),
 ) -> Retrieval:
     """Zero-shot retrieval over all pairs of a data set (paper section 3.5), by Ray Data batch inference.
 
     Every distinct image of the data set is a candidate for every text and the other way round. `num_workers`
-    (default: one per GPU, or half the CPUs) changes nothing but the time: rows are grouped into batches by their
-    place in the data set. `subset`: image ids whose queries are also reported alone. Ray must be initialised.
+    (default: one per GPU, or half the CPUs) changes nothing but the time: the rows of a batch are those of a
+    chunk. `subset`: image ids whose queries are also reported alone. Ray must be initialised.
     """
     import ray
 
     if model.itc is None:
-        raise UserError("this model has no contrastive head ('itc'), which retrieval needs; load a pre-trained one")
+        raise UserError(
+            "this model has no contrastive head ('itc'), which retrieval needs; load a pre-trained one"
+        )
     manifest = load_manifest(data)
     cpus, gpus = (ray.cluster_resources().get(kind, 0) for kind in ("CPU", "GPU"))
     on_gpu = gpus >= 1
     workers = num_workers or int(max(1, gpus if on_gpu else cpus // 2))
     state = ray.put({name: tensor.cpu() for name, tensor in model.state_dict().items()})
     rows = eval_dataset(
-        manifest, image_size=model.config.image_size, max_text_len=model.config.max_text_len, batch_rows=batch_size
+        manifest, image_size=model.config.image_size, max_text_len=model.config.max_text_len
     ).map_batches(
         Encoder,
         fn_constructor_args=(model.config, state, on_gpu),
-        batch_size=None,  # a block is a batch: its rows do not depend on the number of workers
+        batch_size=None,  # a batch is a chunk, whatever the number of workers
         compute=ray.data.ActorPoolStrategy(size=workers),
         num_gpus=1 if on_gpu else 0,
         num_cpus=0 if on_gpu else min(1.0, cpus / 2 / workers),

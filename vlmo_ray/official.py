@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmo_ray.config import MODEL_SIZES, ModelConfig
+from vlmo_ray.config import HEADS, MODEL_SIZES, ModelConfig
 from vlmo_ray.errors import UserError
 from vlmo_ray.model.embeddings import relative_position_index
-from vlmo_ray.model.vlmo import HEADS, VLMo
+from vlmo_ray.model.vlmo import VLMo
 from vlmo_ray.resize import NUM_CLS_ROWS, NUM_CROSS_ROWS
 
 WRAPPERS = ("state_dict", "module", "model")  # where a released file may keep its state dict; or nowhere
@@ -175,8 +175,8 @@ def unwrap(checkpoint: Mapping[str, Any]) -> tuple[str, dict[str, Tensor]]:
     others = [str(key) for key, value in tensors.items() if not isinstance(value, Tensor)]
     if others or not tensors:
         raise UserError(
-            f"This is not a state dict: {shorten(others) or 'nothing in it'} is not a tensor. Expected are tensors "
-            f"by name, bare or under one of {', '.join(WRAPPERS)}."
+            f"This is not a state dict: {shorten(others) or 'nothing in it'} is not a tensor. Expected are "
+            f"tensors by name, bare or under one of {', '.join(WRAPPERS)}."
         )
     return wrapper, tensors
 

@@ -57,7 +57,9 @@ def test_drawn_from_the_softmax_of_scaled_similarity():
 
 
 def test_matching_loss_is_the_mean_over_kept_rows():
-    logits = [torch.randn(4, 2, generator=torch.Generator().manual_seed(i), requires_grad=True) for i in range(3)]
+    logits = [
+        torch.randn(4, 2, generator=torch.Generator().manual_seed(i), requires_grad=True) for i in range(3)
+    ]
     kept = torch.tensor([True, False, True, True])
     loss, right = matching_loss(*logits, kept, torch.tensor(5))
     joined = torch.cat([x[kept] for x in logits])

@@ -136,7 +136,9 @@ def oracle(task: Pretraining, batch: PairBatch) -> dict[str, torch.Tensor]:
     ]  # fmt: skip
     itm = sum(terms) / max(1, 3 * int(kept.sum()))
 
-    hidden = model.encode(image=pixels, text=batch.mlm_ids, text_mask=batch.text_mask, noise=noise("mlm")).text
+    hidden = model.encode(
+        image=pixels, text=batch.mlm_ids, text_mask=batch.text_mask, noise=noise("mlm")
+    ).text
     target = batch.mlm_labels >= 0
     mlm = F.cross_entropy(model.mlm(hidden[target]), batch.mlm_labels[target], reduction="sum")
     mlm = mlm / max(1, int(target.sum()))
@@ -156,7 +158,11 @@ def grads_of(task: Pretraining) -> dict[str, torch.Tensor]:
 def check(figures, grads, expected, expected_grads, tolerance):
     for name in ("loss", "itc", "itc_vl", "itm", "mlm"):
         torch.testing.assert_close(
-            float(figures[name]), float(expected[name].detach()), rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+            float(figures[name]),
+            float(expected[name].detach()),
+            rtol=tolerance,
+            atol=tolerance,
+            msg=lambda m, n=name: f"{n}: {m}",
         )
     for name, grad in grads.items():
         wanted = expected_grads[name]
@@ -213,7 +219,9 @@ def worker(rank, counts, port, micro_batch, cases, queue):
         wrapped = torch.nn.parallel.DistributedDataParallel(task, broadcast_buffers=False)
         batch = make_batch(**CASES[case]).rows(slice(first, first + counts[rank]))
         figures = gradients(wrapped, batch, Workers(counts, rank), STEP, WEIGHTS, micro_batch)
-        out.append(({k: float(v) for k, v in figures.items()}, {k: g.numpy() for k, g in grads_of(task).items()}))
+        out.append(
+            ({k: float(v) for k, v in figures.items()}, {k: g.numpy() for k, g in grads_of(task).items()})
+        )
     queue.put((rank, out))
     dist.barrier()
     dist.destroy_process_group()
@@ -230,7 +238,11 @@ def test_several_workers_equal_the_plain_step(counts, micro_batch):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     running = mp.start_processes(
-        worker, (counts, port, micro_batch, cases, queue), nprocs=len(counts), join=False, start_method="spawn"
+        worker,
+        (counts, port, micro_batch, cases, queue),
+        nprocs=len(counts),
+        join=False,
+        start_method="spawn",
     )
     results = dict(queue.get() for _ in counts)
     while not running.join():

@@ -85,7 +85,13 @@ def _log_sum_exp(rows: Tensor, columns: Tensor, scale: Tensor, pairs: Pairs, chu
 
 
 def _one_side(
-    rows: Tensor, columns: Tensor, scale: Tensor, row_lse: Tensor, column_lse: Tensor, pairs: Pairs, chunk: int
+    rows: Tensor,
+    columns: Tensor,
+    scale: Tensor,
+    row_lse: Tensor,
+    column_lse: Tensor,
+    pairs: Pairs,
+    chunk: int,
 ) -> tuple[Tensor, Tensor]:
     """Gradient `[b, D]` at the rows, and the rows' own part of the gradient at log_scale; neither normalised."""
     grad, scale_grad = torch.zeros_like(rows), rows.new_zeros(())

@@ -20,6 +20,4 @@ class Losses:
 
     def total(self, weights: LossWeights) -> Tensor:
         """Weighted sum; the contrastive term is the mean of the two branches."""
-        return (
-            weights.itc * 0.5 * (self.itc + self.itc_vl) + weights.itm * self.itm + weights.mlm * self.mlm
-        )
+        return weights.itc * 0.5 * (self.itc + self.itc_vl) + weights.itm * self.itm + weights.mlm * self.mlm

@@ -28,12 +28,13 @@ def demo() -> Config:
     return replace(
         tiny(),
         name="demo",
-        phases=(Phase(steps=500, global_batch=96),),
+        model=replace(MODEL_SIZES["tiny"], width=64),
+        phases=(Phase(steps=300, global_batch=96),),
         slice_size=24,
         micro_batch=48,
         data=DataConfig(group_steps=16),
-        optim=OptimConfig(peak_lr=2e-3, warmup_steps=50),
-        checkpoint_every=100,
+        optim=OptimConfig(peak_lr=1e-3, warmup_steps=30),
+        checkpoint_every=50,
         log_every=10,
     )
 

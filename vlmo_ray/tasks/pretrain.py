@@ -87,9 +87,7 @@ class Pretraining(nn.Module):
         model = self.model
         bias = model.position_bias(batch.text_ids.shape[1])
         tokens = model.embed_image(self._pixels(batch.image))
-        image = model.encode(
-            image=tokens, bias=bias, vl_branch=True, noise=self._noise("image", batch, step)
-        )
+        image = model.encode(image=tokens, bias=bias, vl_branch=True, noise=self._noise("image", batch, step))
         text = model.encode(
             text=batch.text_ids,
             text_mask=batch.text_mask,
@@ -130,17 +128,23 @@ class Pretraining(nn.Module):
         )  # fmt: skip
 
         image_for_text = hard_negatives(
-            features[:, TEXT], everything[:, IMAGE], main_scale, pairs, stream(self.seed, "negative_image", step)
+            features[:, TEXT],
+            everything[:, IMAGE],
+            main_scale,
+            pairs,
+            stream(self.seed, "negative_image", step),
         )
         text_for_image = hard_negatives(
-            features[:, IMAGE], everything[:, TEXT], main_scale, pairs, stream(self.seed, "negative_text", step)
+            features[:, IMAGE],
+            everything[:, TEXT],
+            main_scale,
+            pairs,
+            stream(self.seed, "negative_text", step),
         )
         # who may oppose whom is symmetric: a row without a negative image has no negative text either
         kept = image_for_text >= 0
         own = torch.arange(workers.first, workers.first + len(batch), device=kept.device)
-        image_for_text, text_for_image = torch.where(
-            kept, torch.stack([image_for_text, text_for_image]), own
-        )
+        image_for_text, text_for_image = torch.where(kept, torch.stack([image_for_text, text_for_image]), own)
         similarity = (features[:, TEXT] * everything[image_for_text, IMAGE]).sum(dim=1)
         similarity += (features[:, IMAGE] * everything[text_for_image, TEXT]).sum(dim=1)
 
@@ -173,7 +177,11 @@ class Pretraining(nn.Module):
 
         def pair(name: str, image: Tensor, text: Tensor, mask: Tensor):
             return model.encode(
-                image=image, text=text, text_mask=mask, bias=singles.bias, noise=self._noise(name, batch, step)
+                image=image,
+                text=text,
+                text_mask=mask,
+                bias=singles.bias,
+                noise=self._noise(name, batch, step),
             )
 
         def match(name: str, image: Tensor, text: Tensor, mask: Tensor) -> Tensor:

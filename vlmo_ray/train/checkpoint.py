@@ -23,7 +23,9 @@ _STATE = "train_state.json"
 def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainState) -> None:
     """Writes this worker's part into `folder`, which may differ per worker; their union is the checkpoint."""
     weights, moments = get_state_dict(model, optimizer)
-    dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=folder, no_dist=not dist.is_initialized())
+    dcp.save(
+        {"model": weights, "optimizer": moments}, checkpoint_id=folder, no_dist=not dist.is_initialized()
+    )
     if not dist.is_initialized() or dist.get_rank() == 0:
         (folder / _STATE).write_text(json.dumps(state.state_dict(), indent=1))
 

@@ -15,9 +15,9 @@ from vlmo_ray.data.manifest import check_shards, load_manifest
 from vlmo_ray.data.store import Store, open_store
 from vlmo_ray.errors import UserError
 from vlmo_ray.train.loop import Job, Outcome, train
+from vlmo_ray.train.runs import latest_checkpoint
 from vlmo_ray.train.state import TrainState
 
-_SNAPSHOT = "checkpoint_manager_snapshot.json"  # Ray Train's list of committed checkpoints
 _LEAST_CPU = 0.1
 
 
@@ -97,23 +97,6 @@ def cluster_room() -> tuple[float, float, bool]:
     return grown["CPU"], grown["GPU"], most is not None
 
 
-def latest_checkpoint(run: Store) -> str | None:
-    """Name of the newest committed checkpoint folder of a run; None if there is none yet."""
-    if not run.exists(_SNAPSHOT):
-        return None
-    snapshot = json.loads(run.read(_SNAPSHOT))
-    newest = snapshot.get("latest_checkpoint_result")
-    return newest["checkpoint_dir_name"] if newest else None
-
-
-def download(run: Store, checkpoint: str, folder: Path) -> Path:
-    """Copies a checkpoint of a run into a local folder."""
-    for name in run.list(f"{checkpoint}/"):
-        target = folder / Path(name).name
-        target.write_bytes(run.read(name))
-    return folder
-
-
 def _worker(job: Job) -> dict:
     """Runs in every Ray Train worker."""
     import ray.train
@@ -125,6 +108,12 @@ def _worker(job: Job) -> dict:
     if device.type == "cpu":
         on_node = context.get_local_world_size()
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // on_node))
+
+    print(
+        f"worker {context.get_world_rank()} of {context.get_world_size()}: process {os.getpid()} on "
+        f"{os.uname().nodename}, {device}",
+        flush=True,
+    )
 
     def commit(folder: Path, step: int) -> None:
         ray.train.report(
@@ -162,7 +151,7 @@ def pretrain(config: Config, data: str, storage: str, name: str | None = None) -
     check(config)
     name = name or config.name
     manifest = load_manifest(data)
-    check_shards(manifest)
+    check_shards(manifest, open_store(data))
     storage_root = open_store(storage, create=True)
     run = open_store(f"{storage.rstrip('/')}/{name}", create=True)
     newest = latest_checkpoint(run)

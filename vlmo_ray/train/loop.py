@@ -24,10 +24,12 @@ from vlmo_ray.errors import UserError
 from vlmo_ray.model.flops import step_flops
 from vlmo_ray.model.vlmo import VLMo, init_weights
 from vlmo_ray.objectives.gather import Workers
+from vlmo_ray.resize import fit_state
 from vlmo_ray.tasks.pretrain import Pretraining
 from vlmo_ray.train import checkpoint
 from vlmo_ray.train.meters import Meters
 from vlmo_ray.train.optim import build_optimizer, lr_at
+from vlmo_ray.train.runs import load, publish_model
 from vlmo_ray.train.state import TrainState
 from vlmo_ray.train.step import gradients
 
@@ -57,12 +59,12 @@ class Outcome:
 
 def build_model(config: Config) -> VLMo:
     """The model at its starting point: random from the seed, or the weights named by `config.init`."""
-    if config.init:
-        from vlmo_ray.convert import load_model
-
-        return load_model(config.init, image_size=config.model.image_size)
     model = VLMo(config.model)
     init_weights(model, config.seed)
+    if config.init:
+        start = load(config.init, allow_missing=True)
+        fitted = fit_state(start.state_dict(), start.config, config.model)
+        model.load_state_dict(fitted.state, strict=False)
     return model
 
 
@@ -103,7 +105,9 @@ def train(
             print(f"resumed at step {start} on {world} workers", flush=True)
 
     schedule = schedule_of(config)
-    meters = Meters(open_store(job.run, create=True), config.total_steps, config.log_every) if rank == 0 else None
+    meters = (
+        Meters(open_store(job.run, create=True), config.total_steps, config.log_every) if rank == 0 else None
+    )
     batches = PairStream(
         manifest,
         config.data,
@@ -163,7 +167,8 @@ def train(
                     }
                     | _mfu(config, schedule.batch_size(step) / took / world, device)
                 )
-            _report(batch.problems)
+            for bad in filter(None, batch.problems):
+                print(f"masked a pair: {bad}", flush=True)
             if done % config.checkpoint_every == 0 or done == config.total_steps:
                 if meters is not None:
                     meters.close_segment()
@@ -171,7 +176,7 @@ def train(
                 checkpoint.save(folder, model, optimizer, TrainState.of(done, config, manifest.fingerprint))
                 commit(folder, done)
         if rank == 0:
-            _export(model, job)
+            publish_model(model, open_store(job.run))
         return Outcome(config.total_steps)
     finally:
         stream.close()
@@ -216,22 +221,6 @@ def _mfu(config: Config, pairs_per_s_per_worker: float, device: torch.device) ->
     peak = next((tflops for key, tflops in _PEAK_TFLOPS.items() if key in name), None)
     if peak is None:
         return {}
-    return {"mfu": pairs_per_s_per_worker * step_flops(config.model, config.model.max_text_len) / (peak * 1e12)}
-
-
-def _report(problems: list[str]) -> None:
-    for problem in problems:
-        print(f"masked a pair: {problem}", flush=True)
-
-
-def _export(model: VLMo, job: Job) -> None:
-    """The final weights, as `vlmo_ray.load` reads them, in the run's `model/`."""
-    from vlmo_ray.convert import save_model
-
-    store = open_store(job.run)
-    with tempfile.TemporaryDirectory(prefix="vlmo-model-") as folder:
-        save_model(model, folder)
-        for file in Path(folder).iterdir():
-            store.write(f"model/{file.name}", file.read_bytes())
-
-
+    return {
+        "mfu": pairs_per_s_per_worker * step_flops(config.model, config.model.max_text_len) / (peak * 1e12)
+    }

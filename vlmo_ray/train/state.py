@@ -47,9 +47,7 @@ class TrainState:
                 f"the checkpoint of step {self.step} belongs to other data (fingerprint {self.fingerprint[:12]}, "
                 f"now {fingerprint[:12]}); give the data set it was trained on, or another --name to start afresh"
             )
-        changed = [
-            line for line in differences(from_dict(self.config), config) if not line.startswith(FREE)
-        ]
+        changed = [line for line in differences(from_dict(self.config), config) if not line.startswith(FREE)]
         if changed:
             raise UserError(
                 f"the checkpoint of step {self.step} was made with other settings: {'; '.join(changed)}. "

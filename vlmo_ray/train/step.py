@@ -46,7 +46,10 @@ def gradients(
 
     plan, totals = pretraining.plan(batch, features, workers, step)
     sums = {name: torch.zeros((), device=features.device, dtype=torch.float64) for name in ("itm", "mlm")}
-    sums |= {name: torch.zeros((), device=features.device, dtype=torch.float64) for name in ("itm_right", "mlm_right")}
+    sums |= {
+        name: torch.zeros((), device=features.device, dtype=torch.float64)
+        for name in ("itm_right", "mlm_right")
+    }
     for micro, part in zip(micros, parts, strict=True):
         last = part is parts[-1]
         synchronised = nullcontext() if last or task is pretraining else task.no_sync()

@@ -1,0 +1,73 @@
+"""What several tests need: an S3 server and a Ray cluster, each started once, and made-up images."""
+
+from __future__ import annotations
+
+import io
+import os
+import uuid
+
+import numpy as np
+import pytest
+from PIL import Image
+
+# Before any library reads them: few threads on a shared machine, and no person's own S3 keys or Ray cluster.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.pop("RAY_ADDRESS", None)
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory):
+    """A SeaweedFS server with the bucket `vlmo`; its AWS variables are set for the rest of the session."""
+    from vlmo_ray.data.local_s3 import local_s3
+
+    with pytest.MonkeyPatch.context() as patch, local_s3(tmp_path_factory.mktemp("s3")) as env:
+        for name in ("AWS_ENDPOINT_URL_S3", "AWS_SESSION_TOKEN", "AWS_PROFILE", "AWS_REGION"):
+            patch.delenv(name, raising=False)
+        for name, value in env.items():
+            patch.setenv(name, value)
+        yield env
+
+
+@pytest.fixture
+def bucket(s3_server):
+    """An address in the bucket under which nothing is yet."""
+    return f"s3://vlmo/{uuid.uuid4().hex}"
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(s3_server):
+    """Ray on this machine with 2 CPUs; after the S3 server, so that its workers have the AWS variables."""
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        object_store_memory=300_000_000,
+        log_to_driver=False,
+        logging_level="ERROR",
+    )
+    yield
+    ray.shutdown()
+
+
+def make_image(seed: int, format: str = "JPEG", size: tuple[int, int] = (24, 16)) -> bytes:
+    """An encoded image of noise, [size[1], size[0], 3]."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, format)
+    return file.getvalue()
+
+
+def make_records(n: int, first: int = 0) -> list[dict]:
+    """Pairs as `write_dataset` takes them; every third has the image of the one before."""
+    return [
+        {
+            "id": f"pair-{i}",
+            "image_id": f"image-{i - (i % 3 == 2)}",
+            "image": make_image(i - (i % 3 == 2)),
+            "text": f"caption {i} \N{SNOWMAN}",
+            "forbid": ["flip"] if i % 4 == 0 else [],
+        }
+        for i in range(first, first + n)
+    ]

@@ -1,0 +1,78 @@
+"""`PairBatch`: from NumPy columns, cut, joined and moved, also with no rows and with bad rows."""
+
+import dataclasses
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from vlmo_ray.data.batch import PairBatch
+
+
+def columns(n: int, bad: tuple[int, ...] = ()) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(n)
+    return {
+        "image": random.integers(0, 256, (n, 3, 4, 4), dtype=np.uint8),
+        **{
+            name: random.integers(0, 9, (n, 5), dtype=np.int32)
+            for name in ("text_ids", "mlm_ids", "mlm_labels")
+        },
+        "text_mask": random.random((n, 5)) < 0.5,
+        **{name: random.integers(0, 2**62, n) for name in ("image_key", "text_key")},
+        "valid": ~np.isin(np.arange(n), bad),
+        "step": np.full(n, 3),
+        "position": np.arange(n),
+        "id": np.array([f"id{i}" for i in range(n)], dtype=object),
+        "problem": np.array([f"address {i}: bad" if i in bad else "" for i in range(n)], dtype=object),
+    }
+
+
+def equal(a: PairBatch, b: PairBatch) -> bool:
+    pairs = [(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(PairBatch)]
+    return all(
+        x.dtype == y.dtype and torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in pairs
+    )
+
+
+def test_from_numpy_keeps_values_and_widens_integers():
+    given = columns(7, bad=(2, 5))
+    batch = PairBatch.from_numpy(given)
+    assert len(batch) == 7 and batch.ids == [f"id{i}" for i in range(7)]
+    assert batch.problems == ["address 2: bad", "address 5: bad"]
+    for name in ("text_ids", "mlm_ids", "mlm_labels", "image_key", "text_key", "position"):
+        assert getattr(batch, name).dtype == torch.int64
+        assert np.array_equal(getattr(batch, name).numpy(), given[name])
+    for name in ("image", "text_mask", "valid"):
+        assert np.array_equal(getattr(batch, name).numpy(), given[name])
+    assert batch.image.dtype == torch.uint8 and batch.text_mask.dtype == torch.bool
+
+
+@pytest.mark.parametrize("cuts", [(0, 7), (0, 3, 7), (0, 0, 2, 6, 7, 7)])
+def test_rows_and_concatenate_are_inverse(cuts):
+    batch = PairBatch.from_numpy(columns(7, bad=(0, 2, 5)))
+    pieces = [batch.rows(slice(a, b)) for a, b in pairwise(cuts)]
+    assert equal(PairBatch.concatenate(pieces), batch)
+    for piece in pieces:
+        assert len(piece.problems) == int((~piece.valid).sum())
+
+
+def test_problems_go_with_their_rows():
+    batch = PairBatch.from_numpy(columns(7, bad=(0, 2, 5)))
+    assert batch.rows(slice(1, 5)).problems == ["address 2: bad"]
+    assert batch.rows(slice(None, None, 5)).problems == ["address 0: bad", "address 5: bad"]
+
+
+def test_no_rows():
+    empty = PairBatch.empty(4, 5)
+    assert len(empty) == 0 and equal(empty, PairBatch.from_numpy(columns(0)))
+    batch = PairBatch.from_numpy(columns(3))
+    assert equal(PairBatch.concatenate([empty, batch, empty]), batch)
+    assert equal(empty.rows(slice(0, 2)), empty) and equal(empty.to("cpu"), empty)
+
+
+def test_to_moves_every_tensor():
+    moved = PairBatch.from_numpy(columns(3, bad=(1,))).to("meta")
+    tensors = [v for v in vars(moved).values() if isinstance(v, torch.Tensor)]
+    assert len(tensors) == 9 and all(t.device.type == "meta" for t in tensors)
+    assert moved.ids == ["id0", "id1", "id2"] and moved.problems == ["address 1: bad"]

@@ -1,0 +1,378 @@
+"""Decoding: Pillow and timm as oracles, purity of the draws, what `forbid` leaves alone, hostile bytes."""
+
+import contextlib
+import io
+import math
+import random
+import struct
+import subprocess
+import sys
+import zlib
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
+
+from vlmo_ray import rng
+from vlmo_ray.config import DataConfig
+from vlmo_ray.data import decode
+from vlmo_ray.data.decode import (
+    FORBIDDABLE,
+    OPERATIONS,
+    DecodeError,
+    decode_eval,
+    decode_train,
+    draw_plan,
+)
+
+SIZE = 32
+FULL = DataConfig()
+PLAIN = DataConfig(flip=False, randaugment_ops=0)
+KIND = {name: operation.kind for name, operation in OPERATIONS.items()}
+
+
+def picture(width=61, height=47) -> Image.Image:
+    """A smooth, asymmetric colour picture."""
+    y, x = np.mgrid[:height, :width]
+    channels = (
+        120 + 100 * np.sin(x / width * 5),
+        40 + 150 * y / height,
+        100 + 90 * np.cos((x / width + y / height) * 4),
+    )
+    return Image.fromarray(np.stack(channels, -1).astype(np.uint8))
+
+
+def encoded(image: Image.Image, format="PNG", **options) -> bytes:
+    out = io.BytesIO()
+    image.save(out, format, **options)
+    return out.getvalue()
+
+
+def array(image: Image.Image) -> np.ndarray:
+    return np.asarray(image).transpose(2, 0, 1)
+
+
+def train(image: bytes, position=0, *, data=PLAIN, forbid=(), seed=1, step=2) -> np.ndarray:
+    return decode_train(image, SIZE, data, forbid, seed, step, position)
+
+
+def plan(position: int, forbid=(), data=FULL, size=(61, 47), seed=1, step=2):
+    return draw_plan(*size, data, forbid, seed, step, position)
+
+
+def png(width: int, height: int, depth=8, color=2, rows=b"\0") -> bytes:
+    """A PNG with this header, whatever its rows hold."""
+
+    def block(name: bytes, content: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+        )
+
+    header = struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0)
+    blocks = (block(b"IHDR", header), block(b"IDAT", zlib.compress(rows)), block(b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(blocks)
+
+
+# ---- values ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG"])
+def test_eval_is_pillows_square_bicubic_resize(format):
+    data = encoded(picture(), format)
+    out = decode_eval(data, SIZE)
+    want = array(Image.open(io.BytesIO(data)).resize((SIZE, SIZE), Image.Resampling.BICUBIC))
+    np.testing.assert_array_equal(out, want)
+    assert out.dtype == np.uint8 and out.shape == (3, SIZE, SIZE) and out.flags.c_contiguous
+
+
+@pytest.fixture(scope="module")
+def timm_operations():
+    """timm's functions for the operations at M = 7, by our names."""
+    from timm.data import auto_augment as aa
+
+    affine = {"fillcolor": (128, 128, 128), "resample": Image.Resampling.BILINEAR}
+    enhance = aa._enhance_level_to_arg(7, {})[0]
+    assert enhance == pytest.approx(1.36)
+    return {
+        "identity": lambda image, sign: image,
+        "autocontrast": lambda image, sign: aa.auto_contrast(image),
+        "equalize": lambda image, sign: aa.equalize(image),
+        "brightness": lambda image, sign: aa.brightness(image, enhance),
+        "sharpness": lambda image, sign: aa.sharpness(image, enhance),
+        "shear_x": lambda image, sign: aa.shear_x(image, sign * 0.21, **affine),
+        "shear_y": lambda image, sign: aa.shear_y(image, sign * 0.21, **affine),
+        "translate_x": lambda image, sign: aa.translate_x_abs(image, sign * 7, **affine),
+        "translate_y": lambda image, sign: aa.translate_y_abs(image, sign * 7, **affine),
+        "rotate": lambda image, sign: aa.rotate(image, sign * 21, **affine),
+    }
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_an_operation_is_timms(name, sign, timm_operations):
+    image = picture()
+    out = OPERATIONS[name].apply(image, 0.7, sign)
+    np.testing.assert_array_equal(np.asarray(out), np.asarray(timm_operations[name](image, sign)))
+
+
+def test_train_is_the_plan_in_pillow_and_timm(timm_operations):
+    """The whole of it, from the documented layout of the draws."""
+    image, data = picture(), DataConfig()
+    names, used = list(OPERATIONS), Counter()
+    for position in range(60):
+        draws = list(rng.generator(1, "augment", 2, position).random(29))
+        for area, ratio in zip(draws[0:20:2], draws[1:20:2], strict=True):
+            target, ratio = 61 * 47 * (0.5 + 0.5 * area), math.exp(math.log(3 / 4) + ratio * math.log(16 / 9))
+            w, h = round((target * ratio) ** 0.5), round((target / ratio) ** 0.5)
+            if w <= 61 and h <= 47:
+                break
+        left, top = int(draws[20] * (62 - w)), int(draws[21] * (48 - h))
+        want = image.resize((SIZE, SIZE), Image.Resampling.BICUBIC, box=(left, top, left + w, top + h))
+        if draws[22] < 0.5:
+            want = ImageOps.mirror(want)
+        for which, whether, sign in (draws[23:26], draws[26:29]):
+            if whether < 0.5:
+                want = timm_operations[names[int(which * 10)]](want, 1 if sign < 0.5 else -1)
+                used[names[int(which * 10)]] += 1
+        np.testing.assert_array_equal(train(encoded(image), position, data=data), array(want))
+    assert len(used) == 10
+
+
+def test_a_large_jpeg_decoded_at_a_fraction_looks_the_same():
+    large = picture(700, 500)
+    jpeg = encoded(large, "JPEG", quality=95)
+    opened = Image.open(io.BytesIO(jpeg))
+    same_pixels = encoded(opened.convert("RGB"))  # a PNG has no draft mode
+    for position in range(8):
+        difference = train(jpeg, position).astype(int) - train(same_pixels, position)
+        assert abs(difference).max() <= 6
+        assert abs(difference).mean() < 1
+
+
+def test_crops_keep_area_and_ratio_and_reach_the_corners():
+    boxes = np.array([plan(p, size=(600, 400)).box for p in range(3000)])
+    left, top, right, bottom = boxes.T
+    share = (right - left) * (bottom - top) / (600 * 400)
+    ratio = (right - left) / (bottom - top)
+    assert 0.495 < share.min() < 0.51 and 0.87 < share.max() < 0.892  # 4:3 at full height
+    assert 0.745 < ratio.min() < 0.77 and 1.3 < ratio.max() < 1.34
+    assert left.min() == 0 and top.min() == 0 and right.max() == 600 and bottom.max() == 400
+
+
+@pytest.mark.parametrize(
+    ("size", "box"), [((400, 40), (173, 0, 226, 40)), ((40, 400), (0, 173, 40, 226)), ((1, 1), (0, 0, 1, 1))]
+)
+def test_a_crop_of_an_extreme_shape_is_the_centre(size, box):
+    assert plan(0, size=size).box == box
+    assert train(encoded(picture(*size))).shape == (3, SIZE, SIZE)
+
+
+# ---- draws -----------------------------------------------------------------------------------------------
+
+
+def test_an_image_depends_on_seed_step_and_position_only():
+    image, data = encoded(picture(), "JPEG"), DataConfig()
+    random.seed(0)
+    np.random.seed(0)
+    states = random.getstate(), np.random.get_state()[1].tolist()
+    first = [train(image, p, data=data) for p in range(6)]
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == states
+    random.seed(1)
+    np.random.seed(1)
+    for p in reversed(range(6)):
+        np.testing.assert_array_equal(train(image, p, data=data), first[p])
+    others = [train(image, 0, data=data, seed=9), train(image, 0, data=data, step=9), first[1]]
+    assert all((other != first[0]).any() for other in others)
+
+
+@given(st.sets(st.sampled_from(FORBIDDABLE)), st.integers(0, 10**9))
+@settings(derandomize=True, max_examples=100, deadline=None, database=None)
+def test_forbidding_takes_away_and_shifts_nothing(forbid, position):
+    free, bound = plan(position), plan(position, forbid)
+    assert bound.box == ((0, 0, 61, 47) if "crop" in forbid else free.box)
+    assert bound.flip == (free.flip and "flip" not in forbid)
+    assert bound.operations == tuple(
+        (name, sign) for name, sign in free.operations if KIND[name] not in forbid
+    )
+
+
+def test_the_config_takes_away_and_shifts_nothing():
+    for position in range(50):
+        free = plan(position)
+        assert plan(position, data=DataConfig(flip=False)) == decode.Plan(free.box, False, free.operations)
+        one = plan(position, data=DataConfig(randaugment_ops=1))
+        assert (one.box, one.flip) == (free.box, free.flip)
+        assert one.operations == free.operations[: len(one.operations)]
+
+
+def test_every_operation_occurs_as_often_as_it_should():
+    plans = [plan(p) for p in range(4000)]
+    counts = Counter(name for p in plans for name, _ in p.operations)
+    signs = Counter(sign for p in plans for _, sign in p.operations)
+    expected = 4000 * 2 * 0.5 / 10
+    assert set(counts) == set(OPERATIONS)
+    assert all(abs(n - expected) < 4 * expected**0.5 for n in counts.values()), counts
+    assert abs(signs[1.0] - signs[-1.0]) < 4 * (10 * expected) ** 0.5
+    assert abs(sum(p.flip for p in plans) - 2000) < 4 * 1000**0.5
+
+
+def test_forbidden_color_leaves_a_flat_image_its_color():
+    flat = encoded(Image.new("RGB", (50, 40), (200, 90, 30)))
+    data = DataConfig(randaugment_ops=4)
+    color = np.array([200, 90, 30], np.uint8)[:, None, None]
+    for position in range(40):
+        assert (train(flat, position, data=data, forbid=["color", "geometric"]) == color).all()
+        centre = train(flat, position, data=data, forbid=["color"])[:, SIZE // 2, SIZE // 2]
+        assert (centre == color[:, 0, 0]).all() or (centre == 128).any()  # shears may bring the border in
+    free = [train(flat, p, data=data, forbid=["geometric"]) for p in range(40)]
+    assert any((out != color).any() for out in free)
+
+
+def test_forbidden_geometry_brings_in_no_border():
+    flat = encoded(Image.new("RGB", (50, 40), (200, 90, 30)))
+    data = DataConfig(randaugment_ops=4)
+    bordered = [
+        any((train(flat, p, data=data, forbid=f) == 128).any() for p in range(40))
+        for f in ([], ["geometric"])
+    ]
+    assert bordered == [True, False]
+
+
+def test_forbidden_flip_keeps_left_left():
+    halves = np.zeros((40, 40, 3), np.uint8)
+    halves[:, 20:] = 255
+    image, data = encoded(Image.fromarray(halves)), DataConfig(randaugment_ops=0)
+
+    def mirrored(position, forbid):
+        out = train(image, position, data=data, forbid=forbid).astype(int)
+        return out[:, :, 0].mean() > out[:, :, -1].mean()
+
+    assert not any(mirrored(p, ["flip"]) for p in range(40))
+    assert 10 < sum(mirrored(p, []) for p in range(40)) < 30
+
+
+def test_forbidden_crop_resizes_the_whole_image():
+    image = encoded(picture())
+    np.testing.assert_array_equal(train(image, 3, forbid=["crop"]), decode_eval(image, SIZE))
+    assert (train(image, 3) != decode_eval(image, SIZE)).any()
+
+
+def test_an_unknown_name_in_forbid_is_not_ignored():
+    with pytest.raises(DecodeError, match="'colour'"):
+        train(encoded(picture()), forbid=["flip", "colour"])
+
+
+# ---- kinds of files --------------------------------------------------------------------------------------
+
+
+def flat_value(data: bytes) -> tuple[int, ...]:
+    """The one colour of a flat image, the same from both functions."""
+    out = decode_eval(data, SIZE)
+    assert (out == out[:, :1, :1]).all()
+    np.testing.assert_array_equal(out, train(data))
+    return tuple(int(v) for v in out[:, 0, 0])
+
+
+@pytest.mark.parametrize("format", ["PNG", "WEBP", "GIF", "BMP"])
+def test_formats(format):
+    image = Image.new("RGB", (20, 14), (255, 0, 102))
+    assert flat_value(encoded(image, format, **({"lossless": True} if format == "WEBP" else {}))) == (
+        255,
+        0,
+        102,
+    )
+
+
+def test_grey_and_palette_become_rgb():
+    assert flat_value(encoded(Image.new("L", (20, 14), 77))) == (77, 77, 77)
+    assert flat_value(encoded(Image.new("L", (20, 14), 77), "JPEG")) == (77, 77, 77)
+    assert flat_value(encoded(Image.new("1", (20, 14), 1))) == (255, 255, 255)
+    assert flat_value(encoded(Image.new("RGB", (20, 14), (255, 51, 0)).convert("P"))) == (255, 51, 0)
+
+
+def test_transparency_becomes_white():
+    assert flat_value(encoded(Image.new("RGBA", (20, 14), (200, 10, 10, 0)))) == (255, 255, 255)
+    assert flat_value(encoded(Image.new("RGBA", (20, 14), (200, 10, 10, 255)))) == (200, 10, 10)
+    assert flat_value(encoded(Image.new("LA", (20, 14), (0, 51)))) == (204, 204, 204)
+    palette = Image.new("RGB", (20, 14), (255, 51, 0)).convert("P")
+    index = palette.getpixel((0, 0))
+    assert flat_value(encoded(palette, transparency=index)) == (255, 255, 255)
+    assert flat_value(encoded(palette, transparency=index + 1)) == (255, 51, 0)
+    assert flat_value(encoded(Image.new("RGB", (20, 14), (1, 2, 3)), transparency=(1, 2, 3))) == (
+        255,
+        255,
+        255,
+    )
+
+
+def test_cmyk_becomes_rgb():
+    data = encoded(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG", quality=100)
+    red, green, blue = flat_value(data)
+    assert red > 250 and green < 5 and blue < 5
+
+
+def test_sixteen_bits_keep_the_high_byte():
+    grey = Image.fromarray(np.full((14, 20), 0x4DFF, np.uint16))
+    assert grey.mode == "I;16"
+    assert flat_value(encoded(grey)) == (77, 77, 77)
+    rows = (b"\0" + bytes([10, 255, 20, 255, 30, 255]) * 20) * 14
+    assert flat_value(png(20, 14, depth=16, rows=rows)) == (10, 20, 30)
+
+
+# ---- what is refused -------------------------------------------------------------------------------------
+
+GOOD = encoded(picture(), "JPEG")
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "no image bytes"),
+        (None, "no image bytes"),
+        (b"<html>404 not found</html>", "not an image"),
+        (encoded(picture(), "TIFF"), "not an image"),
+        (png(9_000, 9_000), "9000 x 9000 pixels is outside the limits"),
+        (png(40_000, 2), "outside the limits"),
+        (png(60_000, 60_000), "DecompressionBombError"),
+        (png(0, 5), "."),
+        (png(20, 14), "damaged image"),
+        (GOOD[: len(GOOD) // 2], "(?i)truncated"),
+        (GOOD[:-100], "(?i)truncated"),
+        (GOOD[:60], "."),
+        (encoded(picture())[:-200], "damaged image"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_bad_bytes_are_named(data, reason):
+    for call in (lambda: decode_eval(data, SIZE), lambda: train(data)):
+        with pytest.raises(DecodeError, match=reason) as caught:
+            call()
+        assert len(str(caught.value)) < 200 and "0x" not in str(caught.value)
+
+
+@given(st.data())
+@settings(derandomize=True, max_examples=150, deadline=None, database=None)
+def test_damaged_bytes_decode_or_are_refused(data):
+    image = data.draw(st.sampled_from([GOOD, encoded(picture()), encoded(picture().convert("P"), "GIF")]))
+    broken = bytearray(image)
+    for where in data.draw(st.lists(st.integers(0, len(image) - 1), min_size=1, max_size=8)):
+        broken[where] = data.draw(st.integers(0, 255))
+    with contextlib.suppress(DecodeError):
+        assert decode_eval(bytes(broken), 8).shape == (3, 8, 8)
+
+
+def test_running_out_of_memory_is_not_blamed_on_the_record(monkeypatch):
+    def no_memory(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(decode, "_to_rgb", no_memory)
+    with pytest.raises(MemoryError):
+        decode_eval(GOOD, SIZE)
+
+
+def test_data_processes_are_spared_torch():
+    code = "import sys, vlmo_ray.data.decode, vlmo_ray.data.text; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

@@ -1,0 +1,328 @@
+"""The batches of `PairStream`: the same from Ray as from a plain loop, for any workers and any resume.
+
+The oracle is `in_process=True` with one worker, itself compared with order, decoder and tokenizer.
+"""
+
+import dataclasses
+import io
+import pickle
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from vlmo_ray import rng
+from vlmo_ray.config import DataConfig
+from vlmo_ray.data.batch import PairBatch
+from vlmo_ray.data.decode import decode_eval, decode_train
+from vlmo_ray.data.manifest import Manifest, chunk_table, index_parquet, write_manifest
+from vlmo_ray.data.order import Order, Schedule
+from vlmo_ray.data.parts import EvalReader, TrainReader, make_part
+from vlmo_ray.data.pipeline import PairStream, eval_dataset
+from vlmo_ray.data.prefetch import Prefetch, user_error
+from vlmo_ray.data.read import ShardError
+from vlmo_ray.data.store import Store
+from vlmo_ray.data.text import Tokenizer, mask_whole_words, normalise
+from vlmo_ray.errors import UserError
+
+SHARD_ROWS, GROUP_ROWS, CORRUPT = (23, 31, 17), 5, 40
+NUM_ROWS = sum(SHARD_ROWS)  # 71: no batch size divides it
+SCHEDULE = Schedule(((7, 12), (6, 24)), 4)  # 228 rows: 3.2 epochs
+DATA = DataConfig(group_steps=3)
+SHAPE = {"image_size": 16, "max_text_len": 12, "vocab_size": 30522}
+
+
+def record(i: int) -> dict:
+    pixels = np.random.default_rng(i).integers(0, 256, (20, 25, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return {
+        "id": f"pair{i}",
+        "image_id": f"image{i // 2}",
+        "image": file.getvalue()[: 60 if i == CORRUPT else None],
+        "text": f"A photo of number {i % 9}.",
+        "forbid": ["flip"] if i % 3 == 0 else [],
+    }
+
+
+def make_data_set(folder: Path) -> Manifest:
+    store, names, first = Store(str(folder)), [], 0
+    kinds = {"id": pa.string(), "image_id": pa.string(), "image": pa.binary(), "text": pa.string()}
+    schema = pa.schema({**kinds, "forbid": pa.list_(pa.string())})
+    for n in SHARD_ROWS:
+        table = pa.Table.from_pylist([record(i) for i in range(first, first + n)], schema)
+        names.append(f"part-{first:02d}.parquet")
+        with store.create(names[-1]) as file:
+            pq.write_table(table, file, row_group_size=GROUP_ROWS, write_page_checksum=True)
+        first += n
+    return write_manifest(str(folder), "parquet", chunk_table(index_parquet(store, names)))
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory) -> Manifest:
+    return make_data_set(tmp_path_factory.mktemp("pairs"))
+
+
+def batches(manifest: Manifest, start=0, stop=None, rank=0, num_workers=1, **options) -> list[PairBatch]:
+    stop = SCHEDULE.total_steps if stop is None else stop
+    options = {"in_process": True, "data": DATA, "schedule": SCHEDULE, "seed": 3} | SHAPE | options
+    with PairStream(
+        manifest, start=start, stop=stop, rank=rank, num_workers=num_workers, **options
+    ) as stream:
+        return list(stream)
+
+
+def global_batches(manifest: Manifest, num_workers: int, **options) -> list[PairBatch]:
+    workers = [batches(manifest, rank=r, num_workers=num_workers, **options) for r in range(num_workers)]
+    return [PairBatch.concatenate(parts) for parts in zip(*workers, strict=True)]
+
+
+def assert_equal(found: list[PairBatch], wanted: list[PairBatch]) -> None:
+    assert len(found) == len(wanted)
+    for a, b in zip(found, wanted, strict=True):
+        for f in dataclasses.fields(PairBatch):
+            x, y = getattr(a, f.name), getattr(b, f.name)
+            if isinstance(x, torch.Tensor):
+                assert x.dtype == y.dtype and torch.equal(x, y), f.name
+            else:
+                assert x == y, f.name
+
+
+@pytest.fixture(scope="module")
+def wanted(manifest) -> list[PairBatch]:
+    return batches(manifest)
+
+
+def test_rows_are_what_order_decoder_and_tokenizer_say(manifest, wanted):
+    order = Order(manifest.chunk_rows, 3, SCHEDULE, DATA.group_steps)
+    first_row = np.cumsum(manifest.chunk_rows) - manifest.chunk_rows
+    tokenizer = Tokenizer(SHAPE["max_text_len"])
+    for step, batch in enumerate(wanted):
+        rows = order.part_rows(order.group(step), 0, SCHEDULE.num_slices(step), step, step + 1)
+        assert batch.position.tolist() == list(range(SCHEDULE.batch_size(step)))
+        for q, (chunk, row) in enumerate(zip(rows.chunk, rows.row, strict=True)):
+            i = int(first_row[chunk] + row)
+            source = record(i)
+            assert batch.ids[q] == source["id"]
+            if i == CORRUPT:
+                assert not batch.valid[q]
+                continue
+            image = decode_train(source["image"], 16, DATA, source["forbid"], 3, step, q)
+            ids, mask, word = tokenizer.encode(source["text"])
+            masked, labels = mask_whole_words(ids, word, 30522, 0.15, rng.generator(3, "mlm", step, q))
+            assert batch.valid[q]
+            assert np.array_equal(batch.image[q], image)
+            assert batch.text_ids[q].tolist() == ids.tolist() and batch.text_mask[q].tolist() == mask.tolist()
+            assert (
+                batch.mlm_ids[q].tolist() == masked.tolist()
+                and batch.mlm_labels[q].tolist() == labels.tolist()
+            )
+            assert batch.image_key[q] == rng.hash_text(source["image_id"])
+            assert batch.text_key[q] == rng.hash_text(normalise(source["text"]))
+
+
+def test_every_pair_once_per_epoch(wanted):
+    ids = [name for batch in wanted for name in batch.ids]
+    for epoch in range(len(ids) // NUM_ROWS - 1):  # in units of whole groups, an epoch ends inside a batch
+        counts = [ids.count(f"pair{i}") for i in range(NUM_ROWS)]
+        assert min(counts) >= epoch + 1 and max(counts) - min(counts) <= 1
+
+
+def test_a_corrupt_record_is_masked_and_named(manifest, wanted):
+    hits = [(batch, batch.ids.index(f"pair{CORRUPT}")) for batch in wanted if f"pair{CORRUPT}" in batch.ids]
+    assert len(hits) >= 3
+    for batch, q in hits:
+        assert not batch.valid[q] and batch.valid.sum() == len(batch) - 1
+        assert (batch.image[q] == 128).all() and (batch.mlm_labels[q] == -100).all()
+        assert batch.text_ids[q].tolist() == [101, 102] + [0] * 10 and batch.text_mask[q].sum() == 2
+        # row 40 is row 17 of the second shard, the third of its row group 3
+        [problem] = batch.problems
+        assert problem.startswith(f"{manifest.uri}/part-23.parquet#3:2: ")
+        assert batch.text_key.tolist().count(int(batch.text_key[q])) == 1
+    assert sum(len(batch.problems) for batch in wanted) == len(hits)
+
+
+@pytest.mark.parametrize("num_workers", [2, 3, 5])
+def test_workers_and_parts_change_nothing(manifest, wanted, num_workers):
+    """With 5 workers and 3 slices, some have no rows in the first phase."""
+    found = global_batches(manifest, num_workers, parts_per_group=num_workers - 1, window_groups=1)
+    assert_equal(found, wanted)
+
+
+@pytest.mark.parametrize("start", [1, 5, 7, 11, 13])
+def test_resume_in_the_middle_of_a_group(manifest, wanted, start):
+    assert_equal(batches(manifest, start=start, num_workers=1, parts_per_group=2), wanted[start:])
+    assert_equal(batches(manifest, stop=start), wanted[:start])
+
+
+def test_a_missing_shard_stops_with_its_address(tmp_path):
+    manifest = make_data_set(tmp_path)
+    (tmp_path / "part-54.parquet").unlink()
+    with pytest.raises(ShardError, match=r"part-54\.parquet#\d"):
+        batches(manifest)
+
+
+def test_prefetch_is_bounded_and_closes_its_source():
+    made, closed = [], threading.Event()
+
+    def source():
+        try:
+            for i in range(100):
+                made.append(i)
+                yield i
+        finally:
+            closed.set()
+
+    ahead = Prefetch(source(), 3)
+    assert next(ahead) == 0
+    time.sleep(0.3)
+    assert len(made) <= 6
+    ahead.close()
+    assert closed.wait(5) and not ahead._thread.is_alive()
+    assert list(ahead) == []
+    closed.clear()
+    for _ in Prefetch(source(), 3):
+        break  # the dropped iterator ends the thread
+    assert closed.wait(5)
+
+
+def test_prefetch_raises_the_error_of_its_source_after_what_came_before():
+    def source():
+        yield 1
+        raise UserError("the reason")
+
+    ahead = Prefetch(source(), 3)
+    assert next(ahead) == 1
+    with pytest.raises(UserError, match="the reason"):
+        next(ahead)
+    assert list(ahead) == []
+
+
+def test_user_error_is_found_in_a_chain():
+    inner = UserError("the reason")
+    outer = RuntimeError("wrapped")
+    outer.__cause__ = inner
+    assert user_error(outer) is inner and user_error(RuntimeError("other")) is None
+
+
+@pytest.mark.ray
+def test_ray_gives_the_same_batches(ray_cluster, manifest, wanted):
+    found = batches(manifest, in_process=False, parts_per_group=2, window_groups=2, cpus=2)
+    assert_equal(found, wanted)
+
+
+@pytest.mark.ray
+def test_two_workers_at_once_and_a_resume(ray_cluster, manifest, wanted):
+    options = {"in_process": False, "start": 4, "stop": 11, "cpus": 0.5}
+    results = {}
+
+    def work(rank):
+        results[rank] = batches(manifest, rank=rank, num_workers=2, **options)
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    found = [PairBatch.concatenate(pair) for pair in zip(results[0], results[1], strict=True)]
+    assert_equal(found, wanted[4:11])
+
+
+@pytest.mark.ray
+def test_large_blocks_that_ray_splits(ray_cluster, manifest, wanted):
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    before = context.target_max_block_size
+    try:
+        context.target_max_block_size = 10_000  # about ten rows
+        assert_equal(batches(manifest, in_process=False, window_groups=3), wanted)
+    finally:
+        context.target_max_block_size = before
+    assert not context.execution_options.preserve_order  # ours are set on the datasets, not here
+
+
+@pytest.mark.ray
+def test_a_missing_shard_stops_ray_with_the_same_sentence(ray_cluster, tmp_path):
+    manifest = make_data_set(tmp_path)
+    (tmp_path / "part-54.parquet").unlink()
+    with pytest.raises(ShardError, match=r"^/.*part-54\.parquet#\d: the shard does not exist"):
+        batches(manifest, in_process=False)
+
+
+@pytest.mark.ray
+def test_closing_early_gives_the_cpus_back(ray_cluster, manifest):
+    import ray
+
+    schedule = Schedule(((1000, 24),), 4)
+    options = {"data": DATA, "schedule": schedule, "seed": 3, "cpus": 2, "prefetch_steps": 2} | SHAPE
+    stream = PairStream(manifest, start=0, stop=1000, **options)
+    for _ in zip(range(5), stream, strict=False):
+        pass
+    started = time.monotonic()
+    stream.close()
+    assert time.monotonic() - started < 8
+    assert not [t for t in threading.enumerate() if t.name == "data"]
+    while ray.available_resources().get("CPU") != 2:
+        assert time.monotonic() - started < 15, ray.available_resources()
+        time.sleep(0.2)
+
+
+@pytest.mark.ray
+def test_no_cpu_for_data_is_an_error_within_seconds(ray_cluster, manifest):
+    import ray
+
+    @ray.remote(num_cpus=2)
+    class Greedy:
+        def ready(self):
+            pass
+
+    greedy = Greedy.remote()
+    ray.get(greedy.ready.remote())
+    started = time.monotonic()
+    with pytest.raises(UserError, match=r"No data task could start within 2 s: it asks for 0\.5 CPU"):
+        batches(manifest, in_process=False, cpus=0.5, cpu_wait_s=2)
+    assert time.monotonic() - started < 10
+    ray.kill(greedy)
+
+
+@pytest.mark.ray
+def test_eval_dataset_is_every_row_in_order(ray_cluster, manifest):
+    dataset = eval_dataset(manifest, image_size=16, max_text_len=12)
+    rows = list(dataset.iter_rows())
+    assert [row["id"] for row in rows] == [f"pair{i}" for i in range(NUM_ROWS)]
+    tokenizer = Tokenizer(12)
+    for i in (0, 30, 70):
+        source, row = record(i), rows[i]
+        assert np.array_equal(row["image"], decode_eval(source["image"], 16))
+        assert row["image_id"] == source["image_id"] and row["text"] == source["text"] and row["valid"]
+        ids, mask, _ = tokenizer.encode(source["text"])
+        assert row["text_ids"].tolist() == ids.tolist() and row["text_mask"].tolist() == mask.tolist()
+    assert [i for i, row in enumerate(rows) if not row["valid"]] == [CORRUPT]
+    assert rows[CORRUPT]["problem"].startswith(f"{manifest.uri}/part-23.parquet#3:2: ")
+    places = [(chunk, row) for chunk, n in enumerate(manifest.chunk_rows) for row in range(n)]
+    assert [(row["chunk"], row["row"]) for row in rows] == places
+    some = eval_dataset(manifest, image_size=16, max_text_len=12, chunks=[2, 0])
+    assert [row["id"] for row in some.iter_rows()] == [f"pair{i}" for i in [*range(10, 15), *range(5)]]
+
+
+def test_a_data_task_needs_no_torch(manifest):
+    """It would cost every data process seconds at its start and hundreds of megabytes."""
+    code = """
+import pickle, sys
+readers, part = pickle.loads(sys.stdin.buffer.read())
+assert all(len(reader(part)["image"]) for reader in readers)
+sys.exit(", ".join({"torch", "ray"} & set(sys.modules)) or None)
+"""
+    readers = TrainReader(manifest.uri, DATA, **SHAPE, seed=3), EvalReader(manifest.uri, 16, 12)
+    order = Order(manifest.chunk_rows, 3, SCHEDULE, DATA.group_steps)
+    part = make_part(manifest, order.part_rows(order.group(0), 0, 1))
+    given = pickle.dumps((readers, part))
+    done = subprocess.run([sys.executable, "-c", code], input=given, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()

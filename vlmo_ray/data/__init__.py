@@ -1,0 +1,1 @@
+"""From object storage to training batches."""

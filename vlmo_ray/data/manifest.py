@@ -1,0 +1,294 @@
+"""The table of a data set's chunks: where each lies, how many rows it has, and its checksum.
+
+A chunk is what is read at once: a row group of a Parquet shard, or a run of records of a WebDataset tar.
+A thousand million pairs are some four million chunks, so there is no Python object per chunk: the manifest is
+six NumPy columns, 32 bytes a chunk. Reading it lists no bucket and opens no shard.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from vlmo_ray.data.store import Store, open_store
+from vlmo_ray.data.tar import TarError, iter_groups, iter_members
+from vlmo_ray.errors import UserError
+
+MANIFEST = "manifest.parquet"
+VERSION = 1
+Format = Literal["parquet", "webdataset"]
+FORBID = ("crop", "flip", "color", "geometric")  # the augmentations that a caption may rule out
+_COLUMNS = {
+    "index": np.int32,
+    "offset": np.int64,
+    "bytes": np.int64,
+    "rows": np.int32,
+    "crc": np.uint32,
+}
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One chunk, small enough to be sent to another process."""
+
+    format: Format
+    shard: str
+    index: int  # row group number, or run number in the tar
+    offset: int
+    bytes: int
+    rows: int
+    crc: int  # zlib.crc32 of bytes [offset, offset + bytes) of the shard
+    forbid: tuple[str, ...] = ()  # of the data set; united with each record's own
+
+
+@dataclass(frozen=True, eq=False)
+class Manifest:
+    """All chunks of a data set, in the order of the shards; C chunks."""
+
+    uri: str
+    format: Format
+    shards: tuple[str, ...]
+    chunk_shard: np.ndarray  # int32 [C], an index into shards
+    chunk_index: np.ndarray  # int32 [C]
+    chunk_offset: np.ndarray  # int64 [C], bytes
+    chunk_bytes: np.ndarray  # int64 [C]
+    chunk_rows: np.ndarray  # int32 [C]
+    chunk_crc: np.ndarray  # uint32 [C]
+    forbid: tuple[str, ...]
+    fingerprint: str  # sha256 over all of the above but the address
+    source: str = ""
+
+    @property
+    def num_chunks(self) -> int:
+        return len(self.chunk_rows)
+
+    @property
+    def num_rows(self) -> int:
+        return int(self.chunk_rows.sum(dtype=np.int64))
+
+    def chunk(self, i: int) -> Chunk:
+        return Chunk(
+            self.format,
+            self.shards[self.chunk_shard[i]],
+            int(self.chunk_index[i]),
+            int(self.chunk_offset[i]),
+            int(self.chunk_bytes[i]),
+            int(self.chunk_rows[i]),
+            int(self.chunk_crc[i]),
+            self.forbid,
+        )
+
+
+def _assemble(uri: str, format: Format, table: pa.Table, forbid: tuple[str, ...], source: str) -> Manifest:
+    """A manifest from a table with a `shard` column, plain or dictionary-encoded, and `_COLUMNS`."""
+    table = table.unify_dictionaries()
+    shard = table.column("shard").combine_chunks()
+    if isinstance(shard, pa.ChunkedArray):  # combine_chunks of a column without rows
+        shard = pa.array([], pa.string())
+    if not pa.types.is_dictionary(shard.type):
+        shard = shard.dictionary_encode()
+    columns = {
+        name: np.ascontiguousarray(table.column(name).to_numpy(), dtype=dtype)
+        for name, dtype in _COLUMNS.items()
+    }
+    number = np.ascontiguousarray(shard.indices.to_numpy(), dtype=np.int32)
+    shards = tuple(shard.dictionary.to_pylist())
+    # Shards are numbered by first appearance, so that equal data sets have equal fingerprints.
+    assert (np.diff(number, prepend=-1) >= 0).all() and (np.diff(number, prepend=-1) <= 1).all()
+    digest = hashlib.sha256(json.dumps([VERSION, format, shards, forbid]).encode())
+    for array in (number, *columns.values()):
+        digest.update(memoryview(array).cast("B") if len(array) else b"")
+    return Manifest(
+        uri,
+        format,
+        shards,
+        number,
+        *(columns[name] for name in _COLUMNS),
+        forbid=forbid,
+        fingerprint=digest.hexdigest(),
+        source=source,
+    )
+
+
+def chunk_table(chunks: list[Chunk]) -> pa.Table:
+    """The table that `write_manifest` takes, from chunk objects in the order of the data set."""
+    columns = {name: np.array([getattr(c, name) for c in chunks], dtype) for name, dtype in _COLUMNS.items()}
+    shard = pa.array([c.shard for c in chunks], pa.string()).dictionary_encode()
+    return pa.table({"shard": shard} | columns)
+
+
+def write_manifest(
+    uri: str, format: Format, chunks: pa.Table, *, forbid: tuple[str, ...] = (), source: str = ""
+) -> Manifest:
+    """Write `manifest.parquet`, the last file of a data set: with it, the data set exists.
+
+    `chunks` has the columns shard, index, offset, bytes, rows, crc, a shard's chunks side by side.
+    """
+    check_forbid(forbid)
+    store = Store(uri)
+    manifest = _assemble(store.uri, format, chunks, tuple(forbid), source)
+    if not manifest.num_rows:
+        raise UserError(f"{store.uri}: not one pair is left, so there is no data set to write")
+    shard = pa.DictionaryArray.from_arrays(manifest.chunk_shard, pa.array(manifest.shards, pa.string()))
+    columns = (getattr(manifest, f"chunk_{name}") for name in _COLUMNS)
+    facts = {
+        "version": VERSION,
+        "format": format,
+        "fingerprint": manifest.fingerprint,
+        "num_rows": manifest.num_rows,
+        "forbid": manifest.forbid,
+        "source": source,
+    }
+    table = pa.table([shard, *columns], names=["shard", *_COLUMNS])
+    table = table.replace_schema_metadata({"vlmo": json.dumps(facts)})
+    with store.create(MANIFEST) as file:
+        pq.write_table(table, file, compression="zstd", write_page_checksum=True)
+    return manifest
+
+
+def load_manifest(uri: str) -> Manifest:
+    """The manifest of the data set at `uri`; UserError if there is none, or it is damaged or too new."""
+    store = open_store(uri)
+    address = store.address(MANIFEST)
+    try:
+        data = store.read(MANIFEST)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{address} does not exist: {store.uri} is not a prepared data set; run `vlmo prepare` first"
+        ) from error
+    try:
+        table = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True).read()
+        facts = json.loads(table.schema.metadata[b"vlmo"])
+        version = facts["version"]
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{address} is not a manifest or is damaged ({error}); prepare it again") from error
+    if version != VERSION:
+        raise UserError(
+            f"{address} has version {version}, this program reads version {VERSION}; "
+            "prepare the data set again, or install the version of vlmo-ray that made it"
+        )
+    manifest = _assemble(store.uri, facts["format"], table, tuple(facts["forbid"]), facts["source"])
+    if (manifest.fingerprint, manifest.num_rows) != (facts["fingerprint"], facts["num_rows"]):
+        raise UserError(f"{address} does not have the fingerprint that it states; prepare the data set again")
+    return manifest
+
+
+def check_forbid(forbid: tuple[str, ...]) -> None:
+    """UserError unless every name is one of `FORBID`."""
+    for name in forbid:
+        if name not in FORBID:
+            raise UserError(f"forbid={name!r} is not an augmentation; choose from {', '.join(FORBID)}")
+
+
+def row_group_range(footer: pq.FileMetaData, index: int) -> tuple[int, int]:
+    """Offset and length of the bytes that hold row group `index`: its column chunks lie side by side."""
+    group = footer.row_group(index)
+    starts, ends = [], []
+    for i in range(group.num_columns):
+        column = group.column(i)
+        start = column.data_page_offset
+        if column.has_dictionary_page and column.dictionary_page_offset:
+            start = min(start, column.dictionary_page_offset)
+        starts.append(start)
+        ends.append(start + column.total_compressed_size)
+    return min(starts), max(ends) - min(starts)
+
+
+def _check_columns(address: str, schema: pa.Schema) -> None:
+    kinds = {
+        "id": (pa.string(), pa.large_string()),
+        "image_id": (pa.string(), pa.large_string()),
+        "image": (pa.binary(), pa.large_binary()),
+        "text": (pa.string(), pa.large_string()),
+    }
+    for name, types in kinds.items():
+        have = schema.field(name).type if name in schema.names else "missing"
+        if have not in types:
+            raise UserError(
+                f"{address}: the column {name!r} is {have}, not {types[0]}; "
+                "rewrite the data set with `vlmo prepare parquet` instead of indexing it"
+            )
+
+
+def parquet_chunks(file: pa.NativeFile, name: str) -> list[Chunk]:
+    """The chunks of one open Parquet file; reads every byte once, for the checksums."""
+    footer, chunks = pq.read_metadata(file), []
+    for index in range(footer.num_row_groups):
+        if rows := footer.row_group(index).num_rows:
+            offset, length = row_group_range(footer, index)
+            file.seek(offset)
+            chunks.append(Chunk("parquet", name, index, offset, length, rows, zlib.crc32(file.read(length))))
+    return chunks
+
+
+def index_parquet(store: Store, names: list[str]) -> list[Chunk]:
+    """The chunks of Parquet shards that already have our columns; UserError for other columns."""
+    chunks = []
+    for name in names:
+        address = store.address(name)
+        try:
+            with store.open_input(name) as file:
+                _check_columns(address, pq.read_schema(file))
+                chunks += parquet_chunks(file, name)
+        except FileNotFoundError as error:
+            raise UserError(f"{address} does not exist") from error
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{address} cannot be read as Parquet: {error}") from error
+    return chunks
+
+
+def index_tar(store: Store, names: list[str], rows_per_chunk: int = 256) -> list[Chunk]:
+    """The chunks of plain tars: runs of `rows_per_chunk` records; reads every byte once, in order."""
+    chunks = []
+    for name in names:
+        index = start = end = rows = crc = 0
+        try:
+            with store.open_stream(name) as file:
+                for group in iter_groups(iter_members(file.read)):
+                    if rows == rows_per_chunk:
+                        chunks.append(Chunk("webdataset", name, index, start, end - start, rows, crc))
+                        index, rows, crc = index + 1, 0, 0
+                    if rows == 0 and not group.is_record:
+                        continue
+                    if rows == 0:
+                        start = end = group.offset
+                    for data in group.raw:
+                        crc = zlib.crc32(data, crc)
+                        end += len(data)
+                    rows += group.is_record
+            if rows:
+                chunks.append(Chunk("webdataset", name, index, start, end - start, rows, crc))
+        except FileNotFoundError as error:
+            raise UserError(f"{store.address(name)} does not exist") from error
+        except (TarError, OSError) as error:
+            raise UserError(f"{store.address(name)}: {error}; fetch or make this tar again") from error
+    return chunks
+
+
+def check_shards(manifest: Manifest, store: Store | None = None, sample: int = 64) -> None:
+    """UserError if a shard is missing or cut short; looks at `sample` shards, evenly spaced."""
+    last = np.flatnonzero(np.diff(manifest.chunk_shard, append=len(manifest.shards)))
+    store = store or Store(manifest.uri)
+    picks = np.unique(np.linspace(0, len(last) - 1, min(sample, len(last))).astype(int))
+
+    def check(pick: int) -> None:
+        chunk = manifest.chunk(last[pick])
+        size, want = store.size(chunk.shard), chunk.offset + chunk.bytes
+        if size is None:
+            raise UserError(f"{store.address(chunk.shard)} is named in the manifest but does not exist")
+        if size < want:
+            raise UserError(
+                f"{store.address(chunk.shard)} has {size} bytes, its manifest needs {want}: it is cut short "
+                "or was replaced; copy it again, or prepare the data set again"
+            )
+
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(check, picks.tolist()))

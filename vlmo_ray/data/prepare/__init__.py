@@ -1,0 +1,228 @@
+"""One entrance for all public formats: make a data set of one, or index what is already in shards."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+import json
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+
+import pyarrow as pa
+
+from vlmo_ray.data.manifest import (
+    MANIFEST,
+    check_forbid,
+    chunk_table,
+    index_parquet,
+    index_tar,
+    write_manifest,
+)
+from vlmo_ray.data.prepare import shuffle
+from vlmo_ray.data.prepare.karpathy import Karpathy
+from vlmo_ray.data.prepare.parquet import Parquet
+from vlmo_ray.data.prepare.shards import write_dataset
+from vlmo_ray.data.prepare.source import Source
+from vlmo_ray.data.prepare.stage import WORK, ray_session, results, run_stage
+from vlmo_ray.data.prepare.table import Table
+from vlmo_ray.data.prepare.webdataset import WebDataset
+from vlmo_ray.data.store import Store, open_store
+from vlmo_ray.errors import UserError
+
+__all__ = ["FORMATS", "Counts", "prepare", "write_dataset"]
+
+FORMATS = {"karpathy": Karpathy, "webdataset": WebDataset, "parquet": Parquet, "table": Table}
+STATE, DROPPED = "prepare.json", "dropped.jsonl"
+
+
+@dataclass
+class Counts:
+    """What became of the pairs of the source: `read == kept + sum(dropped.values())`."""
+
+    read: int = 0
+    kept: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)  # by reason
+
+    def __str__(self) -> str:
+        lines = [f"{self.read:,} pairs read, {self.kept:,} kept, {self.read - self.kept:,} dropped"]
+        return "\n".join(lines + [f"  {n:,}: {reason}" for reason, n in sorted(self.dropped.items())])
+
+
+def prepare(
+    format: str,
+    source: str,
+    out: str | None = None,
+    *,
+    index: bool = False,
+    seed: int = 0,
+    memory: int = 1 << 30,
+    shard_bytes: int = 256 << 20,
+    rows_per_group: int = 256,
+    verify: bool = False,
+    forbid: tuple[str, ...] = (),
+    **options,
+) -> Counts:
+    """Turn `source`, in one of `FORMATS`, into shuffled shards and a manifest at `out`; say what was kept.
+
+    `index=True` (webdataset, parquet) rewrites nothing: it adds a manifest beside the shards of `source`, in
+    their order. Such a data set is not shuffled here and ids are not compared; training still shuffles.
+
+    `memory` is how many bytes of pairs one task may hold, besides some 200 MB for the process; `verify`
+    decodes every image to its last pixel instead of reading its header; `forbid` lists augmentations that
+    would make captions untrue; `options` are those of the format's class. Stopped at any point, the same call
+    goes on where it was; when finished, it returns its counts again. Dropped pairs are listed in
+    `OUT/dropped.jsonl`. Two calls must not run at the same time with one `out`. Raises UserError for what the
+    user can mend.
+    """
+    check_forbid(tuple(forbid))
+    opened = _open_source(format, source, options)
+    if rows_per_group < 1 or memory < 1 << 20 or shard_bytes < 1:
+        raise UserError("rows_per_group and shard_bytes must be at least 1, memory at least 1 MiB (1048576)")
+    place = _place(opened, out, index)
+    splits = opened.splits()
+    plan = [(split.name, split.bytes) for split in splits]
+    state = {
+        "version": 1,  # of the files in the work folder: a newer program must not go on with older ones
+        "format": format,
+        "source": opened.uri,
+        # with the splits, as other splits would not fit the markers of an earlier, unfinished run
+        "listing": hashlib.sha256(repr((opened.listing, plan)).encode()).hexdigest(),
+        "index": index,
+        "rows_per_group": rows_per_group,
+        "forbid": sorted(forbid),
+        "options": {name: str(value) for name, value in options.items()},
+    }
+    if not index:
+        state |= {"seed": seed, "memory": memory, "shard_bytes": shard_bytes, "verify": verify}
+    finished = _begin(place, state, index)
+    if finished is None:
+        with ray_session():
+            if index:
+                finished = _index(opened, place, rows_per_group, memory, forbid)
+            else:
+                buckets = shuffle.num_buckets(sum(split.bytes for split in splits), memory)
+                job = shuffle.Job(opened, place, seed, buckets, memory, shard_bytes, rows_per_group, verify)
+                finished = _shuffle(job, forbid, state["source"])
+        place.write(STATE, json.dumps(state | {"counts": asdict(finished)}, indent=1).encode())
+    place.delete_folder(WORK)
+    return finished
+
+
+def _open_source(format: str, uri: str, options: dict) -> Source:
+    if format not in FORMATS:
+        raise UserError(f"{format!r} is not a format; choose from {', '.join(FORMATS)}")
+    known = list(inspect.signature(FORMATS[format]).parameters)[1:]
+    for name in options:
+        if name not in known:
+            raise UserError(f"{name!r} is not an option of {format}; it has {', '.join(known) or 'none'}")
+    return FORMATS[format](uri, **options)
+
+
+def _place(source: Source, out: str | None, index: bool) -> Store:
+    """Where to write, after a check that it is a sensible place."""
+    store = getattr(source, "store", None)
+    if index:
+        if store is None:
+            raise UserError("only webdataset and parquet sources can be indexed; leave out `index`")
+        if out is not None and Store(out).uri != store.uri:
+            raise UserError(f"index=True writes beside the shards, in {store.uri}; leave out {out!r}")
+        return store
+    if out is None:
+        raise UserError("say where to write the data set (only index=True writes beside the source)")
+    place = Store(out)
+    if store is not None and f"{place.uri}/".startswith(f"{store.uri}/"):
+        raise UserError(f"{place.uri} lies inside of the source {store.uri}; write to another place")
+    return open_store(out, create=True)
+
+
+def _begin(out: Store, state: dict, index: bool) -> Counts | None:
+    """Claim `out` for this preparation; the counts if it is already finished.
+
+    With `index`, `out` is somebody's source: no message may advise to delete it.
+    """
+    state = json.loads(json.dumps(state))
+    again = f"delete {STATE} and {MANIFEST} there" if index else "delete it, or choose another place"
+    try:
+        found = out.read(STATE)
+    except FileNotFoundError:
+        in_the_way = [n for n in out.list() if n == MANIFEST or n.startswith(f"{WORK}/") or not index][:1]
+        if in_the_way:
+            raise UserError(
+                f"{out.address(in_the_way[0])} is in the way, and was not made by this command; "
+                + ("move it" if index else "write to an empty place")
+            ) from None
+        out.write(STATE, json.dumps(state, indent=1).encode())
+        return None
+    try:
+        before = dict(json.loads(found))
+        counts = before.pop("counts", None)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{out.uri} has a {STATE} that cannot be read; {again}") from error
+    if before != state:
+        told = []
+        for key in state | before:
+            if key == "listing" and before.get(key) != state.get(key):
+                told.append("the source has changed")
+            elif before.get(key) != state.get(key):
+                told.append(f"{key} was {before.get(key)!r}, is now {state.get(key)!r}")
+        raise UserError(f"{out.uri} holds another preparation ({'; '.join(told)}); {again}")
+    return Counts(**counts) if counts is not None and out.exists(MANIFEST) else None
+
+
+def _shuffle(job: shuffle.Job, forbid: Iterable[str], source: str) -> Counts:
+    splits = list(enumerate(job.source.splits()))
+    run_stage(job.out, "scatter", splits, functools.partial(shuffle.scatter, job), job.memory)
+    pieces, tally, listed = [], Counter(), []
+    num_read = 0
+    for result in results(job.out, "scatter", len(splits)):
+        pieces.append(result["pieces"])
+        num_read += result["read"]
+        tally.update(result["dropped"])
+        listed += result["listed"][: shuffle.MAX_LISTED - len(listed)]
+    buckets = list(range(job.num_buckets))
+    run_stage(job.out, "gather", buckets, functools.partial(shuffle.gather, job, pieces), job.memory)
+    tables = []
+    for result in results(job.out, "gather", len(buckets)):
+        tables.append(chunk_table(shuffle.unpack_chunks("parquet", result["chunks"])))
+        tally.update(result["dropped"])
+        listed += result["listed"][: shuffle.MAX_LISTED - len(listed)]
+    counts = Counts(num_read, num_read - tally.total(), dict(sorted(tally.items())))
+    lines = [json.dumps(entry) for entry in listed]
+    if tally.total() > len(listed):
+        lines.append(
+            json.dumps({"note": f"{tally.total() - len(listed)} more were dropped and are not listed"})
+        )
+    job.out.write(DROPPED, "".join(f"{line}\n" for line in lines).encode())
+    if not counts.kept:
+        raise UserError(f"no pair of {source} is left:\n{counts}\nsee {job.out.address(DROPPED)}")
+    manifest = write_manifest(
+        job.out.uri, "parquet", pa.concat_tables(tables), forbid=tuple(forbid), source=source
+    )
+    assert manifest.num_rows == counts.kept, (manifest.num_rows, counts)
+    return counts
+
+
+def _index_shard(store: Store, format: str, rows_per_chunk: int, name: str) -> dict:
+    make = (
+        index_parquet if format == "parquet" else functools.partial(index_tar, rows_per_chunk=rows_per_chunk)
+    )
+    return {"chunks": shuffle.pack_chunks(make(store, [name]))}
+
+
+def _index(source: Source, out: Store, rows_per_chunk: int, memory: int, forbid: Iterable[str]) -> Counts:
+    format = "parquet" if isinstance(source, Parquet) else "webdataset"
+    names = [split.name for split in source.splits()]
+    if compressed := [name for name in names if name.endswith(("gz", "tgz"))]:
+        raise UserError(
+            f"{out.address(compressed[0])} is compressed, so that no part of it can be read alone; "
+            "unpack it, or rewrite the data set by leaving out `index`"
+        )
+    run_stage(out, "index", names, functools.partial(_index_shard, out, format, rows_per_chunk), memory)
+    tables = [
+        chunk_table(shuffle.unpack_chunks(format, result["chunks"]))
+        for result in results(out, "index", len(names))
+    ]
+    manifest = write_manifest(out.uri, format, pa.concat_tables(tables), forbid=tuple(forbid), source=out.uri)
+    return Counts(manifest.num_rows, manifest.num_rows)

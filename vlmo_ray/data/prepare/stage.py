@@ -1,0 +1,84 @@
+"""Work in many tasks on Ray, each leaving a done-marker, so that a second run does only the rest."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import pickle
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from vlmo_ray.data.store import Store
+from vlmo_ray.errors import UserError
+
+WORK = "_vlmo_prepare"  # deleted at the end, so never a name that somebody else might have chosen
+_WORKER_BYTES = 256 << 20  # a Python worker with pyarrow and Pillow, before it holds any data
+_MAX_BLOCKS = 4096  # Ray Data needs about 25 ms for each
+
+
+@contextlib.contextmanager
+def ray_session() -> Iterator[None]:
+    """The caller's Ray if it is initialised; else a local one, shut down at the end."""
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    # No data goes through the object store, only task descriptions.
+    ray.init(
+        address="local", include_dashboard=False, object_store_memory=200_000_000, logging_level="WARNING"
+    )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def run_stage(out: Store, stage: str, tasks: list, work: Callable[[Any], dict], memory: int) -> None:
+    """Call `work(task)` for every task that has no marker, and write its result as its marker.
+
+    `work` must have written all its data when it returns, must give the same result if called again, and
+    holds at most `memory` bytes; Ray is told, and runs as many at once as fit. A failed task is a UserError.
+    """
+    import ray.data
+
+    done = {name.rpartition("/")[2] for name in out.list(f"{WORK}/{stage}/")}
+    left = [(i, task) for i, task in enumerate(tasks) if _marker(i) not in done]
+    if not left:
+        return
+    need = memory + _WORKER_BYTES
+    largest = max((n["Resources"].get("memory", 0) for n in ray.nodes() if n["Alive"]), default=0)
+    if need > largest:  # Ray would wait for ever
+        raise UserError(
+            f"memory={memory} needs {need >> 20} MiB for one task, and the largest Ray node offers "
+            f"{int(largest) >> 20} MiB; choose a smaller memory"
+        )
+
+    def do(batch: dict) -> dict:
+        (item,) = batch["task"]
+        i, task = pickle.loads(item)
+        try:
+            out.write(f"{WORK}/{stage}/{_marker(i)}", json.dumps(work(task)).encode())
+        except (UserError, OSError) as error:  # as data, since Ray turns exceptions into others
+            return {"error": [str(error)]}  # an OSError here: the disk is full, or a piece has been deleted
+        return {"error": [""]}
+
+    items = [{"task": pickle.dumps(item)} for item in left]
+    dataset = ray.data.from_items(items, override_num_blocks=min(len(items), _MAX_BLOCKS))
+    dataset.context.enable_progress_bars = dataset.context.enable_progress_bars and len(items) > 8
+    dataset = dataset.map_batches(do, batch_size=1, num_cpus=1, memory=need)
+    for row in dataset.iter_rows():  # in the order in which tasks end
+        if row["error"]:
+            raise UserError(row["error"])
+
+
+def results(out: Store, stage: str, num_tasks: int) -> Iterator[dict]:
+    """The results of a finished stage, in the order of its tasks."""
+    with ThreadPoolExecutor(16) as pool:
+        names = (f"{WORK}/{stage}/{_marker(i)}" for i in range(num_tasks))
+        yield from map(json.loads, pool.map(out.read, names))
+
+
+def _marker(i: int) -> str:
+    return f"{i:07d}.json"

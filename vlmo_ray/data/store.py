@@ -1,0 +1,348 @@
+"""A folder or a bucket prefix behind one small interface, with errors that say what to mend."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import os
+import re
+import tempfile
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import pyarrow as pa
+from pyarrow import fs as pafs
+
+from vlmo_ray.errors import UserError
+
+_CONNECT_S, _REQUEST_S, _ATTEMPTS = 2, 30, 3
+_STREAM_BYTES = 4 << 20
+_TEMPORARY = ".vlmo-tmp-"
+
+
+@dataclass(frozen=True)
+class _S3Settings:
+    """What a connection depends on; connections are cached by it, so a changed environment is noticed."""
+
+    endpoint: str
+    region: str
+    key: str
+    secret: str
+    token: str
+
+
+def _settings() -> _S3Settings:
+    env = os.environ.get
+    return _S3Settings(
+        endpoint=env("AWS_ENDPOINT_URL_S3") or env("AWS_ENDPOINT_URL") or "",
+        region=env("AWS_REGION") or env("AWS_DEFAULT_REGION") or "us-east-1",
+        key=env("AWS_ACCESS_KEY_ID") or "",
+        secret=env("AWS_SECRET_ACCESS_KEY") or "",
+        token=env("AWS_SESSION_TOKEN") or "",
+    )
+
+
+@functools.lru_cache(maxsize=4)
+def _s3_filesystem(s: _S3Settings) -> pafs.S3FileSystem:
+    scheme, _, host = s.endpoint.rpartition("://")
+    return pafs.S3FileSystem(
+        access_key=s.key or None,
+        secret_key=s.secret or None,
+        session_token=s.token or None,
+        region=s.region,
+        endpoint_override=host.rstrip("/") or None,
+        scheme=scheme or "https",
+        connect_timeout=_CONNECT_S,
+        request_timeout=_REQUEST_S,
+        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=_ATTEMPTS),
+    )
+
+
+@functools.lru_cache(maxsize=4)
+def _s3_client(s: _S3Settings, probe: bool = False):
+    import boto3  # slow to import, and not needed to read a folder
+    from botocore.config import Config
+
+    options = {}
+    if s.endpoint and not os.environ.get("AWS_REQUEST_CHECKSUM_CALCULATION"):
+        # Other servers than AWS often refuse the trailing checksums that boto3 sends unasked.
+        options["request_checksum_calculation"] = "when_required"
+    config = Config(
+        connect_timeout=_CONNECT_S,
+        read_timeout=4 if probe else _REQUEST_S,
+        retries={"total_max_attempts": 2 if probe else _ATTEMPTS, "mode": "standard"},
+        max_pool_connections=32,
+        **options,
+    )
+    endpoint = s.endpoint if "://" in s.endpoint or not s.endpoint else f"https://{s.endpoint}"
+    # a new session: boto3's default one remembers the first credentials that it saw
+    session = boto3.session.Session(
+        aws_access_key_id=s.key or None,
+        aws_secret_access_key=s.secret or None,
+        aws_session_token=s.token or None,
+        region_name=s.region,
+    )
+    return session.client("s3", endpoint_url=endpoint or None, config=config)
+
+
+@contextlib.contextmanager
+def _explained(address: str) -> Iterator[None]:
+    """Turn what the S3 libraries raise about `address` into FileNotFoundError or a UserError."""
+    import boto3.exceptions
+    import botocore.exceptions as aws
+
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{address} does not exist") from error
+    except (OSError, ValueError, aws.BotoCoreError, aws.ClientError, boto3.exceptions.Boto3Error) as error:
+        if isinstance(error, UserError):
+            raise
+        code = _code(error)
+        if code in ("NoSuchKey", "NO_SUCH_KEY"):
+            raise FileNotFoundError(f"{address} does not exist") from error
+        raise UserError(f"{address}: {_reason(code, error, address)}") from error
+
+
+def _code(error: Exception) -> str:
+    """The S3 error code, HTTP status, exception name or curl code: what the libraries leave us to go by."""
+    import botocore.exceptions as aws
+
+    if isinstance(error.__context__, aws.ClientError):  # a failed upload has it only there
+        error = error.__context__
+    if isinstance(error, aws.ClientError):
+        return error.response["Error"]["Code"]
+    for pattern in (r"HTTP status (\d+)", r"(curlCode: \d+)", r"AWS Error (\w+)"):
+        if found := re.search(pattern, str(error)):
+            return found.group(1)
+    return type(error).__name__
+
+
+def _reason(code: str, error: Exception, address: str) -> str:
+    where = _settings().endpoint or "AWS"
+    bucket = address.removeprefix("s3://").split("/")[0]
+    match code:
+        case "NoSuchBucket" | "NO_SUCH_BUCKET":
+            return f"the bucket {bucket!r} does not exist at {where}; create it or correct the address"
+        case "NoCredentialsError" | "PartialCredentialsError":
+            return "there are no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        case (
+            "InvalidAccessKeyId"
+            | "INVALID_ACCESS_KEY_ID"
+            | "InvalidClientTokenId"
+            | "INVALID_CLIENT_TOKEN_ID"
+        ):
+            return f"{where} does not know the access key; check AWS_ACCESS_KEY_ID"
+        case "SignatureDoesNotMatch" | "SIGNATURE_DOES_NOT_MATCH":
+            return f"{where} refuses the signature; check AWS_SECRET_ACCESS_KEY"
+        case "ExpiredToken" | "RequestExpired" | "REQUEST_EXPIRED":
+            return "the session token has expired; renew AWS_SESSION_TOKEN"
+        case "AccessDenied" | "ACCESS_DENIED" | "403" | "Forbidden":
+            return f"{where} denies access; check the keys and their rights on the bucket {bucket!r}"
+        case "PermanentRedirect" | "AuthorizationHeaderMalformed" | "301":
+            return f"the bucket is not in the region {_settings().region!r}; set AWS_REGION"
+        case "SSLError" | "curlCode: 35" | "curlCode: 60":
+            return f"no TLS connection with {where}; for a plain server AWS_ENDPOINT_URL begins with http://"
+        case "EndpointConnectionError" | "ConnectTimeoutError" | "ReadTimeoutError" | "ConnectionClosedError":
+            return f"cannot reach {where}; check AWS_ENDPOINT_URL and the network"
+        case "curlCode: 6" | "curlCode: 7" | "curlCode: 28":
+            return f"cannot reach {where}; check AWS_ENDPOINT_URL and the network"
+        case "ValueError" if "endpoint" in str(error):
+            return f"AWS_ENDPOINT_URL={where!r} is not a URL such as http://host:port"
+        case "404":
+            return f"{where} answers 404 Not Found: is AWS_ENDPOINT_URL that of an S3 server?"
+    return str(error)
+
+
+@contextlib.contextmanager
+def _explained_folder(address: str) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{address} does not exist") from error
+    except PermissionError as error:
+        raise UserError(f"{address}: permission denied; check who owns it") from error
+    except IsADirectoryError as error:
+        raise UserError(f"{address} is a folder, where a file is to be written") from error
+    except OSError as error:
+        if error.errno in (errno.ENOTDIR, errno.ENAMETOOLONG) or os.path.isdir(address):
+            raise FileNotFoundError(f"{address} does not exist or is a folder") from error
+        raise UserError(f"{address}: {error}") from error
+
+
+@dataclass(frozen=True)
+class Store:
+    """A folder or `s3://bucket/prefix`; names are relative to it, with `/` between parts.
+
+    Picklable: only the address travels, and another process connects anew with its own AWS variables.
+    A missing name is a FileNotFoundError; every other failure is a UserError that names the address.
+    """
+
+    uri: str
+
+    def __post_init__(self) -> None:
+        uri = self.uri
+        if uri.startswith("s3://"):
+            uri = "s3://" + uri.removeprefix("s3://").strip("/")
+            if uri == "s3://":
+                raise UserError(f"{self.uri!r} names no bucket; write s3://bucket/prefix")
+        else:
+            path = uri.removeprefix("file://")
+            if "://" in path:
+                raise UserError(f"{self.uri!r}: only folders and s3:// addresses can be opened")
+            # Absolute, since another process may have another working directory.
+            uri = os.path.abspath(os.path.expanduser(path))
+        object.__setattr__(self, "uri", uri)
+
+    @property
+    def is_s3(self) -> bool:
+        return self.uri.startswith("s3://")
+
+    @property
+    def root(self) -> str:
+        return self.uri.removeprefix("s3://") if self.is_s3 else self.uri
+
+    @property
+    def fs(self) -> pafs.FileSystem:
+        return _s3_filesystem(_settings()) if self.is_s3 else pafs.LocalFileSystem()
+
+    def path(self, name: str) -> str:
+        """`name` as `fs` wants it."""
+        return f"{self.root.rstrip('/')}/{name}" if name else self.root
+
+    def address(self, name: str) -> str:
+        """`name` as a person wants it."""
+        return f"{self.uri.rstrip('/')}/{name}" if name else self.uri
+
+    def _bucket_key(self, name: str) -> tuple[str, str]:
+        bucket, _, key = self.path(name).partition("/")
+        return bucket, key
+
+    def _errors(self, name: str):
+        return (_explained if self.is_s3 else _explained_folder)(self.address(name))
+
+    def open_input(self, name: str) -> pa.NativeFile:
+        """The file for reading at random places."""
+        with self._errors(name):
+            return self.fs.open_input_file(self.path(name))
+
+    def open_stream(self, name: str) -> pa.NativeFile:
+        """The file for reading from beginning to end."""
+        with self._errors(name):
+            return self.fs.open_input_stream(self.path(name), compression=None, buffer_size=_STREAM_BYTES)
+
+    def read(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
+        """`length` bytes from `offset` (all the rest by default); fewer only where the file ends."""
+        with self._errors(name), self.fs.open_input_file(self.path(name)) as file:
+            return file.read_at(file.size() - offset if length is None else length, offset)
+
+    def write(self, name: str, data: bytes) -> None:
+        """The whole file at once: a reader sees all of it or none."""
+        with self.create(name) as file:
+            file.write(data)
+
+    @contextlib.contextmanager
+    def create(self, name: str) -> Iterator[BinaryIO]:
+        """A local binary file to write and re-read; it becomes `name` when the block ends without an error.
+
+        In a folder it is a temporary file beside `name`, renamed at the end; for a bucket it is uploaded
+        at the end, in one or several parts, and appears when the last has arrived.
+        """
+        target = None if self.is_s3 else Path(self.path(name))
+        with contextlib.ExitStack() as stack:
+            with self._errors(name):
+                if target:
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                folder = target.parent if target else Path(tempfile.gettempdir())
+                temporary = folder / f"{_TEMPORARY}{uuid.uuid4().hex}"
+                mode = 0o666 if target else 0o600  # other people can look into the common temporary folder
+                file = os.fdopen(os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, mode), "w+b")
+            stack.callback(temporary.unlink, missing_ok=True)
+            stack.enter_context(file)
+            yield file
+            with self._errors(name):
+                file.flush()
+                if target:
+                    os.fsync(file.fileno())
+                    os.replace(temporary, target)
+                else:
+                    # boto3, because pyarrow's stream completes the upload even when it is closed by an error
+                    _s3_client(_settings()).upload_file(str(temporary), *self._bucket_key(name))
+
+    def sizes(self, prefix: str = "") -> dict[str, int]:
+        """Name -> bytes of every file below, in the order of names."""
+        folder = prefix.rpartition("/")[0]
+        with self._errors(prefix):
+            selector = pafs.FileSelector(self.path(folder), allow_not_found=True, recursive=True)
+            infos = self.fs.get_file_info(selector)
+        cut = len(self.root.rstrip("/")) + 1
+        files = {i.path[cut:]: i.size for i in infos if i.type == pafs.FileType.File}
+        return {
+            name: files[name]
+            for name in sorted(files)
+            if name.startswith(prefix) and not name.rpartition("/")[2].startswith(_TEMPORARY)
+        }
+
+    def list(self, prefix: str = "") -> list[str]:
+        """The sorted names that begin with `prefix`, in subfolders too."""
+        return list(self.sizes(prefix))
+
+    def size(self, name: str) -> int | None:
+        """Bytes of the file, None if there is none."""
+        with self._errors(name):
+            info = self.fs.get_file_info(self.path(name))
+        return info.size if info.type == pafs.FileType.File else None
+
+    def exists(self, name: str) -> bool:
+        return self.size(name) is not None
+
+    def delete(self, name: str) -> None:
+        """No error if it is already gone."""
+        with self._errors(name):
+            if self.is_s3:
+                bucket, key = self._bucket_key(name)
+                _s3_client(_settings()).delete_object(Bucket=bucket, Key=key)
+            else:
+                Path(self.path(name)).unlink(missing_ok=True)
+
+    def delete_folder(self, folder: str) -> None:
+        """Everything below `folder`, which must be a name: the store itself cannot be deleted with this."""
+        assert folder.strip("/"), "refusing to delete the whole store"
+        names = self.list(f"{folder}/")
+        with ThreadPoolExecutor(16) as pool:
+            list(pool.map(self.delete, names))
+        if not self.is_s3 and os.path.isdir(self.path(folder)):
+            with self._errors(folder):
+                self.fs.delete_dir(self.path(folder))
+
+
+def open_store(uri: str, *, create: bool = False) -> Store:
+    """The store at `uri`, after a check that takes seconds.
+
+    With `create`, a missing folder is made and an empty prefix is welcome (a bucket is never made); without,
+    both are errors. Raises UserError for a missing bucket, a wrong key or secret, an endpoint that does not
+    answer, a missing folder, and an empty prefix.
+    """
+    store = Store(uri)
+    if not store.is_s3:
+        if os.path.exists(store.root) and not os.path.isdir(store.root):
+            raise UserError(f"{store.uri} is a file; a folder is wanted")
+        if create:
+            with _explained_folder(store.uri):
+                os.makedirs(store.root, exist_ok=True)
+        elif not os.path.isdir(store.root):
+            raise UserError(f"the folder {store.uri} does not exist")
+        return store
+    with _explained(store.uri):
+        bucket, prefix = store._bucket_key("")
+        found = _s3_client(_settings(), probe=True).list_objects_v2(
+            Bucket=bucket, Prefix=f"{prefix}/" if prefix else "", MaxKeys=1
+        )
+    if not create and not found.get("KeyCount"):
+        raise UserError(f"{store.uri} is empty: there is nothing under this prefix")
+    return store

@@ -1,0 +1,174 @@
+"""WebDataset tars as a strict stream of members, grouped into records.
+
+Python's `tarfile` ends quietly at a damaged header in the middle of a file, and all after it would be lost
+unseen; here every byte is accounted for. Nothing is ever written to the disk, so member names are only names.
+"""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+_BLOCK = tarfile.BLOCKSIZE
+_MAX_NAME_BYTES = 1 << 20
+_READ_BYTES = 16 << 20
+
+
+class TarError(ValueError):
+    """What is wrong with the tar, without its address, which the caller knows."""
+
+
+@dataclass
+class Member:
+    """One member: `raw` is all its bytes from `offset` on (headers, data, padding); `data` views the data.
+
+    The `raw` of all members, one after another, are the tar up to its end mark.
+    """
+
+    offset: int
+    name: str
+    is_file: bool
+    raw: bytes
+    data: memoryview
+
+
+@dataclass
+class Group:
+    """The consecutive members of one key: lower-case suffix -> data, and the bytes that they occupy."""
+
+    key: str
+    offset: int
+    files: dict[str, memoryview] = field(default_factory=dict)
+    raw: list[bytes] = field(default_factory=list)
+
+    @property
+    def is_record(self) -> bool:
+        """Whether there is an image or a caption; other groups (a lone JSON, a README) are passed over."""
+        return any(suffix in self.files for suffix in (*IMAGE_SUFFIXES, "txt"))
+
+
+def iter_members(read: Callable[[int], bytes], *, whole: bool = True) -> Iterator[Member]:
+    """The members of a tar, in order, from `read(n)`; `whole` also asks for the end-of-archive mark.
+
+    Raises TarError where the tar is cut short or a header is damaged.
+    """
+    offset, last, zeros = 0, "its beginning", 0
+
+    def take(n: int, what: str, may_end: bool = False) -> bytes:
+        nonlocal offset
+        parts, missing = [], n
+        while missing:
+            part = read(min(missing, _READ_BYTES))  # a damaged size must not reserve all memory
+            if not part and may_end and missing == n:
+                return b""
+            if not part:
+                raise TarError(f"the tar is cut short in {what}, after byte {offset + n - missing}")
+            parts.append(part)
+            missing -= len(part)
+        offset += n
+        return b"".join(parts)
+
+    while True:
+        header = take(_BLOCK, f"the header after {last}", may_end=True)
+        if not header:
+            if whole and not zeros:
+                raise TarError(f"the tar has no end mark after {last}: it is cut short")
+            return
+        if header.count(0) == _BLOCK:  # end of archive; more may follow where tars were concatenated
+            zeros += _BLOCK
+            continue
+        start, raw, overrides = offset - _BLOCK - zeros, [bytes(zeros)], {}
+        while True:
+            try:
+                info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+            except tarfile.HeaderError as error:
+                at = offset - _BLOCK
+                raise TarError(f"the header after {last} (byte {at}) is damaged: {error}") from error
+            raw.append(header)
+            if info.type in (tarfile.GNUTYPE_SPARSE, tarfile.GNUTYPE_LONGLINK):
+                raise TarError(f"{info.name} is a sparse file or a long link, which a data set does not have")
+            name, size = overrides.get("path", info.name), int(overrides.get("size", info.size))
+            if info.type in (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME):
+                size = info.size
+                if size > _MAX_NAME_BYTES:
+                    raise TarError(f"an extended header after {last} is {size} bytes long: it is damaged")
+            elif not (info.isreg() or info.type in tarfile.SUPPORTED_TYPES):
+                raise TarError(f"{name} has the unknown member type {info.type!r}")
+            elif not info.isreg():
+                size = 0
+            if size < 0:
+                raise TarError(f"{name} has a negative size: its header is damaged")
+            body = take(-(-size // _BLOCK) * _BLOCK, name)
+            raw.append(body)
+            if info.type == tarfile.GNUTYPE_LONGNAME:
+                overrides["path"] = body[:size].rstrip(b"\0").decode("utf-8", "surrogateescape")
+            elif info.type == tarfile.XHDTYPE:
+                overrides |= _pax_records(body[:size])
+            elif info.type != tarfile.XGLTYPE:
+                break
+            header = take(_BLOCK, f"the header after {name}")
+        last, zeros = name, 0
+        yield Member(start, name, info.isreg(), b"".join(raw), memoryview(body)[:size])
+
+
+def _pax_records(data: bytes) -> dict[str, str]:
+    records = {}
+    while data.strip(b"\0"):
+        length, _, rest = data.partition(b" ")
+        if not length.isdigit() or not len(length) + 1 < int(length) <= len(data):
+            raise TarError("an extended header is damaged")
+        key, _, value = rest[: int(length) - len(length) - 1].removesuffix(b"\n").partition(b"=")
+        if key == b"size" and not value.isdigit():
+            raise TarError("an extended header has a size that is not a number")
+        records[key.decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
+        data = data[int(length) :]
+    return records
+
+
+def iter_groups(members: Iterable[Member]) -> Iterator[Group]:
+    """Consecutive regular members with the same key; the key ends at the first dot of the file name."""
+    group = None
+    for member in members:
+        folder, slash, base = member.name.rpartition("/")
+        stem, _, suffix = base.partition(".")
+        key = f"{folder}{slash}{stem}"
+        if group is not None and (not member.is_file or key == group.key):
+            group.raw.append(member.raw)  # folders and links belong to whatever they follow
+        else:
+            if group is not None:
+                yield group
+            group = Group(key, member.offset, raw=[member.raw])
+        if member.is_file:
+            group.files.setdefault(suffix.lower(), member.data)
+    if group is not None:
+        yield group
+
+
+def encodable(text: str) -> str:
+    """Without the lone surrogates that names in a tar and JSON can hold, and Arrow cannot."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def pair_fields(tar_name: str, group: Group) -> dict:
+    """`id, image_id, image, text, forbid, problem` of a group; problem is "" where all is well."""
+    address = encodable(f"{tar_name}/{group.key}")
+    row = {"id": address, "image_id": address, "image": None, "text": None, "forbid": (), "problem": ""}
+    row["image"] = next((bytes(group.files[s]) for s in IMAGE_SUFFIXES if s in group.files), None)
+    try:
+        extra = json.loads(bytes(group.files["json"])) if "json" in group.files else {}
+        if not isinstance(extra, dict):
+            raise ValueError("not an object")
+        for name in ("id", "image_id"):
+            if extra.get(name) is not None:
+                row[name] = encodable(str(extra[name]))
+        forbid = extra.get("forbid") or ()
+        row["forbid"] = (forbid,) if isinstance(forbid, str) else tuple(map(str, forbid))
+        row["text"] = bytes(group.files["txt"]).decode() if "txt" in group.files else extra.get("caption")
+    except UnicodeDecodeError:
+        row["problem"] = "the caption is not UTF-8"
+    except (ValueError, TypeError, RecursionError):
+        row["problem"] = "the .json member cannot be read"
+    return row

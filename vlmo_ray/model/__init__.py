@@ -1,0 +1,1 @@
+"""The multiway transformer and its heads: architecture only, no losses, no files, no Ray."""

@@ -1,0 +1,82 @@
+"""One layer of the Mixture-of-Modality-Experts transformer: paper section 3.2, equations (1) and (2)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vlmo_ray.config import ModelConfig
+from vlmo_ray.model.attention import SelfAttention
+
+# Who processes the tokens: the expert of one modality for all of them, or, below the first vision-language
+# layer of a pair, the language expert for the first tokens and the vision expert for the rest.
+Route = Literal["text", "image", "vl", "pair"]
+
+
+class Expert(nn.Module):
+    """A feed-forward network of one modality with its own LayerNorm: V-FFN, L-FFN or VL-FFN."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(self.norm(x))))
+
+
+class MoMELayer(nn.Module):
+    """Shared self-attention, then an expert chosen by modality; layers from `vl_start` have a third one."""
+
+    def __init__(self, config: ModelConfig, index: int):
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.width, eps=1e-6)
+        self.attention = SelfAttention(config.width, config.num_heads)
+        names = ("text", "image", "vl") if index >= config.vl_start else ("text", "image")
+        self.experts = nn.ModuleDict({name: Expert(config.width) for name in names})
+        self.attention_scale = self.expert_scale = None  # LayerScale
+        if config.layer_scale is not None:
+            self.attention_scale = nn.Parameter(torch.full((config.width,), config.layer_scale))
+            self.expert_scale = nn.Parameter(torch.full((config.width,), config.layer_scale))
+
+    def forward(
+        self,
+        x: Tensor,
+        route: Route,
+        *,
+        num_text: int = 0,
+        bias: Tensor | None = None,
+        padding: Tensor | None = None,
+        keep: Tensor | None = None,
+    ) -> Tensor:
+        """[B,S,D] -> [B,S,D].
+
+        `num_text` splits the tokens of a "pair"; `bias` [H,S,S] and `padding` [B,1,1,S] are as in
+        `SelfAttention`; `keep` [B,3] holds each sample's drop path factors (0 or 1/(1 - rate)): of the
+        attention, of the expert, and of the vision expert where a pair has two. None for no drop path.
+        """
+        keep_attention = keep_expert = keep_image = None
+        if keep is not None:
+            keep_attention, keep_expert, keep_image = keep[:, :, None, None].unbind(1)  # each [B,1,1]
+
+        # (1)  H' = MSA(LN(H)) + H
+        attended = self.attention(self.attention_norm(x), bias, padding)
+        x = x + _branch(attended, self.attention_scale, keep_attention)
+
+        # (2)  H = MoME-FFN(LN(H')) + H'
+        if route == "pair":
+            text, image = x[:, :num_text], x[:, num_text:]
+            text = text + _branch(self.experts["text"](text), self.expert_scale, keep_expert)
+            image = image + _branch(self.experts["image"](image), self.expert_scale, keep_image)
+            return torch.cat([text, image], dim=1)
+        return x + _branch(self.experts[route](x), self.expert_scale, keep_expert)
+
+
+def _branch(x: Tensor, layer_scale: Tensor | None, keep: Tensor | None) -> Tensor:
+    if layer_scale is not None:
+        x = x * layer_scale
+    return x if keep is None else x * keep

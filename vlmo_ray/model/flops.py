@@ -1,0 +1,47 @@
+"""How many floating point operations a pre-training step takes, from the shapes alone."""
+
+from __future__ import annotations
+
+from vlmo_ray.config import ModelConfig
+
+
+def pass_flops(config: ModelConfig, text_len: int, image: bool, num_layers: int | None = None) -> float:
+    """FLOPs (2 x multiply-accumulate) of one forward through `num_layers` (None: patches and all layers).
+
+    Products of matrices alone: qkv, logits, weighted values, output projection, and one expert per token.
+    """
+    num_image = 1 + config.num_patches if image else 0
+    tokens = text_len + num_image
+    per_layer = 12 * tokens * config.width**2 + 2 * tokens**2 * config.width
+    patches = 0
+    if num_layers is None:
+        num_layers = config.depth
+        if image:
+            patches = config.num_patches * 3 * config.patch_size**2 * config.width
+    return 2.0 * (num_layers * per_layer + patches)
+
+
+def forward_flops(config: ModelConfig, text_len: int) -> dict[str, float]:
+    """FLOPs per pair of each part of the six-pass pre-training step, forward only, padding counted too."""
+    num_vl = config.depth - config.vl_start
+    pair = pass_flops(config, text_len, image=True)
+    return {
+        "image": pass_flops(config, 0, image=True),
+        "text": pass_flops(config, text_len, image=False),
+        "image_vl": pass_flops(config, 0, image=True, num_layers=num_vl),
+        "text_vl": pass_flops(config, text_len, image=False, num_layers=num_vl),
+        "itm_positive": pair,
+        "itm_negative_image": pair,
+        "itm_negative_text": pair,
+        "mlm": pair,
+        "mlm_head": 2.0 * text_len * (config.width**2 + config.width * config.vocab_size),
+    }
+
+
+def step_flops(config: ModelConfig, text_len: int) -> float:
+    """FLOPs per pair of a whole step, the backward counted as twice the forward, nothing recomputed.
+
+    What utilisation is quoted against, also where the implementation does less (the masked word head reads
+    masked positions only), so that doing less shows as a gain.
+    """
+    return 3.0 * sum(forward_flops(config, text_len).values())

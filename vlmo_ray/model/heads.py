@@ -1,0 +1,75 @@
+"""What is put on top of the encoder: contrastive projections, matching, masked words, answers."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+INITIAL_TEMPERATURE = 0.07
+
+
+class ContrastHead(nn.Module):
+    """Projections of both CLS states into one space, and a learned temperature: paper equations (3), (4)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.image_projection = nn.Linear(width, width, bias=False)
+        self.text_projection = nn.Linear(width, width, bias=False)
+        self.log_scale = nn.Parameter(
+            torch.tensor(math.log(1 / INITIAL_TEMPERATURE))
+        )  # log of 1 / temperature
+
+    def image(self, cls: Tensor) -> Tensor:
+        """`[I_CLS]` states [B,D] -> [B,D] of length 1, in float32 or wider."""
+        return _unit(self.image_projection(cls))
+
+    def text(self, cls: Tensor) -> Tensor:
+        """`[T_CLS]` states [B,D] -> [B,D] of length 1, in float32 or wider."""
+        return _unit(self.text_projection(cls))
+
+
+def _unit(x: Tensor) -> Tensor:
+    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
+
+
+class Pooler(nn.Module):
+    """Linear + tanh on the `[T_CLS]` state of a pair."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.dense = nn.Linear(width, width)
+
+    def forward(self, cls: Tensor) -> Tensor:
+        """[B,D] -> [B,D]."""
+        return torch.tanh(self.dense(cls))
+
+
+class MaskedWordHead(nn.Module):
+    """BERT's masked language model head: dense, GELU, LayerNorm, decoder not tied to the embeddings."""
+
+    def __init__(self, width: int, vocab_size: int):
+        super().__init__()
+        self.dense = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width, eps=1e-12)
+        self.decoder = nn.Linear(width, vocab_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """States of the masked positions only, [M,D] -> logits [M,vocab]."""
+        return self.decoder(self.norm(F.gelu(self.dense(x))))
+
+
+class ClassifierHead(nn.Module):
+    """Linear, LayerNorm, GELU, Linear: VQA from one pooled pair (D inputs), NLVR2 from two of them (2D)."""
+
+    def __init__(self, inputs: int, hidden: int, num_classes: int):
+        super().__init__()
+        self.hidden = nn.Linear(inputs, hidden)
+        self.norm = nn.LayerNorm(hidden, eps=1e-5)
+        self.out = nn.Linear(hidden, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B,inputs] -> logits [B,num_classes]."""
+        return self.out(F.gelu(self.norm(self.hidden(x))))

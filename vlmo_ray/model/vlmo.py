@@ -1,0 +1,228 @@
+"""VLMo: one transformer that is an image encoder, a text encoder and a fusion encoder.
+
+Axes in the whole package: B batch, N global batch, T text tokens, P image tokens (1 + patches), D width,
+H heads, L layers, S = T + P. Text comes first in a pair; token 0 of either modality is its CLS.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from vlmo_ray import rng
+from vlmo_ray.config import MODEL_SIZES, ModelConfig, check_model
+from vlmo_ray.errors import UserError
+from vlmo_ray.model.attention import PADDED
+from vlmo_ray.model.embeddings import ImageEmbedding, RelativePositionBias, TextEmbedding
+from vlmo_ray.model.experts import MoMELayer, Route
+from vlmo_ray.model.heads import INITIAL_TEMPERATURE, ClassifierHead, ContrastHead, MaskedWordHead, Pooler
+
+POOLED_HEADS = ("itm", "vqa", "nlvr2")  # those that read the pooler
+
+
+def model_config(name: str, **overrides) -> ModelConfig:
+    """The named size of `MODEL_SIZES` with some fields changed, such as `image_size` or `heads`."""
+    if name not in MODEL_SIZES:
+        raise UserError(f"There is no model size {name!r}: choose one of {', '.join(MODEL_SIZES)}.")
+    unknown = sorted(set(overrides) - {field.name for field in dataclasses.fields(ModelConfig)})
+    if unknown:
+        raise UserError(f"The model has no setting {', '.join(unknown)}: see ModelConfig in config.py.")
+    return dataclasses.replace(MODEL_SIZES[name], **overrides)
+
+
+@dataclass
+class Encoding:
+    """Hidden states after the final norm; a field is None where its modality or branch was not asked for."""
+
+    text: Tensor | None = None  # [B,T,D]
+    image: Tensor | None = None  # [B,P,D]
+    text_vl: Tensor | None = None  # the same tokens with the vision-language expert in the top layers
+    image_vl: Tensor | None = None
+
+
+class VLMo(nn.Module):
+    """The Mixture-of-Modality-Experts transformer with the heads that `config.heads` names."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        check_model(config)
+        self.config = config
+        width = config.width
+        self.text_embed = TextEmbedding(config)
+        self.image_embed = ImageEmbedding(config)
+        # 0 text, 1 image, 2 the second image of NLVR2
+        self.modality = nn.Embedding(3 if "nlvr2" in config.heads else 2, width)
+        self.relative = RelativePositionBias(config) if config.position == "relative" else None
+        self.layers = nn.ModuleList(MoMELayer(config, index) for index in range(config.depth))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        # a layer's chance of being skipped grows linearly with its height
+        rates = torch.linspace(0, config.drop_path, config.depth)
+        self.register_buffer("drop_path_rates", rates, persistent=False)
+
+        heads = config.heads
+        self.itc = ContrastHead(width) if "itc" in heads else None
+        self.itc_vl = ContrastHead(width) if "itc_vl" in heads else None
+        self.pooler = Pooler(width) if any(head in heads for head in POOLED_HEADS) else None
+        self.itm = nn.Linear(width, 2) if "itm" in heads else None
+        self.mlm = MaskedWordHead(width, config.vocab_size) if "mlm" in heads else None
+        self.vqa = ClassifierHead(width, 2 * width, config.num_answers) if "vqa" in heads else None
+        self.nlvr2 = ClassifierHead(2 * width, 2 * width, 2) if "nlvr2" in heads else None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.norm.weight.dtype
+
+    def embed_image(self, pixels: Tensor, image_slot: int = 1) -> Tensor:
+        """Pixels [B,3,H,W] -> [B,P,D] with positions and modality; `image_slot` 2 is NLVR2's second image."""
+        return self.image_embed(pixels) + self.modality.weight[image_slot]
+
+    def embed_text(self, ids: Tensor, noise: rng.Noise | None = None) -> Tensor:
+        """Token ids int [B,T] -> [B,T,D]; the modality is added after LayerNorm and dropout."""
+        return self.text_embed(ids, noise) + self.modality.weight[0]
+
+    def position_bias(self, text_len: int | None = None, image: bool = True) -> Tensor | None:
+        """The relative bias [L,H,S,S] of all layers, tokens `[text; image]`; None for absolute positions.
+
+        Gathered once per step and handed to every pass: the image-only and text-only passes read its diagonal
+        blocks. `text_len` None means `config.max_text_len`; `image` False leaves the image tokens out.
+        """
+        if self.relative is None:
+            return None
+        return self.relative(self.config.max_text_len if text_len is None else text_len, image)
+
+    def encode(
+        self,
+        image: Tensor | None = None,
+        text: Tensor | None = None,
+        text_mask: Tensor | None = None,
+        *,
+        bias: Tensor | None = None,
+        noise: rng.Noise | None = None,
+        vl_branch: bool = False,
+        image_slot: int = 1,
+    ) -> Encoding:
+        """Encode images, texts, or pairs of both: which arguments are present decides the experts.
+
+        Args:
+            image: pixels [B,3,H,W], or tokens [B,P,D] from `embed_image`.
+            text: token ids int [B,T].
+            text_mask: bool [B,T], True for real tokens; None means that all are. Padding changes nothing.
+            bias: from `position_bias`, with at least the tokens of this call; None gathers it here.
+            noise: draws drop path and dropout; None means neither, whatever `train()` or `eval()` said.
+            vl_branch: of one modality alone, run the top layers a second time with the vision-language
+                expert, from the hidden state below `vl_start` (the second contrastive branch).
+            image_slot: modality row of `image` where it is pixels.
+        """
+        assert image is not None or text is not None, "encode needs an image, a text or both"
+        assert not (vl_branch and image is not None and text is not None), "a pair has no separate VL branch"
+        num_text = 0 if text is None else text.shape[1]
+        if image is not None and image.ndim == 4:
+            image = self.embed_image(image, image_slot)
+
+        bottom: Route
+        if image is None:
+            x, bottom, top = self.embed_text(text, noise), "text", "text"
+        elif text is None:
+            x, bottom, top = image, "image", "image"
+        else:
+            x, bottom, top = torch.cat([self.embed_text(text, noise), image], dim=1), "pair", "vl"
+
+        if self.relative is not None:
+            if bias is None:
+                bias = self.position_bias(num_text, image is not None)
+            bias = _block(bias, num_text, x.shape[1] - num_text)
+        padding = None  # [B,1,1,S]
+        if text is not None and text_mask is not None:
+            padding = torch.zeros(x.shape[:2], dtype=x.dtype, device=x.device)
+            padding[:, :num_text].masked_fill_(~text_mask.bool(), PADDED)
+            padding = padding[:, None, None, :]
+
+        lower, upper = range(self.config.vl_start), range(self.config.vl_start, self.config.depth)
+        keep = self._keep(noise, "drop_path")
+        below = self._run(x, lower, bottom, num_text, bias, padding, keep)
+        x = self._run(below, upper, top, num_text, bias, padding, keep)
+        x = self.norm(x)
+        x_vl = None
+        if vl_branch:
+            keep = self._keep(noise, "drop_path_vl")
+            x_vl = self.norm(self._run(below, upper, "vl", num_text, bias, padding, keep))
+
+        if image is None:
+            return Encoding(text=x, text_vl=x_vl)
+        if text is None:
+            return Encoding(image=x, image_vl=x_vl)
+        return Encoding(text=x[:, :num_text], image=x[:, num_text:])
+
+    forward = encode
+
+    def _run(self, x, layers: range, route: Route, num_text: int, bias, padding, keep) -> Tensor:
+        for index in layers:
+            x = self.layers[index](
+                x,
+                route,
+                num_text=num_text,
+                bias=None if bias is None else bias[index],
+                padding=padding,
+                keep=None if keep is None else keep[:, index],
+            )
+        return x
+
+    def _keep(self, noise: rng.Noise | None, purpose: str) -> Tensor | None:
+        """Drop path factors [B,L,3] of each sample: attention, expert, and the image expert of a pair."""
+        if noise is None or self.config.drop_path == 0:
+            return None
+        rates = self.drop_path_rates[:, None]
+        uniform = noise.uniform(purpose, 3 * self.config.depth).unflatten(1, (self.config.depth, 3))
+        return (uniform >= rates).to(rates.dtype) / (1 - rates)
+
+
+def _block(bias: Tensor, num_text: int, num_image: int) -> Tensor:
+    """The part of a bias [L,H,S,S] that the tokens of one pass need."""
+    size = bias.shape[-1]
+    if num_image == 0:
+        assert size >= num_text, f"a bias of {size} tokens for {num_text} text tokens"
+        return bias[..., :num_text, :num_text]
+    if num_text == 0:
+        assert size >= num_image, f"a bias of {size} tokens for {num_image} image tokens"
+        return bias[..., size - num_image :, size - num_image :]
+    assert size == num_text + num_image, f"a bias of {size} tokens for a pair of {num_text} + {num_image}"
+    return bias
+
+
+@torch.no_grad()
+def init_weights(model: VLMo, seed: int = 0) -> None:
+    """Initialise every parameter, in place; equal for equal seeds, whatever other heads the model has.
+
+    | parameters                                                | value                       |
+    |-----------------------------------------------------------|-----------------------------|
+    | weights of linear layers, embeddings and patch projection | truncated normal, init_std  |
+    | `cls`, absolute positions                                 | truncated normal, init_std  |
+    | biases, relative bias table                               | 0                           |
+    | norms                                                     | weight 1, bias 0            |
+    | `attention_scale`, `expert_scale`                         | `config.layer_scale`        |
+    | `log_scale`                                               | ln(1 / 0.07)                |
+    | third row of `modality` (NLVR2's second image)            | copy of the second          |
+
+    BEiT's division of the output projections by the root of the depth is not part of VLMo.
+    """
+    for name, parameter in model.named_parameters():
+        field = name.rsplit(".", 1)[-1]
+        if field == "log_scale":
+            parameter.fill_(math.log(1 / INITIAL_TEMPERATURE))
+        elif field.endswith("_scale"):
+            parameter.fill_(model.config.layer_scale)
+        elif "norm." in name and field == "weight":
+            parameter.fill_(1.0)
+        elif field.endswith("bias") or field == "table":
+            parameter.zero_()
+        else:
+            generator = torch.Generator().manual_seed(rng.stream(seed, f"init/{name}") >> 1)
+            values = torch.empty(parameter.shape)
+            nn.init.trunc_normal_(values, std=model.config.init_std, generator=generator)
+            parameter.copy_(values)
+    if len(model.modality.weight) == 3:
+        model.modality.weight[2] = model.modality.weight[1]
