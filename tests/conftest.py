@@ -34,6 +34,15 @@ def bucket(s3_server):
     return f"s3://vlmo/{uuid.uuid4().hex}"
 
 
+@pytest.fixture(params=["folder", "bucket"])
+def places(request, tmp_path):
+    """Addresses of a source and an OUT."""
+    if request.param == "folder":
+        return str(tmp_path / "source"), str(tmp_path / "out")
+    uri = request.getfixturevalue("bucket")
+    return f"{uri}/source", f"{uri}/out"
+
+
 @pytest.fixture(scope="session")
 def ray_cluster(s3_server):
     """Ray on this machine with 2 CPUs; after the S3 server, so that its workers have the AWS variables."""

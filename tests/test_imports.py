@@ -6,10 +6,11 @@ import sys
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "vlmo_ray"
-BOTTOM = {"errors", "config", "rng"}
+BOTTOM = {"errors", "config", "rng", "session"}
 # what each part may import of the package itself
 MAY = {
     "errors": set(),
+    "session": set(),
     "rng": set(),
     "config": {"errors"},
     "recipes": {"config", "errors", "recipes"},

@@ -142,7 +142,7 @@ def evaluate(
     from rich.console import Console
 
     from vlmo_ray.evaluate import retrieval, table
-    from vlmo_ray.train.launch import ray_session
+    from vlmo_ray.session import ray_session
     from vlmo_ray.train.runs import load
 
     assert task == "retrieval"

@@ -90,7 +90,9 @@ def _pretrain(console: Console) -> Story:
         try:
             for line in process.stdout:
                 log.write(line)
-                message = line.split(") ", 1)[-1].rstrip() if line.startswith("(") else line.rstrip()
+                message = re.sub(
+                    r"\x1b\[\d+m|\(\w+ pid=[^)]*\) ?", "", line
+                ).rstrip()  # Ray's colours and prefixes
                 if found := _WORKER.search(line):
                     rank, world, pid = map(int, found.groups())
                     story.workers = {r: p for r, p in story.workers.items() if r < world} | {rank: pid}
@@ -124,7 +126,7 @@ def _has_checkpoint(run: Store) -> bool:
 
 def _report(console: Console, story: Story, began: float) -> int:
     from vlmo_ray.evaluate import retrieval, table
-    from vlmo_ray.train.launch import ray_session
+    from vlmo_ray.session import ray_session
     from vlmo_ray.train.meters import read_metrics
     from vlmo_ray.train.runs import load
 

@@ -39,7 +39,7 @@ def test_from_numpy_keeps_values_and_widens_integers():
     given = columns(7, bad=(2, 5))
     batch = PairBatch.from_numpy(given)
     assert len(batch) == 7 and batch.ids == [f"id{i}" for i in range(7)]
-    assert batch.problems == ["address 2: bad", "address 5: bad"]
+    assert [p for p in batch.problems if p] == ["address 2: bad", "address 5: bad"]
     for name in ("text_ids", "mlm_ids", "mlm_labels", "image_key", "text_key", "position"):
         assert getattr(batch, name).dtype == torch.int64
         assert np.array_equal(getattr(batch, name).numpy(), given[name])
@@ -54,12 +54,12 @@ def test_rows_and_concatenate_are_inverse(cuts):
     pieces = [batch.rows(slice(a, b)) for a, b in pairwise(cuts)]
     assert equal(PairBatch.concatenate(pieces), batch)
     for piece in pieces:
-        assert len(piece.problems) == int((~piece.valid).sum())
+        assert [bool(problem) for problem in piece.problems] == (~piece.valid).tolist()
 
 
 def test_problems_go_with_their_rows():
     batch = PairBatch.from_numpy(columns(7, bad=(0, 2, 5)))
-    assert batch.rows(slice(1, 5)).problems == ["address 2: bad"]
+    assert batch.rows(slice(1, 5)).problems == ["", "address 2: bad", "", ""]
     assert batch.rows(slice(None, None, 5)).problems == ["address 0: bad", "address 5: bad"]
 
 
@@ -75,4 +75,4 @@ def test_to_moves_every_tensor():
     moved = PairBatch.from_numpy(columns(3, bad=(1,))).to("meta")
     tensors = [v for v in vars(moved).values() if isinstance(v, torch.Tensor)]
     assert len(tensors) == 9 and all(t.device.type == "meta" for t in tensors)
-    assert moved.ids == ["id0", "id1", "id2"] and moved.problems == ["address 1: bad"]
+    assert moved.ids == ["id0", "id1", "id2"] and moved.problems == ["", "address 1: bad", ""]

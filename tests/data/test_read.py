@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import json
-import tarfile
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import make_image, make_records
+from sources import tar_of
 
 from vlmo_ray.data.manifest import Chunk, Manifest, chunk_table, index_parquet, index_tar, write_manifest
 from vlmo_ray.data.prepare.shards import write_dataset
@@ -120,14 +119,6 @@ def test_a_passing_fault_is_tried_again(tmp_path, monkeypatch):
     fails(chunk, uri, r"checksum is wrong.* \(tried 2 times\)", retries=1, wait_s=0.001)
 
 
-def write_tar(path, members: list[tuple[str, bytes]]) -> None:
-    with tarfile.open(path, "w") as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-
-
 def test_webdataset(tmp_path):
     facts = {"id": 7, "image_id": "shared", "forbid": ["flip"], "caption": "not this"}
     members = [
@@ -152,7 +143,7 @@ def test_webdataset(tmp_path):
         ("8.jpg", make_image(8)),
         ("8.json", b'{"caption": "half a pair \\ud800", "image_id": "\\udfff"}'),
     ]
-    write_tar(tmp_path / "s.tar", members)
+    (tmp_path / "s.tar").write_bytes(tar_of(members))
     store = Store(str(tmp_path))
     chunks = index_tar(store, ["s.tar"], rows_per_chunk=3)
     read = read_all(write_manifest(store.uri, "webdataset", chunk_table(chunks), forbid=("color",)))
@@ -179,7 +170,7 @@ def test_member_names_never_reach_the_disk(tmp_path):
     folder.mkdir()
     names = ["../up", "/absolute/x", "a/../../b", "..", "c\nd"]
     members = [(f"{n}.{s}", make_image(0) if s == "jpg" else b"t") for n in names for s in ("jpg", "txt")]
-    write_tar(folder / "s.tar", members)
+    (folder / "s.tar").write_bytes(tar_of(members))
     before = sorted(tmp_path.rglob("*"))
     store = Store(str(folder))
     (chunk,) = index_tar(store, ["s.tar"])
@@ -190,7 +181,7 @@ def test_member_names_never_reach_the_disk(tmp_path):
 
 def test_damaged_tar(tmp_path):
     members = [(f"{i}.{s}", make_image(i) if s == "jpg" else b"t") for i in range(6) for s in ("jpg", "txt")]
-    write_tar(tmp_path / "s.tar", members)
+    (tmp_path / "s.tar").write_bytes(tar_of(members))
     store, path = Store(str(tmp_path)), tmp_path / "s.tar"
     first, second = index_tar(store, ["s.tar"], rows_per_chunk=3)
     data = path.read_bytes()

@@ -231,7 +231,7 @@ def worker(rank, counts, port, micro_batch, cases, queue):
 @pytest.mark.parametrize("counts, micro_batch", [((6, 6), 6), ((5, 7), 3), ((4, 4, 4), 4), ((3, 5, 4), 2)])
 def test_several_workers_equal_the_plain_step(counts, micro_batch):
     """(4, 4, 4) leaves the second worker without a valid row; (5, 7) and (3, 5, 4) give unequal micro-batches."""
-    cases = list(CASES)[:2] + ["one valid row"]
+    cases = [*list(CASES)[:2], "one valid row"]
     context = mp.get_context("spawn")
     queue = context.SimpleQueue()
     with socket.socket() as s:

@@ -27,7 +27,7 @@ class PairBatch:
     valid: torch.Tensor  # bool [B]
     position: torch.Tensor  # int64 [B], in the global batch
     ids: list[str]  # B of them
-    problems: list[str]  # one sentence with an address for each row that is not valid
+    problems: list[str]  # B of them: why a row is not valid, with its address; empty where it is
 
     def __len__(self) -> int:
         return len(self.position)
@@ -40,8 +40,7 @@ class PairBatch:
             for name in ("text_ids", "mlm_ids", "mlm_labels", "image_key", "text_key", "position")
         }
         tensors |= {name: torch.from_numpy(columns[name]) for name in ("image", "text_mask", "valid")}
-        problems = [problem for problem in columns["problem"] if problem]
-        return cls(**tensors, ids=list(columns["id"]), problems=problems)
+        return cls(**tensors, ids=list(columns["id"]), problems=list(columns["problem"]))
 
     @classmethod
     def empty(cls, image_size: int, text_len: int) -> PairBatch:
@@ -62,12 +61,9 @@ class PairBatch:
         return cls(**joined, ids=ids, problems=[problem for batch in batches for problem in batch.problems])
 
     def rows(self, wanted: slice) -> PairBatch:
-        """Some of the rows, as views. `problems` goes along only with the rows it is about."""
+        """Some of the rows, as views."""
         tensors = {name: getattr(self, name)[wanted] for name in _TENSORS}
-        bad = torch.cumsum(~self.valid, 0).tolist()  # bad[i] - 1 is the index of row i's problem
-        picked = range(len(self))[wanted]
-        problems = [self.problems[bad[i] - 1] for i in picked if not self.valid[i]]
-        return replace(self, **tensors, ids=self.ids[wanted], problems=problems)
+        return replace(self, **tensors, ids=self.ids[wanted], problems=self.problems[wanted])
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PairBatch:
         tensors = {name: getattr(self, name).to(device, non_blocking=non_blocking) for name in _TENSORS}

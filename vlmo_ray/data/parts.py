@@ -93,6 +93,12 @@ class TrainReader:
         columns["step"], columns["position"] = part.step, part.position
         return columns
 
+    def failure(self, sentence: str) -> Columns:
+        """One row at step -1 with this `problem`: the message of a task that could not read its part."""
+        columns = self(Part((), *np.full((4, 1), -1)))
+        columns["problem"][0] = sentence
+        return columns
+
 
 @dataclass(frozen=True)
 class EvalReader:
@@ -131,7 +137,8 @@ def _read(
     text_mask = np.zeros((n, max_text_len), dtype=bool)
     text_mask[:, :2] = True
     word = np.full((n, max_text_len), -1, dtype=np.int16)
-    strings = {name: np.full(n, "", dtype=object) for name in ("id", "image_id", "text", "problem")}
+    strings = {name: np.full(n, "", dtype=object) for name in ("id", "image_id", "text")}
+    strings["problem"] = np.full(n, "not read", dtype=object)
     store, tokenizer = Store(uri), _tokenizer(max_text_len)
     for index, chunk in enumerate(part.chunks):
         records = read_chunk(store, chunk)
@@ -147,7 +154,7 @@ def _read(
                 strings["problem"][i] = _encodable(f"{record.address}: {error}")
                 strings["text"][i] = record.address  # its own may be anything; this is like no other
             else:
-                strings["text"][i] = record.text
+                strings["text"][i], strings["problem"][i] = record.text, ""
                 image[i] = pixels
                 text_ids[i], text_mask[i], word[i] = encoded
     valid = np.array([not problem for problem in strings["problem"]], dtype=bool)

@@ -23,7 +23,8 @@ from vlmo_ray.config import DataConfig
 from vlmo_ray.data.manifest import Manifest
 from vlmo_ray.data.order import Order, Rows, Schedule, deal
 from vlmo_ray.data.parts import Columns, EvalReader, Part, TrainReader, make_part
-from vlmo_ray.data.prefetch import CpuProbe, Prefetch, user_error
+from vlmo_ray.data.prefetch import CpuProbe, Prefetch
+from vlmo_ray.data.read import ShardError
 from vlmo_ray.errors import UserError
 
 if TYPE_CHECKING:  # both are slow to import, and a data task needs neither
@@ -40,6 +41,20 @@ PREFETCH_BYTES = 1 << 30
 class _Group:
     steps: range
     parts: list[Part]
+
+
+@dataclass(frozen=True)
+class _Reporting:
+    """Sends a `ShardError` as a block. As an exception it would arrive inside Ray's, with advice added to
+    its sentence, after Ray had printed two tracebacks, and before the batches that come ahead of it."""
+
+    reader: TrainReader
+
+    def __call__(self, part: Part) -> Columns:
+        try:
+            return self.reader(part)
+        except ShardError as error:
+            return self.reader.failure(str(error))
 
 
 class PairStream:
@@ -169,17 +184,18 @@ class PairStream:
             for part in parts:
                 yield self._reader(part)
             return
-        dataset = _dataset(parts, self._reader, min(1.0, self._cpus))
+        dataset = _dataset(parts, _Reporting(self._reader), min(1.0, self._cpus))
         # Ray Data takes the whole cluster for its own unless told. The memory is for the blocks under way.
         largest = max(len(part) for part in parts) * self._row_bytes
         limits = dataset.context.execution_options.resource_limits
         dataset.context.execution_options.resource_limits = limits.copy(
             cpu=self._cpus, object_store_memory=max(256 << 20, 4 * round(self._cpus + 1) * largest)
         )
-        try:
-            yield from dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1)
-        except Exception as error:
-            raise (user_error(error) or error) from None
+        with closing(iter(dataset.iter_batches(batch_size=None, batch_format="numpy"))) as blocks:
+            for columns in blocks:
+                if columns["step"][0] < 0:
+                    raise ShardError(columns["problem"][0])
+                yield columns
 
 
 def _by_step(group: _Group, blocks: Iterator[Columns]) -> Iterator[Columns | None]:

@@ -20,7 +20,8 @@ def user_error(error: BaseException | None) -> UserError | None:
         found = error if isinstance(error, UserError) else found
         seen.add(id(error))
         error = getattr(error, "cause", None) or error.__cause__
-    return found
+    # Ray Data adds advice about its own settings to the message of what it passes on
+    return found and type(found)(str(found).partition("\nFailed to apply UDF")[0])
 
 
 class CpuProbe:

@@ -66,7 +66,7 @@ class Workers:
         if self.size == 1:
             return rows[wanted], 0
         starts = [sum(self.counts[:r]) for r in range(self.size + 1)]
-        asked = wanted.cpu()  # the one host sync of the exchange: its sizes
+        asked = wanted.cpu().contiguous()  # the one host sync of the exchange: its sizes
         owner = torch.bucketize(asked, torch.tensor(starts[1:]), right=True)
         send, send_counts = [], []
         for r in range(self.size):

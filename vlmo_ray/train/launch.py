@@ -6,39 +6,18 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from vlmo_ray.config import ClusterConfig, Config, check
 from vlmo_ray.data.manifest import check_shards, load_manifest
 from vlmo_ray.data.store import Store, open_store
 from vlmo_ray.errors import UserError
+from vlmo_ray.session import ray_session
 from vlmo_ray.train.loop import Job, Outcome, train
 from vlmo_ray.train.runs import latest_checkpoint
 from vlmo_ray.train.state import TrainState
 
 _LEAST_CPU = 0.1
-
-
-@contextmanager
-def ray_session() -> Iterator[None]:
-    """Joins the cluster of `RAY_ADDRESS` (set inside `ray job submit`), or starts one on this machine and ends it.
-
-    An already initialised Ray is used as it is. A running local cluster is never joined by accident.
-    """
-    import ray
-
-    if ray.is_initialized():
-        yield
-        return
-    address = os.environ.get("RAY_ADDRESS") or "local"
-    local = {"include_dashboard": False} if address == "local" else {}
-    ray.init(address=address, log_to_driver=True, **local)
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +139,7 @@ def pretrain(config: Config, data: str, storage: str, name: str | None = None) -
         state.continue_with(config, manifest.fingerprint)
         print(f"run {name!r} continues from step {state.step} of {config.total_steps}", flush=True)
 
-    with ray_session():
+    with ray_session(dashboard=True):
         cpus, gpus, autoscaling = cluster_room()
         cluster = config.cluster
         share = shares(cluster, cpus, gpus, autoscaling)
@@ -187,6 +166,9 @@ def _fit(job: Job, share: Shares, storage: Store, name: str) -> dict:
     # After a lost node Ray Train first tries the old size and waits this long before it takes a smaller one. It
     # reads the environment, and carries this variable on to its controller.
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(cluster.start_timeout_s)
+
+    # its patched `print` would show every line twice
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
 
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,7 +96,11 @@ def train(
     model = build_model(config).to(device)
     task: nn.Module = Pretraining(model, config)
     if world > 1:
-        task = DistributedDataParallel(task, broadcast_buffers=False, gradient_as_bucket_view=True)
+        with (
+            warnings.catch_warnings()
+        ):  # from torch 2.15 the argument has another name, which 2.11 does not know
+            warnings.simplefilter("ignore", FutureWarning)
+            task = DistributedDataParallel(task, broadcast_buffers=False, gradient_as_bucket_view=True)
     optimizer = build_optimizer(model, config)
     start = 0
     if resume is not None:
@@ -158,8 +163,8 @@ def train(
                 meters.add(
                     {"step": done, "samples": samples, "lr": lr_at(step, config), **values}
                     | {
-                        "temperature": float((-model.itc.log_scale).exp()),
-                        "temperature_vl": float((-model.itc_vl.log_scale).exp()),
+                        "temperature": float((-model.itc.log_scale.detach()).exp()),
+                        "temperature_vl": float((-model.itc_vl.log_scale.detach()).exp()),
                         "pairs_per_s": schedule.batch_size(step) / took,
                         "data_wait": waited / took,
                         "step_s": took,

@@ -52,9 +52,11 @@ class Meters:
         mean = {k: sum(f[k] for f in self.recent) / len(self.recent) for k in self.recent[0]}
         left = mean["step_s"] * (self.total_steps - step)
         terms = "  ".join(f"{name} {mean[name]:.3f}" for name in ("itc", "itm", "mlm"))
+        masked = sum(f["masked_pairs"] for f in self.recent)
         print(
             f"step {step}/{self.total_steps}  loss {mean['loss']:.3f}  {terms}  "
-            f"{mean['pairs_per_s']:.0f} pairs/s  data wait {mean['data_wait']:.0%}  {_clock(left)} left",
+            f"{mean['pairs_per_s']:.0f} pairs/s  data wait {mean['data_wait']:.0%}  {_clock(left)} left"
+            + (f"  ({masked:.0f} pairs masked)" if masked else ""),
             flush=True,
         )
         self.recent.clear()

@@ -87,7 +87,7 @@ def gradients(
         "itm_accuracy": figures["itm_right"] / (3 * kept).clamp(min=1),
         "mlm_accuracy": figures["mlm_right"] / targets.clamp(min=1),
         "negative_similarity": figures["negative_similarity"] / (2 * kept).clamp(min=1),
-        "valid_pairs": figures["valid"],
+        "masked_pairs": sum(workers.counts) - figures["valid"],
         "pairs_without_negative": figures["valid"] - kept,
         "exchanged_bytes": figures["exchanged_bytes"],
     }

@@ -25,11 +25,12 @@ from vlmo_ray.data.prepare.karpathy import Karpathy
 from vlmo_ray.data.prepare.parquet import Parquet
 from vlmo_ray.data.prepare.shards import write_dataset
 from vlmo_ray.data.prepare.source import Source
-from vlmo_ray.data.prepare.stage import WORK, ray_session, results, run_stage
+from vlmo_ray.data.prepare.stage import WORK, results, run_stage
 from vlmo_ray.data.prepare.table import Table
 from vlmo_ray.data.prepare.webdataset import WebDataset
 from vlmo_ray.data.store import Store, open_store
 from vlmo_ray.errors import UserError
+from vlmo_ray.session import ray_session
 
 __all__ = ["FORMATS", "Counts", "prepare", "write_dataset"]
 

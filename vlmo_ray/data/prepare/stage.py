@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import pickle
 from collections.abc import Callable, Iterator
@@ -15,24 +14,6 @@ from vlmo_ray.errors import UserError
 WORK = "_vlmo_prepare"  # deleted at the end, so never a name that somebody else might have chosen
 _WORKER_BYTES = 256 << 20  # a Python worker with pyarrow and Pillow, before it holds any data
 _MAX_BLOCKS = 4096  # Ray Data needs about 25 ms for each
-
-
-@contextlib.contextmanager
-def ray_session() -> Iterator[None]:
-    """The caller's Ray if it is initialised; else a local one, shut down at the end."""
-    import ray
-
-    if ray.is_initialized():
-        yield
-        return
-    # No data goes through the object store, only task descriptions.
-    ray.init(
-        address="local", include_dashboard=False, object_store_memory=200_000_000, logging_level="WARNING"
-    )
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 def run_stage(out: Store, stage: str, tasks: list, work: Callable[[Any], dict], memory: int) -> None:
