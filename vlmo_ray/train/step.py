@@ -31,6 +31,10 @@ def gradients(
     without a graph for the contrast over the whole global batch, and again micro-batch by micro-batch to carry
     the contrast's gradient on (Gao et al. 2021, "Scaling deep contrastive learning batch size under memory
     limited setup"). Every draw is stateless, so the second encoding equals the first.
+
+    Only `fusion` goes through the wrapper: its forward may start a collective of its own (DDP broadcasts its
+    buckets once, in the second step), which must come after those of `plan` on every worker, and workers with
+    one micro-batch would else start it earlier than those with several.
     """
     pretraining: Pretraining = getattr(task, "module", task)
     parts = list(columns_of(len(batch), micro_batch))
@@ -39,7 +43,7 @@ def gradients(
     precision = lambda: torch.autocast(batch.image.device.type, torch.bfloat16, enabled=bf16)  # noqa: E731
 
     with precision(), torch.set_grad_enabled(single):
-        encoded = [(task if single else pretraining)("singles", micro, step) for micro in micros]
+        encoded = [pretraining("singles", micro, step) for micro in micros]
     features = torch.cat([singles.features.detach() for singles in encoded])
     if not single:
         encoded.clear()
@@ -55,7 +59,7 @@ def gradients(
         synchronised = nullcontext() if last or task is pretraining else task.no_sync()
         with synchronised:
             with precision():
-                singles = encoded[0] if single else task("singles", micro, step)
+                singles = encoded[0] if single else pretraining("singles", micro, step)
                 losses, right = task("fusion", micro, singles, plan.rows(part), totals, step)
             if last:  # the temperatures' gradients, once, in the backward that the workers share
                 scales = zip(pretraining.log_scales(), totals.branches, strict=True)

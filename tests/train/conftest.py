@@ -1,0 +1,82 @@
+"""A small data set of scenes, a small config that trains on it, and workers in plain processes."""
+
+import dataclasses
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from vlmo_ray.config import ClusterConfig, Config, DataConfig, ModelConfig, OptimConfig, Phase
+from vlmo_ray.data.manifest import load_manifest
+from vlmo_ray.data.prepare.shards import write_dataset
+from vlmo_ray.data.scenes.records import records
+from vlmo_ray.train.loop import Job, train
+
+SMALL = Config(
+    name="small",
+    model=ModelConfig(
+        width=24, depth=2, num_heads=2, vl_start=1, drop_path=0.1, image_size=16, patch_size=8, max_text_len=12,
+        bias_text_len=12, init_std=0.1,
+    ),
+    phases=(Phase(6, 8), Phase(4, 12)),
+    slice_size=2,
+    micro_batch=4,
+    data=DataConfig(group_steps=3),
+    optim=OptimConfig(peak_lr=1e-3, warmup_steps=2),
+    cluster=ClusterConfig(max_workers=2, gpus_per_worker=0),
+    checkpoint_every=4,
+    log_every=5,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory) -> str:
+    """60 scenes of 16 px in chunks of 7; the captions of scenes forbid most augmentations, so some are let go."""
+    folder = str(tmp_path_factory.mktemp("scenes"))
+    rows = [
+        record | {"forbid": record["forbid"] if i % 2 else []}
+        for i, record in enumerate(records(4, 60, image_size=16))
+    ]
+    write_dataset(folder, rows, rows_per_group=7, groups_per_shard=3)
+    return folder
+
+
+def job(data: str, run: Path | str, config: Config = SMALL, **changes) -> Job:
+    config = dataclasses.replace(config, **changes)
+    return Job(config, data, str(run), load_manifest(data).fingerprint, in_process_data=True)
+
+
+def _worker(rank, world, port, job, resume, folder, queue):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+
+    def commit(written: Path, step: int) -> None:  # what Ray Train does: merge the parts of all workers
+        target = Path(folder) / f"checkpoint-{step:08d}"
+        target.mkdir(parents=True, exist_ok=True)
+        for file in written.iterdir():
+            file.rename(target / file.name)
+
+    queue.put((rank, train(job, rank=rank, world=world, resume=resume, commit=commit)))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def train_on(world: int, job: Job, folder: Path, resume: Path | None = None) -> dict:
+    """Outcomes by rank of `train` in `world` processes; checkpoints come to lie in `folder`."""
+    queue = mp.get_context("spawn").SimpleQueue()
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    running = mp.start_processes(
+        _worker,
+        (world, port, job, resume, str(folder), queue),
+        nprocs=world,
+        join=False,
+        start_method="spawn",
+    )
+    while not running.join():  # raises with the traceback of a worker that failed
+        pass
+    return dict(queue.get() for _ in range(world))

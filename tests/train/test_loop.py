@@ -1,0 +1,151 @@
+"""The loop without Ray: resuming, any number of workers, bad records, broken shards, losses that are not finite."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL, job, train_on  # tests/train/conftest.py
+
+import vlmo_ray
+from vlmo_ray.config import OptimConfig
+from vlmo_ray.data.prepare.shards import write_dataset
+from vlmo_ray.data.scenes.records import records
+from vlmo_ray.data.store import Store
+from vlmo_ray.errors import UserError
+from vlmo_ray.train.loop import train
+from vlmo_ray.train.meters import read_metrics
+
+
+def keep(folder: Path):
+    def commit(written: Path, step: int) -> None:
+        shutil.move(written, folder / f"checkpoint-{step:08d}")
+
+    return commit
+
+
+def curve(run) -> np.ndarray:
+    metrics, _ = read_metrics(Store(str(run)))
+    names = ("step", "samples", "loss", "itc", "itc_vl", "itm", "mlm", "grad_norm", "lr")
+    return np.array([[m[name] for name in names] for m in metrics])
+
+
+@pytest.fixture(scope="module")
+def undisturbed(scenes, tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("undisturbed")
+    assert train(job(scenes, run), commit=keep(run)).step == 10
+    return run
+
+
+def weights(run) -> dict[str, torch.Tensor]:
+    return vlmo_ray.load(str(run)).state_dict()
+
+
+def assert_same_weights(a, b, tolerance):
+    for name, value in weights(a).items():
+        torch.testing.assert_close(value, weights(b)[name], rtol=tolerance, atol=tolerance, msg=name)
+
+
+def test_losses_fall_and_every_figure_is_there(undisturbed):
+    metrics, repeated = read_metrics(Store(str(undisturbed)))
+    assert [m["step"] for m in metrics] == list(range(1, 11)) and not repeated
+    assert [m["samples"] for m in metrics] == [8, 16, 24, 32, 40, 48, 60, 72, 84, 96]
+    assert metrics[-1]["loss"] < metrics[0]["loss"]
+    wanted = {
+        "itm_accuracy",
+        "mlm_accuracy",
+        "negative_similarity",
+        "temperature",
+        "temperature_vl",
+        "pairs_per_s",
+    }
+    assert wanted | {"data_wait", "exchanged_bytes", "masked_pairs", "workers"} <= set(metrics[0])
+    assert list((undisturbed / "tensorboard").iterdir())
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(scenes, undisturbed, tmp_path):
+    """Also from the middle of a shuffle group and into another phase."""
+    resume = undisturbed / "checkpoint-00000004"
+    assert train(job(scenes, tmp_path), resume=resume).step == 10
+    assert np.array_equal(curve(tmp_path), curve(undisturbed)[4:])
+    assert_same_weights(tmp_path, undisturbed, 0)
+
+
+def test_other_data_or_settings_are_refused(scenes, undisturbed, tmp_path):
+    resume = undisturbed / "checkpoint-00000008"
+    with pytest.raises(UserError, match=r"other settings: seed: 1 -> 2"):
+        train(job(scenes, tmp_path / "a", seed=2), resume=resume)
+    other = str(tmp_path / "other")
+    write_dataset(other, records(5, 60, image_size=16), rows_per_group=7)
+    with pytest.raises(UserError, match="belongs to other data"):
+        train(job(other, tmp_path / "b"), resume=resume)
+    assert train(job(scenes, tmp_path / "c", log_every=1, micro_batch=2), resume=resume).step == 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world, micro_batch", [(2, 4), (3, 2)])
+def test_workers_change_nothing(scenes, undisturbed, tmp_path, world, micro_batch):
+    """3 workers share 4 slices, later 6, so that they have unequal numbers of rows and micro-batches."""
+    outcomes = train_on(world, job(scenes, tmp_path, micro_batch=micro_batch), tmp_path)
+    assert [outcomes[rank].step for rank in range(world)] == [10] * world
+    np.testing.assert_allclose(curve(tmp_path), curve(undisturbed), rtol=1e-4)
+    assert_same_weights(tmp_path, undisturbed, 1e-3)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_one_worker_goes_on_with_two_and_back(scenes, undisturbed, tmp_path):
+    train_on(2, job(scenes, tmp_path), tmp_path, resume=undisturbed / "checkpoint-00000004")
+    np.testing.assert_allclose(curve(tmp_path), curve(undisturbed)[4:], rtol=1e-4)
+    alone = tmp_path / "alone"
+    train(job(scenes, alone), resume=tmp_path / "checkpoint-00000008")
+    np.testing.assert_allclose(curve(alone), curve(undisturbed)[8:], rtol=1e-4)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_optimizer(scenes, tmp_path):
+    config = dataclasses.replace(SMALL, optim=OptimConfig(peak_lr=1e30, warmup_steps=1))
+    outcome = train(job(scenes, tmp_path, config))
+    assert outcome.step == 1 and "step 1: loss and grad_norm not finite" in outcome.stopped
+    assert [m["step"] for m in read_metrics(Store(str(tmp_path)))[0]] == [1]
+
+
+def damaged(tmp_path, damage) -> str:
+    rows = list(records(4, 40, image_size=16))
+    damage(rows)
+    folder = str(tmp_path / "damaged")
+    write_dataset(folder, rows, rows_per_group=7, groups_per_shard=2)
+    return folder
+
+
+def test_bad_records_are_masked_counted_and_named(tmp_path, capsys):
+    def damage(rows):
+        rows[3]["image"] = b"not an image"
+        rows[11]["text"] = "  "
+
+    assert train(job(damaged(tmp_path, damage), tmp_path / "run")).step == 10
+    metrics, _ = read_metrics(Store(str(tmp_path / "run")))
+    # 96 pairs of 40 rows: each bad one is met two or three times
+    assert 4 <= sum(m["masked_pairs"] for m in metrics) <= 6
+    assert all(np.isfinite(m["loss"]) for m in metrics)
+    printed = capsys.readouterr().out
+    assert "#0:3" in printed and "#1:4" in printed and "masked a pair" in printed
+
+
+@pytest.mark.slow
+def test_a_broken_shard_stops_all_workers_with_its_address(tmp_path):
+    folder = damaged(tmp_path, lambda rows: None)
+    shard = sorted(Path(folder).rglob("*.parquet"))[1]
+    data = bytearray(shard.read_bytes())
+    data[200] ^= 1
+    shard.write_bytes(data)
+    outcomes = train_on(2, job(folder, tmp_path / "run"), tmp_path / "run")
+    assert outcomes[0] == outcomes[1]
+    assert outcomes[0].step < 10 and shard.name in outcomes[0].stopped
+
+
+def test_a_run_starts_from_other_weights(scenes, undisturbed, tmp_path):
+    start = job(scenes, tmp_path, init=str(undisturbed))
+    config = dataclasses.replace(start.config, optim=OptimConfig(peak_lr=1e-12, warmup_steps=1))
+    assert train(dataclasses.replace(start, config=config)).step == 10
+    assert_same_weights(tmp_path, undisturbed, 1e-6)

@@ -1,0 +1,119 @@
+"""The small parts of training: parameter groups, learning rate, meters, and how a cluster's CPUs are shared."""
+
+import itertools
+import json
+
+import pytest
+import torch
+
+from vlmo_ray.config import MODEL_SIZES, ClusterConfig
+from vlmo_ray.data.store import open_store
+from vlmo_ray.errors import UserError
+from vlmo_ray.model.vlmo import VLMo
+from vlmo_ray.recipes import recipe
+from vlmo_ray.train.launch import shares
+from vlmo_ray.train.meters import Meters, read_metrics
+from vlmo_ray.train.optim import build_optimizer, decays, lr_at
+
+
+@pytest.mark.parametrize("size", ["base", "base_plus"])
+def test_decay_is_for_matrices_that_transform(size):
+    with torch.device("meta"):
+        model = VLMo(MODEL_SIZES[size])
+    decayed = {name for name, parameter in model.named_parameters() if decays(name, parameter)}
+    kinds = (torch.nn.Linear, torch.nn.Conv2d)
+    wanted = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, kinds)}
+    assert decayed == wanted | {"text_embed.word.weight"}
+    optimizer = build_optimizer(model, recipe("tiny"))
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.01, 0.0]
+
+
+def test_learning_rate_rises_then_falls_to_zero_over_all_phases():
+    config = recipe("pretrain_1b")
+    assert lr_at(0, config) == pytest.approx(5e-5 / 2500)
+    assert lr_at(2499, config) == lr_at(2500, config) == pytest.approx(5e-5)
+    assert lr_at((2500 + 300_000) // 2, config) == pytest.approx(2.5e-5)
+    assert 0 < lr_at(299_999, config) < 1e-9
+    rates = [lr_at(step, config) for step in range(2500, 300_000, 5000)]
+    assert all(a > b for a, b in itertools.pairwise(rates))  # no jump where the batch doubles
+
+
+FIGURES = {
+    "loss": 1.0,
+    "itc": 1.0,
+    "itm": 1.0,
+    "mlm": 1.0,
+    "pairs_per_s": 5.0,
+    "data_wait": 0.1,
+    "step_s": 1.0,
+}
+
+
+def test_meters_write_segments_and_a_repeated_step_counts_once(tmp_path, capsys):
+    store = open_store(str(tmp_path), create=True)
+    first = Meters(store, total_steps=6, log_every=2)
+    for step in (1, 2, 3):
+        first.add(FIGURES | {"step": step, "masked_pairs": 0.0})
+        if step == 2:
+            first.close_segment()
+    first.close()
+    second = Meters(store, total_steps=6, log_every=2)
+    for step in (3, 4, 5, 6):
+        second.add(FIGURES | {"step": step, "loss": 2.0, "masked_pairs": 1.0})
+    second.close()
+    metrics, repeated = read_metrics(store)
+    assert [(m["step"], m["loss"]) for m in metrics] == [
+        (1, 1.0),
+        (2, 1.0),
+        (3, 2.0),
+        (4, 2.0),
+        (5, 2.0),
+        (6, 2.0),
+    ]
+    assert repeated == [3]
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in printed] == ["2/6", "4/6", "6/6"]
+    assert "0:02 left" in printed[1] and "(2 pairs masked)" in printed[1] and "masked" not in printed[0]
+    assert all(json.loads(line) for name in store.list("metrics/") for line in store.read(name).splitlines())
+
+
+def test_cpu_workers_leave_a_share_for_data():
+    share = shares(ClusterConfig(max_workers=2, gpus_per_worker=0), cpus=2, gpus=0)
+    assert (share.worker, share.data) == (0.5, 0.5)
+    share = shares(ClusterConfig(max_workers=2, gpus_per_worker=0), cpus=16, gpus=0)
+    assert (share.worker, share.data) == (1.0, 2.0)
+    for cpus in (1, 2, 3, 4, 7):
+        for workers in (1, 2, 3, 4):
+            share = shares(ClusterConfig(max_workers=workers, gpus_per_worker=0), cpus=cpus, gpus=0)
+            assert share.worker > 0 and share.data >= 0.1
+            assert workers * (share.worker + share.data) <= cpus + 0.01
+
+
+@pytest.mark.parametrize(
+    "cluster, cpus, gpus, words",
+    [
+        (
+            ClusterConfig(min_workers=4, max_workers=4),
+            64,
+            2,
+            "4 workers with 1 GPU each are more than this cluster has",
+        ),
+        (
+            ClusterConfig(min_workers=2, max_workers=2, cpus_per_worker=4),
+            8,
+            2,
+            "no CPU would be left for data",
+        ),
+        (
+            ClusterConfig(gpus_per_worker=0, data_cpus_per_worker=0),
+            8,
+            0,
+            "leaves no CPU for reading and decoding",
+        ),
+        (ClusterConfig(min_workers=99, max_workers=99, gpus_per_worker=0), 2, 0, "99 workers are more than"),
+    ],
+)
+def test_what_the_cluster_cannot_give_is_refused(cluster, cpus, gpus, words):
+    with pytest.raises(UserError, match=words):
+        shares(cluster, cpus, gpus)
