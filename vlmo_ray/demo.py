@@ -53,6 +53,7 @@ def main() -> int:
     """Runs the demo; 0 if everything it promises came true, else 1 with the reason."""
     console = Console()
     began = time.monotonic()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that what was started is ended
     shutil.rmtree(OUT, ignore_errors=True)
     OUT.mkdir()
     try:
@@ -82,7 +83,7 @@ def _pretrain(console: Console) -> Story:
     story, began = Story(), time.monotonic()
     run = Store(f"{RUNS}/demo")
     with (
-        (OUT / "pretrain.log").open("w") as log,
+        (OUT / "pretrain.log").open("w", buffering=1) as log,
         subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
         ) as process,
@@ -92,7 +93,7 @@ def _pretrain(console: Console) -> Story:
                 log.write(line)
                 message = re.sub(
                     r"\x1b\[\d+m|\(\w+ pid=[^)]*\) ?", "", line
-                ).rstrip()  # Ray's colours and prefixes
+                ).strip()  # Ray's colours and prefixes
                 if found := _WORKER.search(line):
                     rank, world, pid = map(int, found.groups())
                     story.workers = {r: p for r, p in story.workers.items() if r < world} | {rank: pid}

@@ -272,7 +272,7 @@ def test_closing_early_gives_the_cpus_back(ray_cluster, manifest):
     import ray
 
     schedule = Schedule(((1000, 24),), 4)
-    options = {"data": DATA, "schedule": schedule, "seed": 3, "cpus": 2, "prefetch_steps": 2} | SHAPE
+    options = {"data": DATA, "schedule": schedule, "seed": 3, "cpus": 2, "window_groups": 2} | SHAPE
     stream = PairStream(manifest, start=0, stop=1000, **options)
     for _ in zip(range(5), stream, strict=False):
         pass

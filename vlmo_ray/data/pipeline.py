@@ -1,10 +1,14 @@
 """A worker's own small Ray Data pipeline: from the steps it has to do to its batches, in order.
 
 The order of rows is computed here, without Ray. What Ray Data does is to spread the reading and decoding over
-the cluster's CPUs and to hold it back when the training is slower. The work is cut into groups (of steps,
-see `order`), a group into parts (of neighbouring slices), and a part is one block. A dataset is built for a
-window of some hundred parts at a time, so nothing grows with the size of the data set or the length of the
-run. A thread runs all this ahead of the training, so that the start of a window costs it nothing.
+the cluster's CPUs. The work is cut into groups (of steps, see `order`), a group into parts (of neighbouring
+slices), and a part is one block. A dataset is built for a window of some groups at a time, so nothing grows with
+the size of the data set or the length of the run. A thread is one whole window ahead of the training, so that the
+start of a window costs it nothing.
+
+A window is read to its end as fast as it comes, and never left waiting for the training: as soon as finished blocks
+wait to be taken, Ray Data's executor (2.60) polls without a pause, in a thread of this process. That cost a training
+worker half of its core.
 """
 
 from __future__ import annotations
@@ -33,8 +37,8 @@ if TYPE_CHECKING:  # both are slow to import, and a data task needs neither
     from vlmo_ray.data.batch import PairBatch
 
 PART_ROWS = 512  # a block costs Ray Data 25 ms, and a part reads about one chunk that it shares with the next
-WINDOW_PARTS = 256
-PREFETCH_BYTES = 1 << 30
+WINDOW_ROWS = 4096  # of a worker; a window's start and end cost about half a second of data time
+WINDOW_BYTES = 256 << 20  # of decoded rows, unless one group has more
 
 
 @dataclass(frozen=True)
@@ -65,8 +69,8 @@ class PairStream:
     about a row. `cpus` is what the worker may use for data at once; a data task asks for one CPU, or for
     `cpus` if that is less. `in_process` does the same work without Ray, in the calling process.
 
-    The decoded rows of one group of steps are in memory at once, as are `prefetch_steps` batches (of a GB at
-    most) and Ray's share for blocks under way: a run whose batches are too large for that sets
+    The decoded rows of up to three windows are in memory at once: the one being trained on, the next, and the one
+    being read. A window has at least one group of steps: a run whose batches are too large for that sets
     `data.group_steps` to 1.
 
     A stream can be iterated once. Raises `ShardError` when a chunk cannot be read, `UserError` when Ray has
@@ -88,10 +92,9 @@ class PairStream:
         rank: int = 0,
         num_workers: int = 1,
         parts_per_group: int | None = None,  # None: parts of about PART_ROWS rows
-        window_groups: int | None = None,  # None: windows of about WINDOW_PARTS parts
+        window_groups: int | None = None,  # None: up to WINDOW_ROWS rows and WINDOW_BYTES
         cpus: float = 1.0,
         cpu_wait_s: float = 30.0,
-        prefetch_steps: int = 8,
         in_process: bool = False,
     ):
         assert 0 <= start <= stop <= schedule.total_steps
@@ -101,28 +104,28 @@ class PairStream:
         self._reader = TrainReader(manifest.uri, data, image_size, max_text_len, vocab_size, seed)
         self._order = Order(manifest.chunk_rows, seed, schedule, data.group_steps)
         self._steps, self._rank, self._num_workers = range(start, stop), rank, num_workers
-        self._parts_per_group, self._window_groups = parts_per_group, window_groups or 1
-        if window_groups is None and self._steps:
-            self._window_groups = max(1, WINDOW_PARTS // self._num_parts(start))
+        self._parts_per_group, self._window_groups = parts_per_group, window_groups
         self._cpus, self._cpu_wait_s = cpus, cpu_wait_s
-        self._prefetch_steps, self._in_process = prefetch_steps, in_process
+        self._in_process = in_process
+        self._ahead: Prefetch | None = None
         self._open: Iterator[PairBatch] | None = None
 
     def __iter__(self) -> Iterator[PairBatch]:
         assert self._open is None, "a stream is iterated once: make another"
         if self._in_process:
-            self._open = self._batches()
+            self._open = self._batches(self._windows())
         else:
             probe = CpuProbe(min(1.0, self._cpus), self._cpu_wait_s)
-            batch_bytes = max(map(self._num_rows, self._steps[:1]), default=0) * self._row_bytes
-            depth = min(self._prefetch_steps, PREFETCH_BYTES // max(1, batch_bytes))
-            self._open = Prefetch(self._batches(), depth, probe)
+            self._ahead = Prefetch(map(_read_whole, self._windows()), 1, probe)
+            self._open = self._batches(self._ahead)
         return self._open
 
     def close(self) -> None:
         """End the data tasks and the thread; also done at the end of a `with` block."""
         if self._open is not None:
             self._open.close()
+        if self._ahead is not None:
+            self._ahead.close()
 
     def __enter__(self) -> PairStream:
         return self
@@ -130,19 +133,24 @@ class PairStream:
     def __exit__(self, *_) -> None:
         self.close()
 
-    def _batches(self) -> Iterator[PairBatch]:
+    def _windows(self) -> Iterator[tuple[list[_Group], Iterator[Columns]]]:
+        """Groups, with the blocks of all their parts in order; the first window is one group, to start soon."""
+        groups, count = self._groups(), 1
+        while window := list(islice(groups, self._window_groups or count)):
+            yield window, self._run([part for group in window for part in group.parts])
+            rows = max(1, sum(len(part) for part in window[-1].parts))
+            count = max(1, min(WINDOW_ROWS // rows, WINDOW_BYTES // (rows * self._row_bytes)))
+
+    def _batches(self, windows: Iterable[tuple[list[_Group], Iterator[Columns]]]) -> Iterator[PairBatch]:
         from vlmo_ray.data.batch import PairBatch
 
-        groups = self._groups()
-        while window := list(islice(groups, self._window_groups)):
-            parts = [part for group in window for part in group.parts]
-            with closing(self._run(parts)) as blocks:
-                for group in window:
-                    for columns in _by_step(group, blocks):
-                        if columns is None:
-                            yield PairBatch.empty(self._reader.image_size, self._reader.max_text_len)
-                        else:
-                            yield PairBatch.from_numpy(columns)
+        for window, blocks in windows:
+            for group in window:
+                for columns in _by_step(group, blocks):
+                    if columns is None:
+                        yield PairBatch.empty(self._reader.image_size, self._reader.max_text_len)
+                    else:
+                        yield PairBatch.from_numpy(columns)
 
     def _groups(self) -> Iterator[_Group]:
         step, stop = self._steps.start, self._steps.stop
@@ -185,17 +193,36 @@ class PairStream:
                 yield self._reader(part)
             return
         dataset = _dataset(parts, _Reporting(self._reader), min(1.0, self._cpus))
-        # Ray Data takes the whole cluster for its own unless told. The memory is for the blocks under way.
-        largest = max(len(part) for part in parts) * self._row_bytes
+        # Ray Data takes the whole cluster for its own unless told. The memory is for all of the window, as it is read
+        # whole, and as much again for blocks under way.
         limits = dataset.context.execution_options.resource_limits
         dataset.context.execution_options.resource_limits = limits.copy(
-            cpu=self._cpus, object_store_memory=max(256 << 20, 4 * round(self._cpus + 1) * largest)
+            cpu=self._cpus,
+            object_store_memory=(256 << 20) + 2 * sum(len(part) for part in parts) * self._row_bytes,
         )
         with closing(iter(dataset.iter_batches(batch_size=None, batch_format="numpy"))) as blocks:
             for columns in blocks:
                 if columns["step"][0] < 0:
                     raise ShardError(columns["problem"][0])
                 yield columns
+
+
+def _read_whole(window: tuple[list[_Group], Iterator[Columns]]) -> tuple[list[_Group], Iterator[Columns]]:
+    """The window with its blocks in memory. A shard's error stays behind the blocks that were read before it."""
+    groups, blocks = window
+    read, problem = [], None
+    try:
+        read.extend(blocks)
+    except ShardError as error:
+        problem = error
+
+    def replay() -> Iterator[Columns]:
+        while read:
+            yield read.pop(0)  # and let go
+        if problem is not None:
+            raise problem
+
+    return groups, replay()
 
 
 def _by_step(group: _Group, blocks: Iterator[Columns]) -> Iterator[Columns | None]:

@@ -63,12 +63,12 @@ def _nothing() -> None:
 
 
 class Prefetch(Iterator):
-    """The items of a generator, made by a thread up to `depth` ahead; its errors are raised here.
+    """The items of an iterator, made by a thread up to `depth` ahead; its errors are raised here.
 
-    `close` (or garbage collection) also closes the generator, in its thread, after the item it is making.
+    `close` (or garbage collection) ends the thread after the item it is making; a generator is closed in it.
     """
 
-    def __init__(self, source: Generator, depth: int, probe: CpuProbe | None = None):
+    def __init__(self, source: Iterator, depth: int, probe: CpuProbe | None = None):
         self._queue: queue.Queue[tuple[str, Any]] = queue.Queue(max(1, depth))
         self._stop = threading.Event()
         self._probe = probe
@@ -115,7 +115,7 @@ class Prefetch(Iterator):
         self._stop.set()
 
 
-def _fill(source: Generator, results: queue.Queue, stop: threading.Event) -> None:
+def _fill(source: Iterator, results: queue.Queue, stop: threading.Event) -> None:
     def put(kind: str, value: Any) -> None:
         while not stop.is_set():
             try:
@@ -132,4 +132,5 @@ def _fill(source: Generator, results: queue.Queue, stop: threading.Event) -> Non
     except BaseException as error:  # whatever it is belongs to the consumer
         put("error", error)
     finally:
-        source.close()
+        if isinstance(source, Generator):
+            source.close()

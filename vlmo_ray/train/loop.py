@@ -184,7 +184,7 @@ def train(
             publish_model(model, open_store(job.run))
         return Outcome(config.total_steps)
     finally:
-        stream.close()
+        batches.close()
         if meters is not None:
             meters.close()
 

@@ -1,0 +1,103 @@
+"""The `vlmo` command: every mistake a user can make is one sentence, exit code 2, within seconds, no traceback."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from vlmo_ray.data.prepare.shards import write_dataset
+from vlmo_ray.data.scenes.records import records
+from vlmo_ray.recipes import RECIPES
+
+
+def vlmo(*arguments, **environment) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "vlmo_ray", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | environment)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> str:
+    folder = str(tmp_path_factory.mktemp("cli") / "scenes")
+    write_dataset(folder, records(1, 40, image_size=32), rows_per_group=8)
+    return folder
+
+
+def refused(run: subprocess.CompletedProcess, *words: str) -> None:
+    assert run.returncode == 2, run.stdout + run.stderr
+    assert "Traceback" not in run.stdout + run.stderr
+    sentence = run.stderr.strip().splitlines()[-1]
+    assert sentence.startswith("vlmo: ") and all(word in sentence for word in words), run.stderr
+
+
+def test_recipes_and_show():
+    run = vlmo("recipes", COLUMNS="200")
+    assert run.returncode == 0 and all(name in run.stdout for name in RECIPES)
+    run = vlmo("show", "pretrain_base", "--set", "seed=7", "--set", "optim.peak_lr=1e-4")
+    shown = json.loads(run.stdout)
+    assert (shown["seed"], shown["optim"]["peak_lr"], shown["model"]["width"]) == (7, 1e-4, 768)
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["show", "pretrain_bas"], ["pretrain_bas", "did you mean 'pretrain_base'"]),
+        (["show", "tiny", "--set", "optim.rate=1"], ["optim.rate", "known here: peak_lr"]),
+        (
+            ["show", "tiny", "--set", "phases=[[9, 33]]", "--set", "optim.warmup_steps=1"],
+            ["33", "does not divide"],
+        ),
+        (
+            ["show", "tiny", "--set", "model.image_size=36"],
+            ["36", "multiple of model.patch_size=8", "32 or 40"],
+        ),
+        (["show", "tiny", "--set", "model.num_answers=3"], ["model.num_answers", "no effect"]),
+        (["pretrain", "tiny", "--data", "/no/such/folder"], ["/no/such/folder", "does not exist"]),
+        (["evaluate", "/no/such/run", "--data", "/no"], ["/no/such/run"]),
+        (["import", "/no/such/file.pt", "/tmp/never"], ["/no/such/file.pt"]),
+        (["export", "/no/such/run", "/tmp/never.pt"], ["/no/such/run"]),
+        (["prepare", "karpathy", "/no/such.json", "/tmp/never"], ["/no"]),
+        (["prepare", "table", "/no.csv", "/tmp/never", "--option", "header"], ["'header' has no '='"]),
+    ],
+)
+def test_mistakes_without_a_server(arguments, words):
+    refused(vlmo(*arguments), *words)
+
+
+@pytest.mark.slow
+def test_mistakes_about_storage(s3_server, bucket, data, tmp_path):
+    def pretrain(uri, *more, **environment):
+        began = time.monotonic()
+        run = vlmo(
+            "pretrain", "tiny", "--data", uri, "--storage", str(tmp_path / "runs"), *more, **environment
+        )
+        assert time.monotonic() - began < 40  # on a busy machine the imports alone take ten
+        return run
+
+    refused(pretrain("s3://no-such-bucket/x"), "no-such-bucket")
+    refused(pretrain(f"{bucket}/empty"), f"{bucket}/empty")
+    refused(pretrain("s3://vlmo/x", AWS_SECRET_ACCESS_KEY="wrong"), "AWS_SECRET_ACCESS_KEY")
+    refused(pretrain("s3://vlmo/x", AWS_ENDPOINT_URL="http://127.0.0.1:9"), "127.0.0.1:9")
+
+    shard = next(
+        name for name in os.listdir(data) if name.endswith(".parquet") and name != "manifest.parquet"
+    )
+    broken = tmp_path / "broken"
+    write_dataset(str(broken), records(1, 40, image_size=32), rows_per_group=8)
+    (broken / shard).write_bytes(b"PAR1")
+    refused(pretrain(str(broken)), shard)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_more_workers_than_the_cluster_can_have(data, tmp_path):
+    run = vlmo(
+        "pretrain", "pretrain_base", "--data", data, "--storage", str(tmp_path), CUDA_VISIBLE_DEVICES=""
+    )  # fmt: skip
+    refused(run, "4 workers with 1 GPU each", "cluster.min_workers")
+    run = vlmo(
+        "pretrain", "tiny", "--data", data, "--storage", str(tmp_path), "--set", "cluster.data_cpus_per_worker=0"
+    )  # fmt: skip
+    refused(run, "no CPU for reading", "cluster.data_cpus_per_worker")

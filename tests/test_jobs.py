@@ -1,0 +1,110 @@
+"""`ray job submit -- python jobs/pretrain_1b.py --tiny` on a local head with token authentication, twice.
+
+The second submission finds the finished run of the first and carries on from its last checkpoint. Also the thin
+things around it: the job is short, and a mistake ends with a sentence.
+"""
+
+import contextlib
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from vlmo_ray.data.prepare.shards import write_dataset
+from vlmo_ray.data.scenes.records import records
+from vlmo_ray.data.store import Store
+from vlmo_ray.recipes import recipe
+from vlmo_ray.train.meters import read_metrics
+
+ROOT = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@contextlib.contextmanager
+def head(tmp_path):
+    """A Ray head of its own with a dashboard and a token; yields (its address, the environment to reach it)."""
+    environment = os.environ | {
+        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "PYTHONUNBUFFERED": "1",
+    }
+    dashboard = free_port()
+    command = [
+        BIN / "ray", "start", "--head", "--block", "--num-cpus=2", f"--port={free_port()}", "--node-ip-address=127.0.0.1",  # fmt
+       
+        f"--dashboard-port={dashboard}", f"--ray-client-server-port={free_port()}", "--object-store-memory=300000000",
+        "--disable-usage-stats",
+    ]  # fmt: skip
+    with (tmp_path / "head.log").open("w") as log:
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            cwd=tmp_path,
+            start_new_session=True,
+        )
+        try:
+            yield f"http://127.0.0.1:{dashboard}", environment
+        finally:
+            os.kill(process.pid, signal.SIGTERM)  # --block ends the whole head with it
+            try:
+                process.wait(30)
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+
+
+def submit(address, environment, *arguments) -> subprocess.CompletedProcess:
+    command = [BIN / "ray", "job", "submit", "--address", address, "--working-dir", ".", "--"]
+    command += ["python", "jobs/pretrain_1b.py", *arguments]
+    deadline = time.monotonic() + 60
+    while True:
+        run = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        run.stdout += run.stderr
+        if "Failed to connect" not in run.stdout or time.monotonic() > deadline:
+            return run
+        time.sleep(1)  # the dashboard is not up yet
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_submit_and_submit_again(bucket, tmp_path):
+    data, storage = f"{bucket}/scenes", f"{bucket}/runs"
+    write_dataset(data, records(1, 200, image_size=32), rows_per_group=32)
+    arguments = ("--tiny", "--data", data, "--storage", storage, "--name", "job")
+    total = recipe("pretrain_1b_tiny").total_steps
+    with head(tmp_path) as (address, environment):
+        refused = submit(address, environment | {"RAY_AUTH_TOKEN": secrets.token_hex(32)}, *arguments)
+        assert refused.returncode and "succeeded" not in refused.stdout
+        first = submit(address, environment, *arguments)
+        assert first.returncode == 0 and "succeeded" in first.stdout, first.stdout[-4000:]
+        metrics, repeated = read_metrics(Store(f"{storage}/job"))
+        assert [m["step"] for m in metrics] == list(range(1, total + 1)) and not repeated
+        assert {m["samples"] for m in metrics} >= {24 * 16, 24 * 16 + 12 * 32}  # both phases
+
+        again = submit(address, environment, *arguments)
+        assert again.returncode == 0, again.stdout[-4000:]
+        assert f"run 'job' continues from step {total} of {total}" in again.stdout
+        assert read_metrics(Store(f"{storage}/job")) == (metrics, repeated)
+
+        wrong = submit(address, environment, "--tiny", "--data", f"{bucket}/nothing", "--storage", storage)
+        assert wrong.returncode == 1 and "pretrain_1b: " in wrong.stdout and "Traceback" not in wrong.stdout
+
+
+def test_jobs_are_thin():
+    for script in (ROOT / "jobs").glob("*.py"):
+        assert len(script.read_text().splitlines()) < 40, script
