@@ -80,3 +80,16 @@ def make_records(n: int, first: int = 0) -> list[dict]:
         }
         for i in range(first, first + n)
     ]
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory) -> str:
+    """60 scenes of 16 px in chunks of 7; half of the captions' bans on augmentations are lifted, to have some."""
+    from vlmo_ray.data.prepare.shards import write_dataset
+    from vlmo_ray.data.scenes.records import records
+
+    folder = str(tmp_path_factory.mktemp("scenes"))
+    drawn = enumerate(records(4, 60, image_size=16))
+    rows = [record | {"forbid": record["forbid"] if i % 2 else []} for i, record in drawn]
+    write_dataset(folder, rows, rows_per_group=7, groups_per_shard=3)
+    return folder

@@ -42,12 +42,13 @@ def head(tmp_path):
         "PYTHONUNBUFFERED": "1",
     }
     dashboard = free_port()
-    command = [
-        BIN / "ray", "start", "--head", "--block", "--num-cpus=2", f"--port={free_port()}", "--node-ip-address=127.0.0.1",  # fmt
-       
-        f"--dashboard-port={dashboard}", f"--ray-client-server-port={free_port()}", "--object-store-memory=300000000",
-        "--disable-usage-stats",
-    ]  # fmt: skip
+    ports = [
+        f"--port={free_port()}",
+        f"--dashboard-port={dashboard}",
+        f"--ray-client-server-port={free_port()}",
+    ]
+    sizes = ["--num-cpus=2", "--object-store-memory=300000000"]
+    command = [BIN / "ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1", *ports, *sizes]
     with (tmp_path / "head.log").open("w") as log:
         process = subprocess.Popen(
             command,

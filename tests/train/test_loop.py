@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, job, train_on  # tests/train/conftest.py
+from small_run import SMALL, job, train_on
 
 import vlmo_ray
 from vlmo_ray.config import OptimConfig

@@ -56,18 +56,16 @@ def pretrain_1b_tiny() -> Config:
 
 
 def small_photos() -> Config:
-    """Photographs with captions on a CPU: 7,000 Flickr8k-sized images at 64 px in under an hour on 2 cores."""
+    """Photographs with captions on a CPU: 90k pairs at 64 px, about 15 minutes on 2 cores."""
     return replace(
         tiny(),
         name="small_photos",
-        model=replace(
-            MODEL_SIZES["tiny"], width=192, depth=6, num_heads=6, vl_start=5, image_size=64, patch_size=8
-        ),
-        phases=(Phase(steps=1000, global_batch=128),),
+        model=replace(MODEL_SIZES["tiny"], width=128, image_size=64, patch_size=16, init_std=0.05),
+        phases=(Phase(steps=700, global_batch=128),),
         slice_size=32,
         micro_batch=64,
         data=DataConfig(group_steps=16, randaugment_ops=0),
-        optim=OptimConfig(peak_lr=1e-3, warmup_steps=100),
+        optim=OptimConfig(peak_lr=1e-3, warmup_steps=70),
         checkpoint_every=100,
         log_every=10,
     )

@@ -43,10 +43,11 @@ class Meters:
             if name != "step":
                 self.writer.add_scalar(name, value, step)
         self.recent.append(figures)
-        if step % self.log_every == 0 or step == self.total_steps:
+        printed = step % self.log_every == 0 or step == self.total_steps
+        if printed or time.monotonic() - self.flushed > _FLUSH_S:
+            self.flush()  # before the line: a step that was told of is in the log, whatever comes next
+        if printed:
             self._print(step)
-        if time.monotonic() - self.flushed > _FLUSH_S:
-            self.flush()
 
     def _print(self, step: int) -> None:
         mean = {k: sum(f[k] for f in self.recent) / len(self.recent) for k in self.recent[0]}

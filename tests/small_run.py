@@ -1,18 +1,15 @@
-"""A small data set of scenes, a small config that trains on it, and workers in plain processes."""
+"""A small config that trains on the fixture `scenes` in seconds, and workers in plain processes."""
 
 import dataclasses
 import socket
 from pathlib import Path
 
-import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from vlmo_ray.config import ClusterConfig, Config, DataConfig, ModelConfig, OptimConfig, Phase
 from vlmo_ray.data.manifest import load_manifest
-from vlmo_ray.data.prepare.shards import write_dataset
-from vlmo_ray.data.scenes.records import records
 from vlmo_ray.train.loop import Job, train
 
 SMALL = Config(
@@ -30,18 +27,6 @@ SMALL = Config(
     checkpoint_every=4,
     log_every=5,
 )  # fmt: skip
-
-
-@pytest.fixture(scope="session")
-def scenes(tmp_path_factory) -> str:
-    """60 scenes of 16 px in chunks of 7; the captions of scenes forbid most augmentations, so some are let go."""
-    folder = str(tmp_path_factory.mktemp("scenes"))
-    rows = [
-        record | {"forbid": record["forbid"] if i % 2 else []}
-        for i, record in enumerate(records(4, 60, image_size=16))
-    ]
-    write_dataset(folder, rows, rows_per_group=7, groups_per_shard=3)
-    return folder
 
 
 def job(data: str, run: Path | str, config: Config = SMALL, **changes) -> Job:

@@ -1,0 +1,143 @@
+"""Pre-training and evaluation on Ray: a worker is killed on the way, and nothing of it is to be seen in the result.
+
+The oracle is the same run in one process without Ray.
+"""
+
+import dataclasses
+import os
+import shutil
+import signal
+import subprocess
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from small_run import SMALL, job
+
+import vlmo_ray
+from vlmo_ray.config import Phase
+from vlmo_ray.data.prepare.shards import write_dataset
+from vlmo_ray.data.scenes.records import retrieval_records
+from vlmo_ray.data.store import Store
+from vlmo_ray.errors import UserError
+from vlmo_ray.evaluate import retrieval
+from vlmo_ray.model.vlmo import VLMo, init_weights
+from vlmo_ray.tasks.metrics import recall_at_k
+from vlmo_ray.train.launch import pretrain
+from vlmo_ray.train.loop import train
+from vlmo_ray.train.meters import read_metrics
+from vlmo_ray.train.runs import latest_checkpoint
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+# long enough that a kill after the first checkpoint falls before the last one
+CONFIG = dataclasses.replace(
+    SMALL, phases=(Phase(40, 8), Phase(260, 12)), checkpoint_every=30, keep_checkpoints=2
+)
+
+
+def training_workers() -> list[int]:
+    """Process ids of the Ray Train workers below this process."""
+    listing = subprocess.run(
+        ["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True
+    ).stdout
+    rows = [line.split(None, 2) for line in listing.splitlines()]
+    parent = {int(pid): int(ppid) for pid, ppid, _ in rows}
+
+    def is_ours(pid: int) -> bool:
+        while pid in parent:
+            pid = parent[pid]
+            if pid == os.getpid():
+                return True
+        return False
+
+    return [int(pid) for pid, _, args in rows if args.startswith("ray::RayTrainWorker") and is_ours(int(pid))]
+
+
+def kill_one(run: Store, killed: list[tuple[int, str]]) -> None:
+    while latest_checkpoint(run) is None:
+        time.sleep(0.1)
+    victim = max(training_workers())
+    os.kill(victim, signal.SIGKILL)
+    killed.append((victim, latest_checkpoint(run)))
+
+
+def test_a_killed_worker_leaves_no_trace(ray_cluster, bucket, scenes, tmp_path):
+    storage, killed = f"{bucket}/runs", []
+    watcher = threading.Thread(target=kill_one, args=(Store(f"{storage}/small"), killed), daemon=True)
+    watcher.start()
+    run = pretrain(CONFIG, scenes, storage)
+    assert killed and killed[0][1] < "checkpoint-00000300", "the kill came too late to matter"
+
+    assert train(job(scenes, tmp_path, CONFIG)).step == 300
+    found, repeated = read_metrics(run)
+    wanted, _ = read_metrics(Store(str(tmp_path)))
+    assert [m["step"] for m in found] == list(range(1, 301))
+    assert repeated and min(repeated) > int(killed[0][1][-8:])
+    assert {m["workers"] for m in found} == {2}
+    for name in ("samples", "loss", "itc", "itm", "mlm"):
+        values = [[m[name] for m in metrics[:60]] for metrics in (found, wanted)]
+        np.testing.assert_allclose(*values, rtol=1e-4, err_msg=name)  # later, rounding may flip a negative
+    np.testing.assert_allclose(found[-1]["loss"], wanted[-1]["loss"], rtol=0.05)
+
+    kept = {name.split("/")[0] for name in run.list("checkpoint-")}
+    assert kept == {"checkpoint-00000270", "checkpoint-00000300"}
+    model = vlmo_ray.load(run.uri)
+    assert model.config == CONFIG.model
+    for name in run.list("model/"):  # then `load` takes the newest checkpoint
+        run.delete(name)
+    again = vlmo_ray.load(run.uri).state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in model.state_dict().items())
+
+    with pytest.raises(UserError, match="other settings: seed: 1 -> 5"):
+        pretrain(dataclasses.replace(CONFIG, seed=5), scenes, storage)
+
+
+def test_a_broken_shard_ends_the_run_with_its_address(ray_cluster, scenes, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(scenes, broken)
+    shard = sorted(broken.rglob("*.parquet"), key=lambda path: (path.name == "manifest.parquet", path.name))[
+        1
+    ]
+    data = bytearray(shard.read_bytes())
+    data[300] ^= 1
+    shard.write_bytes(data)
+    began = time.monotonic()
+    with pytest.raises(UserError, match=rf"stopped at step \d+: .*{shard.name}"):
+        pretrain(dataclasses.replace(CONFIG, name="broken"), str(broken), str(tmp_path / "runs"))
+    assert time.monotonic() - began < 100  # not retried time and again
+
+
+def test_retrieval_does_not_depend_on_the_number_of_workers(ray_cluster, tmp_path):
+    data = str(tmp_path / "unseen")
+    rows = list(retrieval_records(3, 50, image_size=16))
+    extra = [
+        rows[0] | {"id": "second caption", "text": "something else"},
+        rows[1] | {"id": "bad", "text": " "},
+    ]
+    write_dataset(data, rows + extra, rows_per_group=8)
+    model = VLMo(dataclasses.replace(SMALL.model, max_text_len=20, bias_text_len=20))
+    init_weights(model, 0)
+    held_out = [row["image_id"] for row in rows if row["held_out"]]
+    results = [retrieval(model, data, num_workers=n, subset=held_out) for n in (1, 2)]
+    assert results[0] == results[1]
+    result = results[0]
+    assert (result.num_images, result.num_texts) == (50, 51)
+    [problem] = result.problems
+    assert "#6:3" in problem  # the last row of the last of 7 chunks, by its address
+
+    from vlmo_ray.data.decode import decode_eval
+    from vlmo_ray.data.text import Tokenizer
+
+    names = sorted({row["image_id"] for row in rows})
+    first = {row["image_id"]: row["image"] for row in rows}
+    texts = [(row["text"], names.index(row["image_id"])) for row in rows + extra[:1]]
+    tokens = [Tokenizer(20).encode(text)[:2] for text, _ in texts]
+    with torch.inference_mode():
+        pixels = torch.from_numpy(np.stack([decode_eval(first[name], 16) for name in names])) / 127.5 - 1
+        ids, mask = (torch.from_numpy(np.stack(column)) for column in zip(*tokens, strict=True))
+        image = model.itc.image(model.encode(image=pixels).image[:, 0]).numpy()
+        text = model.itc.text(model.encode(text=ids.long(), text_mask=mask).text[:, 0]).numpy()
+    assert result.reached == recall_at_k(image, text, np.array([i for _, i in texts]))
