@@ -39,14 +39,12 @@ def head(tmp_path):
         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # nothing is left to drain when the test ends the head
         "PYTHONUNBUFFERED": "1",
     }
     dashboard = free_port()
-    ports = [
-        f"--port={free_port()}",
-        f"--dashboard-port={dashboard}",
-        f"--ray-client-server-port={free_port()}",
-    ]
+    names = ("port", "ray-client-server-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port")
+    ports = [f"--dashboard-port={dashboard}", *(f"--{name}={free_port()}" for name in names)]
     sizes = ["--num-cpus=2", "--object-store-memory=300000000"]
     command = [BIN / "ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1", *ports, *sizes]
     with (tmp_path / "head.log").open("w") as log:
@@ -72,13 +70,14 @@ def head(tmp_path):
 def submit(address, environment, *arguments) -> subprocess.CompletedProcess:
     command = [BIN / "ray", "job", "submit", "--address", address, "--working-dir", ".", "--"]
     command += ["python", "jobs/pretrain_1b.py", *arguments]
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 90
     while True:
         run = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
         run.stdout += run.stderr
-        if "Failed to connect" not in run.stdout or time.monotonic() > deadline:
+        starting = any(words in run.stdout for words in ("Failed to connect", "No available agent"))
+        if not starting or time.monotonic() > deadline:
             return run
-        time.sleep(1)  # the dashboard is not up yet
+        time.sleep(1)
 
 
 @pytest.mark.ray

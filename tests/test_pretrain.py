@@ -34,7 +34,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 # long enough that a kill after the first checkpoint falls before the last one
 CONFIG = dataclasses.replace(
-    SMALL, phases=(Phase(40, 8), Phase(260, 12)), checkpoint_every=30, keep_checkpoints=2
+    SMALL, phases=(Phase(40, 8), Phase(120, 12)), checkpoint_every=20, keep_checkpoints=2
 )
 
 
@@ -69,12 +69,12 @@ def test_a_killed_worker_leaves_no_trace(ray_cluster, bucket, scenes, tmp_path):
     watcher = threading.Thread(target=kill_one, args=(Store(f"{storage}/small"), killed), daemon=True)
     watcher.start()
     run = pretrain(CONFIG, scenes, storage)
-    assert killed and killed[0][1] < "checkpoint-00000300", "the kill came too late to matter"
+    assert killed and killed[0][1] < "checkpoint-00000160", "the kill came too late to matter"
 
-    assert train(job(scenes, tmp_path, CONFIG)).step == 300
+    assert train(job(scenes, tmp_path, CONFIG)).step == 160
     found, repeated = read_metrics(run)
     wanted, _ = read_metrics(Store(str(tmp_path)))
-    assert [m["step"] for m in found] == list(range(1, 301))
+    assert [m["step"] for m in found] == list(range(1, 161))
     assert repeated and min(repeated) > int(killed[0][1][-8:])
     assert {m["workers"] for m in found} == {2}
     for name in ("samples", "loss", "itc", "itm", "mlm"):
@@ -83,7 +83,7 @@ def test_a_killed_worker_leaves_no_trace(ray_cluster, bucket, scenes, tmp_path):
     np.testing.assert_allclose(found[-1]["loss"], wanted[-1]["loss"], rtol=0.05)
 
     kept = {name.split("/")[0] for name in run.list("checkpoint-")}
-    assert kept == {"checkpoint-00000270", "checkpoint-00000300"}
+    assert kept == {"checkpoint-00000140", "checkpoint-00000160"}
     model = vlmo_ray.load(run.uri)
     assert model.config == CONFIG.model
     for name in run.list("model/"):  # then `load` takes the newest checkpoint
