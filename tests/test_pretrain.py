@@ -108,6 +108,8 @@ def test_a_broken_shard_ends_the_run_with_its_address(ray_cluster, scenes, tmp_p
     with pytest.raises(UserError, match=rf"stopped at step \d+: .*{shard.name}"):
         pretrain(dataclasses.replace(CONFIG, name="broken"), str(broken), str(tmp_path / "runs"))
     assert time.monotonic() - began < 100  # not retried time and again
+    with pytest.raises(UserError, match=shard.name):
+        retrieval(VLMo(SMALL.model), str(broken))
 
 
 def test_retrieval_does_not_depend_on_the_number_of_workers(ray_cluster, tmp_path):

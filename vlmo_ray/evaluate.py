@@ -9,6 +9,7 @@ import numpy as np
 
 from vlmo_ray.data.manifest import load_manifest
 from vlmo_ray.data.pipeline import eval_dataset
+from vlmo_ray.data.prefetch import user_error
 from vlmo_ray.errors import UserError
 from vlmo_ray.model.vlmo import VLMo
 from vlmo_ray.tasks.metrics import chance_recall, recall_at_k
@@ -89,9 +90,12 @@ def retrieval(
         num_cpus=0 if on_gpu else min(1.0, cpus / 2 / workers),
     )
     columns = {}
-    for batch in rows.iter_batches(batch_size=None, batch_format="numpy"):
-        for name, values in batch.items():
-            columns.setdefault(name, []).append(values)
+    try:
+        for batch in rows.iter_batches(batch_size=None, batch_format="numpy"):
+            for name, values in batch.items():
+                columns.setdefault(name, []).append(values)
+    except Exception as error:
+        raise user_error(error) or error from None
     if not columns:
         raise UserError(f"the data set at {data} has no rows to evaluate")
     found = {name: np.concatenate(values) for name, values in columns.items()}

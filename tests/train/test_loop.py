@@ -149,3 +149,10 @@ def test_a_run_starts_from_other_weights(scenes, undisturbed, tmp_path):
     config = dataclasses.replace(start.config, optim=OptimConfig(peak_lr=1e-12, warmup_steps=1))
     assert train(dataclasses.replace(start, config=config)).step == 10
     assert_same_weights(tmp_path, undisturbed, 1e-6)
+
+
+@pytest.mark.slow
+def test_a_start_that_cannot_be_stops_all_workers(scenes, tmp_path):
+    outcomes = train_on(2, job(scenes, tmp_path, init="/no/such/weights.pt"), tmp_path)
+    assert outcomes[0] == outcomes[1]
+    assert outcomes[0].stopped.startswith("the start: ") and "/no/such/weights.pt" in outcomes[0].stopped

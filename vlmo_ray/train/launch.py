@@ -10,6 +10,7 @@ from pathlib import Path
 
 from vlmo_ray.config import ClusterConfig, Config, check
 from vlmo_ray.data.manifest import check_shards, load_manifest
+from vlmo_ray.data.prefetch import user_error
 from vlmo_ray.data.store import Store, open_store
 from vlmo_ray.errors import UserError
 from vlmo_ray.session import ray_session
@@ -197,9 +198,6 @@ def _fit(job: Job, share: Shares, storage: Store, name: str) -> dict:
     try:
         return trainer.fit().return_value
     except TrainingFailedError as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, UserError):
-            cause = cause.__cause__ or getattr(cause, "cause", None)
-        if cause is not None:
-            raise UserError(str(cause)) from error
+        if found := user_error(error):
+            raise found from error
         raise

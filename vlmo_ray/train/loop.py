@@ -6,9 +6,10 @@ import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,8 +17,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from vlmo_ray.config import Config
-from vlmo_ray.data.batch import PairBatch
-from vlmo_ray.data.manifest import load_manifest
+from vlmo_ray.data.manifest import Manifest, load_manifest
 from vlmo_ray.data.order import Schedule, deal
 from vlmo_ray.data.pipeline import PairStream
 from vlmo_ray.data.store import open_store
@@ -90,15 +90,14 @@ def train(
     """
     config, device = job.config, torch.device(device)
     torch.set_float32_matmul_precision("high")
-    manifest = load_manifest(job.data)
-    if manifest.fingerprint != job.fingerprint:
-        raise UserError(f"the data set at {job.data} changed while the run was starting; start it again")
-    model = build_model(config).to(device)
+    start_up, problem = _attempt(lambda: _start(job))
+    if stopped := _agree(problem and f"the start: {problem}", world, device):
+        return Outcome(0, stopped)
+    manifest, model = start_up[0], start_up[1].to(device)
     task: nn.Module = Pretraining(model, config)
     if world > 1:
-        with (
-            warnings.catch_warnings()
-        ):  # from torch 2.15 the argument has another name, which 2.11 does not know
+        with warnings.catch_warnings():
+            # torch 2.15 gives the argument another name, which 2.11 does not know
             warnings.simplefilter("ignore", FutureWarning)
             task = DistributedDataParallel(task, broadcast_buffers=False, gradient_as_bucket_view=True)
     optimizer = build_optimizer(model, config)
@@ -134,9 +133,9 @@ def train(
     try:
         for step in range(start, config.total_steps):
             began = time.monotonic()
-            batch, problem = _next(stream, step)
+            batch, problem = _attempt(lambda: next(stream))
             waited = time.monotonic() - began
-            if stopped := _agree(problem, world, device):
+            if stopped := _agree(problem and f"step {step}: {problem}", world, device):
                 return Outcome(step, stopped)
             batch = batch.to(device)
             figures = gradients(
@@ -189,12 +188,19 @@ def train(
             meters.close()
 
 
-def _next(stream: Iterable[PairBatch], step: int) -> tuple[PairBatch | None, str]:
-    """The next batch, or the sentence of the mistake that keeps it away."""
+def _start(job: Job) -> tuple[Manifest, VLMo]:
+    manifest = load_manifest(job.data)
+    if manifest.fingerprint != job.fingerprint:
+        raise UserError(f"the data set at {job.data} changed while the run was starting; start it again")
+    return manifest, build_model(job.config)
+
+
+def _attempt(make: Callable[[], Any]) -> tuple[Any, str]:
+    """What `make` gives, or the sentence of the mistake that keeps it away."""
     try:
-        return next(stream), ""
+        return make(), ""
     except UserError as error:
-        return None, f"step {step}: {error}"
+        return None, str(error)
 
 
 def _agree(problem: str, world: int, device: torch.device) -> str:
