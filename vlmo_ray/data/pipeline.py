@@ -7,8 +7,8 @@ the size of the data set or the length of the run. A thread is one whole window 
 start of a window costs it nothing.
 
 A window is read to its end as fast as it comes, and never left waiting for the training: as soon as finished blocks
-wait to be taken, Ray Data's executor (2.60) polls without a pause, in a thread of this process. That cost a training
-worker half of its core.
+wait to be taken, Ray Data's executor (2.60) polls without a pause, in a thread of this process, and takes its core
+and its interpreter lock from the training.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from vlmo_ray.recipes.pretrain import pretrain_1b
 
 
 def tiny() -> Config:
-    """A few steps of a tiny model, to see every part move: `vlmo pretrain tiny --data FOLDER`, a minute on 2 CPUs."""
+    """A few steps of a tiny model, to see every part move: `vlmo pretrain tiny --data FOLDER`."""
     return Config(
         name="tiny",
         model=MODEL_SIZES["tiny"],
@@ -24,7 +24,7 @@ def tiny() -> Config:
 
 
 def demo() -> Config:
-    """What `make demo` trains: scenes of coloured shapes, two CPU workers, under five minutes."""
+    """What `make demo` trains: scenes of coloured shapes, two CPU workers."""
     return replace(
         tiny(),
         name="demo",
@@ -40,7 +40,7 @@ def demo() -> Config:
 
 
 def pretrain_1b_tiny() -> Config:
-    """The two phases of `pretrain_1b` in small: the same code path on a laptop, in under a minute."""
+    """The two phases of `pretrain_1b` in small: the same code path on a laptop."""
     return replace(
         pretrain_1b(),
         name="pretrain_1b_tiny",
@@ -56,7 +56,7 @@ def pretrain_1b_tiny() -> Config:
 
 
 def small_photos() -> Config:
-    """Photographs with captions on a CPU: 90k pairs at 64 px, about 15 minutes on 2 cores."""
+    """Photographs with captions on a CPU: 90k pairs at 64 px; half an hour on 2 busy cores."""
     return replace(
         tiny(),
         name="small_photos",
