@@ -1,6 +1,6 @@
-"""`ray job submit -- python jobs/pretrain_1b.py --tiny` on a local head with token authentication, twice.
+"""`ray job submit -- python jobs/pretrain_1b.py --tiny` on a local head with token authentication, and again.
 
-The second submission finds the finished run of the first and carries on from its last checkpoint. Also the thin
+The first submission is stopped in the middle; the second resumes it; a third finds it finished. Also the thin
 things around it: the job is short, and a mistake ends with a sentence.
 """
 
@@ -21,6 +21,7 @@ from vlmo_ray.data.scenes.records import records
 from vlmo_ray.data.store import Store
 from vlmo_ray.recipes import recipe
 from vlmo_ray.train.meters import read_metrics
+from vlmo_ray.train.runs import latest_checkpoint
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
@@ -67,8 +68,8 @@ def head(tmp_path):
                     os.killpg(process.pid, signal.SIGKILL)
 
 
-def submit(address, environment, *arguments) -> subprocess.CompletedProcess:
-    command = [BIN / "ray", "job", "submit", "--address", address, "--working-dir", ".", "--"]
+def submit(address, environment, *arguments, flags=()) -> subprocess.CompletedProcess:
+    command = [BIN / "ray", "job", "submit", "--address", address, "--working-dir", ".", *flags, "--"]
     command += ["python", "jobs/pretrain_1b.py", *arguments]
     deadline = time.monotonic() + 90
     while True:
@@ -86,14 +87,28 @@ def test_submit_and_submit_again(bucket, tmp_path):
     data, storage = f"{bucket}/scenes", f"{bucket}/runs"
     write_dataset(data, records(1, 200, image_size=32), rows_per_group=32)
     arguments = ("--tiny", "--data", data, "--storage", storage, "--name", "job")
+    # a fixed number of workers: an elastic one would first wait for the reservation of the stopped run to lapse
+    arguments += ("--set", "cluster.min_workers=2")
     total = recipe("pretrain_1b_tiny").total_steps
     with head(tmp_path) as (address, environment):
         refused = submit(address, environment | {"RAY_AUTH_TOKEN": secrets.token_hex(32)}, *arguments)
         assert refused.returncode and "succeeded" not in refused.stdout
+        early = submit(address, environment, *arguments, flags=("--no-wait", "--submission-id", "early"))
+        assert early.returncode == 0, early.stdout[-4000:]
+        run, deadline = Store(f"{storage}/job"), time.monotonic() + 150
+        while latest_checkpoint(run) is None:
+            assert time.monotonic() < deadline, "no checkpoint was made"
+            time.sleep(0.1)
+        stop = [BIN / "ray", "job", "stop", "--address", address, "early"]
+        subprocess.run(stop, env=environment, check=True, capture_output=True, timeout=60)
+        reached = int(latest_checkpoint(run)[-8:])
+        assert reached < total, "stopped too late to leave anything to resume"
+
         first = submit(address, environment, *arguments)
         assert first.returncode == 0 and "succeeded" in first.stdout, first.stdout[-4000:]
+        assert f"run 'job' continues from step {reached} of {total}" in first.stdout
         metrics, repeated = read_metrics(Store(f"{storage}/job"))
-        assert [m["step"] for m in metrics] == list(range(1, total + 1)) and not repeated
+        assert [m["step"] for m in metrics] == list(range(1, total + 1))
         assert {m["samples"] for m in metrics} >= {24 * 16, 24 * 16 + 12 * 32}  # both phases
 
         again = submit(address, environment, *arguments)
