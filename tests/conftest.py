@@ -15,6 +15,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.pop("RAY_ADDRESS", None)
 
 
+def pytest_collection_modifyitems(config, items):
+    """Tests marked `compile` are left out unless asked for by name of the marker."""
+    if "compile" not in config.option.markexpr:
+        left_out = [item for item in items if "compile" in item.keywords]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory):
     """A SeaweedFS server with the bucket `vlmo`; its AWS variables are set for the rest of the session."""

@@ -32,6 +32,8 @@ class ModelConfig:
     heads: tuple[str, ...] = ("itc", "itc_vl", "itm", "mlm")  # any of these and "vqa", "nlvr2"
     num_answers: int = 3129  # of the VQA head
     init_std: float = 0.02  # of the truncated normal that weights start from
+    init_temperature: float = 0.07  # where the learned temperatures of the contrast start
+    init_logit_bias: float | None = None  # of the sigmoid contrast (its paper: -10); None for the softmax one
 
     @property
     def num_patches(self) -> int:
@@ -66,12 +68,19 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class LossWeights:
-    """Weights of the terms; the contrastive term is the mean of its two branches."""
+class LossConfig:
+    """The objective: weights of the terms, the contrastive one being the mean of its two branches; its options."""
 
     itc: float = 1.0
     itm: float = 1.0
     mlm: float = 0.25
+    contrast: Literal["softmax", "sigmoid"] = "softmax"
+    label_smoothing: float = 0.0  # of the softmax contrast
+    # Multiplies the contrast's gradient at the features, not its value nor the temperatures' gradient. 1 is
+    # exact. The released models' gather had no gradient, which left 1 / number of GPUs: 1/64 or 1/128.
+    feature_grad_scale: float = 1.0
+    negatives: Literal["global", "local"] = "global"  # drawn from the whole batch or from the row's own slice
+    itm_share: float = 1.0  # of each slice's rows that matching is computed for
 
 
 @dataclass(frozen=True)
@@ -96,13 +105,18 @@ class Phase:
 
 @dataclass(frozen=True)
 class ClusterConfig:
-    """What the run asks of Ray. Nothing here changes a number of the run."""
+    """What the run asks of Ray and of each worker. Nothing here changes a number of the run beyond rounding."""
 
     min_workers: int = 1
     max_workers: int = 1
     gpus_per_worker: int = 1  # 0: train on CPUs, in float32
     cpus_per_worker: float = 1.0
     data_cpus_per_worker: float = 2.0  # for reading and decoding; kept free of training workers
+    strategy: Literal["ddp", "fsdp"] = "ddp"  # the model whole on every worker, or sharded layer by layer
+    activation_checkpointing: bool = (
+        False  # recompute each layer in the backward: less memory, a third more FLOPs
+    )
+    compile: bool = False  # torch.compile of each layer
     max_failures: int = 8
     start_timeout_s: float = 30.0
     resize_interval_s: float = 60.0
@@ -118,9 +132,12 @@ class Config:
     slice_size: int  # rows in the unit that is dealt to workers
     micro_batch: int  # rows a worker runs forward and backward at once; a multiple of slice_size
     data: DataConfig = field(default_factory=DataConfig)
-    loss: LossWeights = field(default_factory=LossWeights)
+    loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    precision: Literal["auto", "bf16", "float32", "float64"] = (
+        "auto"  # auto: bf16 on a GPU, float32 elsewhere
+    )
     seed: int = 1
     init: str = ""  # weights to start from: a folder or file that `vlmo_ray.load` reads; "" = at random
     checkpoint_every: int = 1000  # steps
@@ -157,6 +174,10 @@ def check_model(model: ModelConfig) -> ModelConfig:
         raise UserError(
             f"model.max_text_len={model.max_text_len} is above model.bias_text_len={model.bias_text_len}, the text "
             "length of the relative bias table; lower the first or raise the second"
+        )
+    if model.init_temperature <= 0:
+        raise UserError(
+            f"model.init_temperature={model.init_temperature} must be above 0; the paper has 0.07"
         )
     if model.max_text_len < 3:
         raise UserError(
@@ -209,10 +230,42 @@ def check(config: Config) -> Config:
         raise UserError(
             f"model.heads lacks {', '.join(missing)}: pre-training needs the heads itc, itc_vl, itm and mlm"
         )
+    _check_loss(config)
     for path in ("checkpoint_every", "keep_checkpoints", "log_every", "data.group_steps"):
         if _get(config, path) < 1:
             raise UserError(f"{path}={_get(config, path)} must be at least 1")
     return config
+
+
+def _check_loss(config: Config) -> None:
+    loss, bias = config.loss, config.model.init_logit_bias
+    if loss.contrast == "sigmoid" and bias is None:
+        raise UserError(
+            "loss.contrast='sigmoid' needs a bias to learn: set model.init_logit_bias (-10) and "
+            "model.init_temperature (0.1)"
+        )
+    if loss.contrast == "softmax" and bias is not None:
+        raise UserError(
+            f"model.init_logit_bias={bias} would never be used by loss.contrast='softmax'; set it to null"
+        )
+    if not 0 <= loss.label_smoothing < 1:
+        raise UserError(f"loss.label_smoothing={loss.label_smoothing} must be from 0 to below 1")
+    if loss.label_smoothing and loss.contrast == "sigmoid":
+        raise UserError("loss.label_smoothing is of the softmax contrast; set it to 0 for the sigmoid one")
+    if loss.feature_grad_scale <= 0:
+        raise UserError(
+            f"loss.feature_grad_scale={loss.feature_grad_scale} must be above 0; 1 is exact. To leave the "
+            "contrast out, set loss.itc=0"
+        )
+    if not 0 < loss.itm_share <= 1 or round(loss.itm_share * config.slice_size) < 1:
+        raise UserError(
+            f"loss.itm_share={loss.itm_share} of a slice of {config.slice_size} rows is less than one row, or more "
+            f"than all; choose from {1 / config.slice_size:.3g} to 1"
+        )
+    if loss.negatives == "local" and config.slice_size == 1:
+        raise UserError(
+            "loss.negatives='local' draws from a row's own slice, and slice_size=1 has no other row; raise it"
+        )
 
 
 def _ineffective(config: Config) -> dict[str, str]:

@@ -26,8 +26,8 @@ from vlmo_ray.official import (
     MODULE,
     Official,
     index_buffers,
-    official_name,
     shorten,
+    to_official,
     translate,
 )
 from vlmo_ray.resize import Fitted, fit_state
@@ -146,7 +146,11 @@ def export_official(folder: str | Path, out: str | Path) -> None:
         wrapper, keys = official["wrapper"], official["keys"]
     else:
         carried = index_buffers(model_from_dict(description["config"])) | carried
-    tensors = {official_name(name): value for name, value in state.items()} | carried
+    if description["config"].get("init_logit_bias") is not None:
+        raise UserError(
+            f"The model in {folder} was trained with the sigmoid contrast, whose bias has no name in the released form."
+        )
+    tensors = to_official(state) | carried
     if keys is not None:
         tensors = {key: tensors[key.removeprefix(MODULE)] for key in keys}
     partial = Path(f"{out}.partial")
@@ -154,9 +158,12 @@ def export_official(folder: str | Path, out: str | Path) -> None:
     partial.replace(out)
 
 
-def save_model(model: VLMo, folder: str | Path) -> None:
-    """Writes weights and configuration into `folder`, made if need be; `load_model` reads it."""
-    _write(folder, model.config, model.state_dict(), {}, {})
+def save_model(model: VLMo, folder: str | Path, state: Mapping[str, Tensor] | None = None) -> None:
+    """Writes weights and configuration into `folder`, made if need be; `load_model` reads it.
+
+    `state` stands in for the model's own weights, where those are spread over workers.
+    """
+    _write(folder, model.config, dict(model.state_dict() if state is None else state), {}, {})
 
 
 def load_model(

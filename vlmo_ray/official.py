@@ -89,7 +89,7 @@ class Official:
     """A released state dict in our names; every tensor of the file is in `state`, `carried` or `dropped`."""
 
     config: ModelConfig  # as the shapes imply it
-    state: dict[str, Tensor]  # under our names, shapes and types as in the file
+    state: dict[str, Tensor]  # under our names, types as in the file
     carried: dict[str, Tensor]  # under released names: not weights of this model, kept for an export
     dropped: tuple[str, ...]  # not kept: the classifier of a BEiT checkpoint
     wrapper: str  # one of WRAPPERS, or "" for a bare state dict
@@ -102,6 +102,14 @@ def our_name(name: str) -> str | None:
         inner = _renamed(match[2], _LAYER_NAMES)
         return None if inner is None else f"layers.{match[1]}.{inner}"
     return _renamed(name, _NAMES)
+
+
+def to_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our parameters under their released names; the temperatures have no axis there."""
+    return {
+        official_name(name): value.reshape(()) if name.endswith(".log_scale") else value
+        for name, value in state.items()
+    }
 
 
 def official_name(name: str) -> str:
@@ -150,7 +158,7 @@ def translate(
     for name, value in named.items():
         renamed = our_name(name)
         if renamed in ours:
-            state[renamed] = value
+            state[renamed] = value.reshape(1) if renamed.endswith(".log_scale") else value
         elif _CARRIED.fullmatch(name):
             carried[name] = value
         else:

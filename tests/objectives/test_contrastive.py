@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vlmo_ray.objectives.contrastive import Pairs, contrast
+from vlmo_ray.objectives.contrastive import contrast
 from vlmo_ray.objectives.gather import Workers
+from vlmo_ray.objectives.pairs import Pairs
 
 
 def plain(image, text, log_scale, pairs):
@@ -34,7 +35,7 @@ def test_value_and_gradients(chunk, log_scale):
     expected = plain(image, text, log_scale, pairs)
     wanted = torch.autograd.grad(expected, (image, text, log_scale))
 
-    out = contrast(image, text, image.detach(), text.detach(), log_scale, pairs, Workers((7,)), chunk)
+    out = contrast(image, text, image.detach(), text.detach(), log_scale, pairs, Workers((7,)), chunk=chunk)
     torch.testing.assert_close(out.loss, expected.detach(), rtol=1e-12, atol=1e-12)
     for got, want in zip((out.image_grad, out.text_grad, out.scale_grad), wanted, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlmo_ray.objectives.contrastive import Pairs
 from vlmo_ray.objectives.matching import hard_negatives, matching_loss
+from vlmo_ray.objectives.pairs import Pairs
 
 
 def unit(rows, width=5, seed=0):
@@ -47,7 +47,9 @@ def test_drawn_from_the_softmax_of_scaled_similarity():
     counts = np.zeros((rows, rows))
     for key in range(draws):
         counts[np.arange(rows), hard_negatives(images, texts, log_scale, pairs, key * 7919).numpy()] += 1
-    logits = (2.5 * images @ texts.T).masked_fill(~pairs.may_oppose(slice(0, rows)), -torch.inf)
+    logits = (2.5 * images @ texts.T).masked_fill(
+        ~pairs.may_oppose(slice(0, rows), slice(0, rows)), -torch.inf
+    )
     expected = torch.softmax(logits, dim=1).numpy() * draws
     for row in range(rows):
         possible = expected[row] > 0

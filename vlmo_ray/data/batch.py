@@ -65,6 +65,10 @@ class PairBatch:
         tensors = {name: getattr(self, name)[wanted] for name in _TENSORS}
         return replace(self, **tensors, ids=self.ids[wanted], problems=self.problems[wanted])
 
+    def without_targets(self) -> PairBatch:
+        """The same rows with no masked word to predict."""
+        return replace(self, mlm_labels=torch.full_like(self.mlm_labels, -100))
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PairBatch:
         tensors = {name: getattr(self, name).to(device, non_blocking=non_blocking) for name in _TENSORS}
         return replace(self, **tensors)

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-INITIAL_TEMPERATURE = 0.07
-
 
 class ContrastHead(nn.Module):
-    """Projections of both CLS states into one space, and a learned temperature: paper equations (3), (4)."""
+    """Projections of both CLS states into one space, and a learned temperature: paper equations (3), (4).
 
-    def __init__(self, width: int):
+    The scalars have shape [1], since FSDP2 shards along the first axis and refuses tensors without one.
+    """
+
+    def __init__(self, width: int, with_bias: bool = False):
         super().__init__()
         self.image_projection = nn.Linear(width, width, bias=False)
         self.text_projection = nn.Linear(width, width, bias=False)
-        self.log_scale = nn.Parameter(
-            torch.tensor(math.log(1 / INITIAL_TEMPERATURE))
-        )  # log of 1 / temperature
+        self.log_scale = nn.Parameter(torch.zeros(1))  # log of 1 / temperature
+        self.logit_bias = nn.Parameter(torch.zeros(1)) if with_bias else None  # of the sigmoid contrast
 
     def image(self, cls: Tensor) -> Tensor:
         """`[I_CLS]` states [B,D] -> [B,D] of length 1, in float32 or wider."""

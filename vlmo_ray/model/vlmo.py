@@ -19,7 +19,7 @@ from vlmo_ray.errors import UserError
 from vlmo_ray.model.attention import PADDED
 from vlmo_ray.model.embeddings import ImageEmbedding, RelativePositionBias, TextEmbedding
 from vlmo_ray.model.experts import MoMELayer, Route
-from vlmo_ray.model.heads import INITIAL_TEMPERATURE, ClassifierHead, ContrastHead, MaskedWordHead, Pooler
+from vlmo_ray.model.heads import ClassifierHead, ContrastHead, MaskedWordHead, Pooler
 
 POOLED_HEADS = ("itm", "vqa", "nlvr2")  # those that read the pooler
 
@@ -64,8 +64,9 @@ class VLMo(nn.Module):
         self.register_buffer("drop_path_rates", rates, persistent=False)
 
         heads = config.heads
-        self.itc = ContrastHead(width) if "itc" in heads else None
-        self.itc_vl = ContrastHead(width) if "itc_vl" in heads else None
+        with_bias = config.init_logit_bias is not None
+        self.itc = ContrastHead(width, with_bias) if "itc" in heads else None
+        self.itc_vl = ContrastHead(width, with_bias) if "itc_vl" in heads else None
         self.pooler = Pooler(width) if any(head in heads for head in POOLED_HEADS) else None
         self.itm = nn.Linear(width, 2) if "itm" in heads else None
         self.mlm = MaskedWordHead(width, config.vocab_size) if "mlm" in heads else None
@@ -204,7 +205,8 @@ def init_weights(model: VLMo, seed: int = 0) -> None:
     | biases, relative bias table                               | 0                           |
     | norms                                                     | weight 1, bias 0            |
     | `attention_scale`, `expert_scale`                         | `config.layer_scale`        |
-    | `log_scale`                                               | ln(1 / 0.07)                |
+    | `log_scale`                                               | ln(1 / init_temperature)    |
+    | `logit_bias`                                              | init_logit_bias             |
     | third row of `modality` (NLVR2's second image)            | copy of the second          |
 
     BEiT's division of the output projections by the root of the depth is not part of VLMo.
@@ -212,7 +214,9 @@ def init_weights(model: VLMo, seed: int = 0) -> None:
     for name, parameter in model.named_parameters():
         field = name.rsplit(".", 1)[-1]
         if field == "log_scale":
-            parameter.fill_(math.log(1 / INITIAL_TEMPERATURE))
+            parameter.fill_(math.log(1 / model.config.init_temperature))
+        elif field == "logit_bias":
+            parameter.fill_(model.config.init_logit_bias)
         elif field.endswith("_scale"):
             parameter.fill_(model.config.layer_scale)
         elif "norm." in name and field == "weight":

@@ -4,14 +4,18 @@ With unit features I_i, T_i, s = exp(log_scale) and z_ij = s I_i.T_j, the loss o
 
     L = 1/(2n) sum_i [ lse_j z_ij - z_ii ] + 1/(2n) sum_i [ lse_j z_ji - z_ii ]            (paper, eq. 3 and 4)
 
-where j runs over the valid pairs that may serve as negatives of i (see `may_oppose`) and i itself. Its
+where j runs over the valid pairs that may serve as negatives of i (see `Pairs.may_oppose`) and i itself. Its
 gradient with respect to a local image needs nothing from other workers but their features and the
 log-sum-exps of their rows:
 
     dL/dI_i = s/(2n) [ sum_j (exp(z_ij - row_i) + exp(z_ij - column_j)) T_j - 2 T_i ]
 
 with row_i = lse_j z_ij and column_j = lse_i z_ij. So no `[N, D]` gradient travels, and the similarities exist
-one block of `chunk` columns at a time: memory grows with local rows x chunk.
+one block of `chunk` columns at a time: memory grows with local rows x chunk. Since L depends on s and I only
+through s I, its derivative at log s is sum_i I_i . dL/dI_i, for which no further pass is needed.
+
+`sigmoid_contrast` is the pairwise loss of Zhai et al. 2023, "Sigmoid loss for language image pre-training",
+with the same inputs and outputs.
 """
 
 from __future__ import annotations
@@ -19,93 +23,28 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vlmo_ray.objectives.gather import Workers
+from vlmo_ray.objectives.pairs import Pairs, columns_of, full_precision, widened
 
-
-@dataclass(frozen=True)
-class Pairs:
-    """What must be known of all N pairs of a global batch to compare any two; gathered once a step."""
-
-    image_key: Tensor  # int64 [N], equal for the same image
-    text_key: Tensor  # int64 [N], equal for the same normalised text
-    valid: Tensor  # bool [N], False for a pair that could not be read
-    first: int  # position of this worker's first row
-    rows: int  # how many rows are this worker's
-
-    @property
-    def local(self) -> slice:
-        return slice(self.first, self.first + self.rows)
-
-    def may_oppose(self, columns: slice) -> Tensor:
-        """Bool `[b, columns]`: may column j be a negative of local row i?
-
-        Both must be valid, and they must share neither image nor text: those are not negatives but true pairs.
-        """
-        same = self.image_key[self.local, None] == self.image_key[None, columns]
-        same |= self.text_key[self.local, None] == self.text_key[None, columns]
-        return ~same & self.valid[self.local, None] & self.valid[None, columns]
-
-    def is_own(self, columns: slice) -> Tensor:
-        """Bool `[b, columns]`: is column j the pair of local row i itself, and valid?"""
-        position = torch.arange(self.first, self.first + self.rows, device=self.valid.device)
-        column = torch.arange(columns.start, columns.stop, device=self.valid.device)
-        return (position[:, None] == column[None]) & self.valid[self.local, None]
+CHUNK = 4096
 
 
 @dataclass
 class Contrast:
-    """The contrastive loss of this worker's rows, and the gradients of the *global* loss at its inputs."""
+    """The contrastive loss of this worker's rows, and the gradients of the *global* loss at its inputs.
 
-    loss: Tensor  # scalar; summed over the workers it is the global loss
+    Summed over the workers, `loss` is the global loss, and the gradients at the scalars are the global ones.
+    """
+
+    loss: Tensor  # 0-d
     image_grad: Tensor  # [b, D]
     text_grad: Tensor  # [b, D]
-    scale_grad: Tensor  # scalar, this worker's share of dL/d log_scale
-
-    def surrogate(self, image: Tensor, text: Tensor, log_scale: Tensor) -> Tensor:
-        """A scalar with the value of `loss` whose backward hands exactly these gradients on."""
-        linear = (image * self.image_grad).sum() + (text * self.text_grad).sum() + log_scale * self.scale_grad
-        return self.loss + linear - linear.detach()
-
-
-def columns_of(total: int, chunk: int):
-    """Slices of at most `chunk` that cover `range(total)`."""
-    return (slice(start, min(start + chunk, total)) for start in range(0, total, chunk))
-
-
-def _log_sum_exp(rows: Tensor, columns: Tensor, scale: Tensor, pairs: Pairs, chunk: int) -> Tensor:
-    """Per local row: log of the sum of exp(scale * row . column) over its own and its opposing columns, `[b]`."""
-    running = rows.new_full((len(rows),), -torch.inf)
-    for block in columns_of(len(columns), chunk):
-        logits = scale * (rows @ columns[block].T)
-        counted = pairs.may_oppose(block) | pairs.is_own(block)
-        running = torch.logaddexp(running, logits.masked_fill(~counted, -torch.inf).logsumexp(dim=1))
-    return running
-
-
-def _one_side(
-    rows: Tensor,
-    columns: Tensor,
-    scale: Tensor,
-    row_lse: Tensor,
-    column_lse: Tensor,
-    pairs: Pairs,
-    chunk: int,
-) -> tuple[Tensor, Tensor]:
-    """Gradient `[b, D]` at the rows, and the rows' own part of the gradient at log_scale; neither normalised."""
-    grad, scale_grad = torch.zeros_like(rows), rows.new_zeros(())
-    for block in columns_of(len(columns), chunk):
-        logits = scale * (rows @ columns[block].T)
-        own = pairs.is_own(block)
-        counted = pairs.may_oppose(block) | own
-        # exp only of what is counted: an uncounted logit may be far above its log-sum-exp
-        by_row = torch.exp(torch.where(counted, logits - row_lse[:, None], -torch.inf))
-        by_column = torch.exp(torch.where(counted, logits - column_lse[None, block], -torch.inf))
-        weight = by_row + by_column - 2 * own.to(rows.dtype)
-        grad += scale * (weight @ columns[block])
-        scale_grad += ((by_row - own.to(rows.dtype)) * logits).sum()
-    return grad, scale_grad
+    scale_grad: Tensor  # 0-d, at log_scale
+    temperature: Tensor  # 0-d, 1 / scale
+    bias_grad: Tensor | None = None  # 0-d, at the bias of the sigmoid loss
 
 
 @torch.no_grad()
@@ -117,30 +56,112 @@ def contrast(
     log_scale: Tensor,
     pairs: Pairs,
     workers: Workers,
-    chunk: int = 4096,
+    *,
+    label_smoothing: float = 0.0,
+    chunk: int = CHUNK,
 ) -> Contrast:
     """The loss above for local features `[b, D]` against gathered ones `[N, D]` (position order).
 
-    A step without a valid pair gives 0. Computed in float32, or float64 if the features are.
+    With `label_smoothing` e, a row's target is 1 - e on its own column and e spread evenly over all that it is
+    compared with. A step without a valid pair gives 0. Computed in float32, or float64 if the features are.
     """
-    with torch.autocast(image.device.type, enabled=False):
-        working = torch.promote_types(image.dtype, torch.float32)
-        image, text, all_image, all_text = (x.to(working) for x in (image, text, all_image, all_text))
-        scale = log_scale.to(working).exp()
-        image_lse = _log_sum_exp(image, all_text, scale, pairs, chunk)
-        text_lse = _log_sum_exp(text, all_image, scale, pairs, chunk)
-        all_image_lse, all_text_lse = workers.gather(torch.stack([image_lse, text_lse], dim=1)).unbind(1)
+    with full_precision(image.device):
+        image, text, all_image, all_text = widened(image, text, all_image, all_text)
+        scale = log_scale.reshape(()).to(image.dtype).exp()
+        sides = ((scale * image, all_text), (scale * text, all_image))
+        blocks = columns_of(len(all_image), chunk)
 
-        image_grad, from_images = _one_side(image, all_text, scale, image_lse, all_text_lse, pairs, chunk)
-        text_grad, from_texts = _one_side(text, all_image, scale, text_lse, all_image_lse, pairs, chunk)
+        def logits_of(block: slice) -> tuple[Tensor, list[Tensor]]:
+            """What is compared in a block, and the logits of both sides, -inf where nothing is."""
+            compared = pairs.compared(block)
+            barred = torch.zeros_like(compared, dtype=image.dtype).masked_fill_(~compared, -torch.inf)
+            return compared, [torch.addmm(barred, rows, columns[block].T) for rows, columns in sides]
 
-        own = pairs.valid[pairs.local]
-        own_logits = scale * (image * text).sum(dim=1)
-        loss = torch.where(own, 0.5 * (image_lse + text_lse) - own_logits, 0.0).sum()
+        # per local row: log-sum-exps of the image's and the text's side; what smoothing needs
+        lse = image.new_full((2, len(image)), -torch.inf)
+        num_compared, sums = image.new_zeros(len(image)), image.new_zeros(2, len(image))
+        for block in blocks:
+            compared, logits = logits_of(block)
+            lse = torch.logaddexp(lse, torch.stack([side.logsumexp(dim=1) for side in logits]))
+            if label_smoothing:
+                num_compared += compared.sum(dim=1)
+                sums += torch.stack([side.masked_fill(~compared, 0).sum(dim=1) for side in logits])
+        share = (
+            label_smoothing / num_compared if label_smoothing else num_compared
+        )  # of every compared column
+        all_lse_image, all_lse_text, all_share = workers.gather(torch.stack([*lse, share], dim=1)).unbind(1)
+
+        grads = [torch.zeros_like(image), torch.zeros_like(text)]
+        for block in reversed(blocks):  # the last block's logits are still here
+            if block is not blocks[-1]:
+                compared, logits = logits_of(block)
+            turn = zip(logits, lse, (all_lse_text, all_lse_image), sides, grads, strict=True)
+            for z, row_lse, column_lse, (_, columns), grad in turn:
+                weight = torch.exp(z - row_lse[:, None])
+                weight += z.sub_(column_lse[block]).exp_()
+                if label_smoothing:
+                    weight -= (share[:, None] + all_share[block]).masked_fill_(~compared, 0)
+                grad.addmm_(weight, columns[block])
+        valid = pairs.valid[pairs.local]
         count = pairs.valid.sum().clamp(min=1)
+        image_grad, text_grad = (
+            torch.where(valid[:, None], grad - 2 * (1 - label_smoothing) * own, 0) * (scale / (2 * count))
+            for grad, own in zip(grads, (text, image), strict=True)
+        )
+        own_logits = scale * (image * text).sum(dim=1)
+        each = lse.mean(dim=0) - (1 - label_smoothing) * own_logits - share * sums.mean(dim=0)
         return Contrast(
-            loss=loss / count,
-            image_grad=image_grad / (2 * count),
-            text_grad=text_grad / (2 * count),
-            scale_grad=(from_images + from_texts) / (2 * count),
+            loss=torch.where(valid, each, 0).sum() / count,
+            image_grad=image_grad,
+            text_grad=text_grad,
+            scale_grad=(image * image_grad).sum(),
+            temperature=1 / scale,
+        )
+
+
+@torch.no_grad()
+def sigmoid_contrast(
+    image: Tensor,
+    text: Tensor,
+    all_image: Tensor,
+    all_text: Tensor,
+    log_scale: Tensor,
+    bias: Tensor,
+    pairs: Pairs,
+    *,
+    chunk: int = CHUNK,
+) -> Contrast:
+    """The mean over the n valid pairs i of -sum_j log sigmoid(y_ij (z_ij + bias)), y = 1 for i itself, else -1.
+
+    j runs over the same columns as in `contrast`. Nothing is normalised over a row, so nothing is gathered.
+    """
+    with full_precision(image.device):
+        image, text, all_image, all_text = widened(image, text, all_image, all_text)
+        scale, bias = (x.reshape(()).to(image.dtype) for x in (log_scale.exp(), bias))
+        loss, bias_grad = image.new_zeros(()), image.new_zeros(())
+        grads = [torch.zeros_like(image), torch.zeros_like(text)]
+        for block in columns_of(len(all_image), chunk):
+            opposing = pairs.may_oppose(pairs.local, block)
+            for side, (rows, columns) in enumerate(((scale * image, all_text), (scale * text, all_image))):
+                logits = torch.addmm(bias, rows, columns[block].T).masked_fill_(~opposing, -torch.inf)
+                weight = torch.sigmoid(logits)  # of an opposing column: the gradient of -log sigmoid(-z)
+                grads[side].addmm_(weight, columns[block])
+                if side == 0:  # the other side holds the same pairs, from their columns
+                    loss += F.softplus(logits).sum()
+                    bias_grad += weight.sum()
+        valid = pairs.valid[pairs.local]
+        count = pairs.valid.sum().clamp(min=1)
+        own = scale * (image * text).sum(dim=1) + bias
+        missing = torch.where(valid, torch.sigmoid(-own), 0)  # how far an own pair is from certain
+        image_grad, text_grad = (
+            (grad - missing[:, None] * other) * (scale / count)
+            for grad, other in zip(grads, (text, image), strict=True)
+        )
+        return Contrast(
+            loss=(loss + torch.where(valid, F.softplus(-own), 0).sum()) / count,
+            image_grad=image_grad,
+            text_grad=text_grad,
+            scale_grad=(image * image_grad).sum(),
+            temperature=1 / scale,
+            bias_grad=(bias_grad - missing.sum()) / count,
         )

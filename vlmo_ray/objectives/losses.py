@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from vlmo_ray.config import LossWeights
+from vlmo_ray.config import LossConfig
 
 
 @dataclass
@@ -18,6 +18,6 @@ class Losses:
     itm: Tensor
     mlm: Tensor
 
-    def total(self, weights: LossWeights) -> Tensor:
+    def total(self, weights: LossConfig) -> Tensor:
         """Weighted sum; the contrastive term is the mean of the two branches."""
         return weights.itc * 0.5 * (self.itc + self.itc_vl) + weights.itm * self.itm + weights.mlm * self.mlm

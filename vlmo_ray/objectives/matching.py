@@ -6,38 +6,71 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlmo_ray.objectives.contrastive import Pairs, columns_of
+from vlmo_ray.objectives.contrastive import CHUNK
+from vlmo_ray.objectives.pairs import Pairs, columns_of, full_precision, widened
 from vlmo_ray.rng import uniforms_torch
 
 
 @torch.no_grad()
 def hard_negatives(
-    rows: Tensor, columns: Tensor, log_scale: Tensor, pairs: Pairs, key: int, chunk: int = 4096
+    rows: Tensor,
+    columns: Tensor,
+    log_scale: Tensor,
+    pairs: Pairs,
+    key: int,
+    *,
+    asked: Tensor | None = None,
+    among: int | None = None,
+    chunk: int = CHUNK,
 ) -> Tensor:
     """For each local row the position of one negative column, int64 `[b]`; -1 where a row has none.
 
     A column is drawn with probability softmax(scale * row . column) among those that may oppose the row. The
     draw is the Gumbel-max form of it: the argmax of logit - log(-log u), u being a function of (key, row
     position, column position), so that neither the number of workers nor the chunk changes it, and no value
-    is read back to the host. rows `[b, D]`, columns `[N, D]`, both L2-normalised.
+    is read back to the host.
+
+    Args:
+        rows: this worker's `[b, D]`, L2-normalised.
+        columns: `[N, D]`, L2-normalised.
+        key: of the draws, from `rng.stream`.
+        asked: int64 indices of the local rows to draw for, one result each; None for all of them.
+        among: draw only from a row's own run of this many neighbouring positions, none of which crosses
+            workers ("local hard negative mining" in Table 6, where it was a GPU's batch); None for all N.
     """
-    with torch.autocast(rows.device.type, enabled=False):
-        working = torch.promote_types(rows.dtype, torch.float32)
-        rows, columns = rows.to(working), columns.to(working)
-        scale = log_scale.to(working).exp()
-        position = torch.arange(pairs.first, pairs.first + pairs.rows, device=rows.device)
+    if asked is not None:
+        rows = rows[asked]
+    position = torch.arange(pairs.first, pairs.first + pairs.rows, device=rows.device)
+    position = position if asked is None else position[asked]
+    with full_precision(rows.device):
+        rows, columns = widened(rows, columns)
+        rows = rows * log_scale.reshape(()).to(rows.dtype).exp()
         best = rows.new_full((len(rows),), -torch.inf)
         chosen = torch.full((len(rows),), -1, dtype=torch.int64, device=rows.device)
-        for block in columns_of(len(columns), chunk):
-            draw = uniforms_torch(key, position, block.stop - block.start, first=block.start).to(working)
+        reach = (0, len(columns)) if among is None else (pairs.first, pairs.first + pairs.rows)
+        for block in columns_of(reach[1], chunk, start=reach[0]):
+            draw = uniforms_torch(key, position, block.stop - block.start, first=block.start).to(rows.dtype)
             gumbel = -torch.log(-torch.log(draw.clamp(min=2.0**-25)))  # draws are multiples of 2^-24 below 1
-            score = scale * (rows @ columns[block].T) + gumbel
-            score = score.masked_fill(~pairs.may_oppose(block), -torch.inf)
-            value, index = score.max(dim=1)
+            score = torch.addmm(gumbel, rows, columns[block].T)
+            allowed = pairs.may_oppose(position, block)
+            if among is not None:
+                there = torch.arange(block.start, block.stop, device=rows.device)
+                allowed &= position[:, None] // among == there // among
+            value, index = score.masked_fill_(~allowed, -torch.inf).max(dim=1)
             better = value > best
             best = torch.where(better, value, best)
             chosen = torch.where(better, index + block.start, chosen)
         return chosen
+
+
+def rows_to_match(first: int, rows: int, run: int, share: float) -> Tensor:
+    """Indices (int64, on the CPU) of the local rows that matching is asked for: of every `run` the first few.
+
+    Rows are in random order within a run of neighbouring positions, so the first are a random sample; a fixed
+    number of each keeps the work of all workers and micro-batches equal.
+    """
+    position = torch.arange(first, first + rows)
+    return torch.nonzero(position % run < round(share * run)).squeeze(1)
 
 
 def matching_loss(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +12,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from vlmo_ray.config import Config
 from vlmo_ray.data.manifest import Manifest, load_manifest
@@ -30,6 +27,7 @@ from vlmo_ray.tasks.pretrain import Pretraining
 from vlmo_ray.train import checkpoint
 from vlmo_ray.train.meters import Meters
 from vlmo_ray.train.optim import build_optimizer, lr_at
+from vlmo_ray.train.parallel import parallelize, total_norm, whole_state
 from vlmo_ray.train.runs import load, publish_model
 from vlmo_ray.train.state import TrainState
 from vlmo_ray.train.step import gradients
@@ -93,13 +91,9 @@ def train(
     start_up, problem = _attempt(lambda: _start(job))
     if stopped := _agree(problem and f"the start: {problem}", world, device):
         return Outcome(0, stopped)
-    manifest, model = start_up[0], start_up[1].to(device)
-    task: nn.Module = Pretraining(model, config)
-    if world > 1:
-        with warnings.catch_warnings():
-            # torch 2.15 gives the argument another name, which 2.11 does not know
-            warnings.simplefilter("ignore", FutureWarning)
-            task = DistributedDataParallel(task, broadcast_buffers=False, gradient_as_bucket_view=True)
+    dtype, bf16 = _precision(config, device)
+    manifest, model = start_up[0], start_up[1].to(device, dtype)
+    parallel = parallelize(Pretraining(model, config), config.cluster, world, device)
     optimizer = build_optimizer(model, config)
     start = 0
     if resume is not None:
@@ -139,11 +133,16 @@ def train(
                 return Outcome(step, stopped)
             batch = batch.to(device)
             figures = gradients(
-                task, batch, _workers(schedule, step, world, rank), step, config.loss, config.micro_batch,
-                bf16=device.type == "cuda",
-            )  # fmt: skip
-            norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-            values = {name: float(value) for name, value in figures.items()} | {"grad_norm": float(norm)}
+                parallel,
+                batch,
+                _workers(schedule, step, world, rank),
+                step,
+                config.loss,
+                config.micro_batch,
+                bf16,
+            )
+            figures["grad_norm"] = total_norm(model)
+            values = {name: float(value) for name, value in figures.items()}
             if bad := [name for name in ("loss", "grad_norm") if not _finite(values[name])]:
                 return Outcome(
                     step,
@@ -162,8 +161,6 @@ def train(
                 meters.add(
                     {"step": done, "samples": samples, "lr": lr_at(step, config), **values}
                     | {
-                        "temperature": float((-model.itc.log_scale.detach()).exp()),
-                        "temperature_vl": float((-model.itc_vl.log_scale.detach()).exp()),
                         "pairs_per_s": schedule.batch_size(step) / took,
                         "data_wait": waited / took,
                         "step_s": took,
@@ -179,8 +176,9 @@ def train(
                 folder = Path(tempfile.mkdtemp(prefix="vlmo-checkpoint-"))
                 checkpoint.save(folder, model, optimizer, TrainState.of(done, config, manifest.fingerprint))
                 commit(folder, done)
+        state = whole_state(model)
         if rank == 0:
-            publish_model(model, open_store(job.run))
+            publish_model(model, state, open_store(job.run))
         return Outcome(config.total_steps)
     finally:
         batches.close()
@@ -193,6 +191,14 @@ def _start(job: Job) -> tuple[Manifest, VLMo]:
     if manifest.fingerprint != job.fingerprint:
         raise UserError(f"the data set at {job.data} changed while the run was starting; start it again")
     return manifest, build_model(job.config)
+
+
+def _precision(config: Config, device: torch.device) -> tuple[torch.dtype, bool]:
+    """The type of the weights, and whether passes run under bf16 autocast."""
+    if config.precision == "float64":
+        return torch.float64, False
+    on_gpu = device.type == "cuda"
+    return torch.float32, config.precision == "bf16" or (config.precision == "auto" and on_gpu)
 
 
 def _attempt(make: Callable[[], Any]) -> tuple[Any, str]:

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from torch import Tensor
+
 from vlmo_ray import convert
 from vlmo_ray.config import from_dict
 from vlmo_ray.data.store import Store, open_store
@@ -27,10 +29,10 @@ def latest_checkpoint(run: Store) -> str | None:
     return newest["checkpoint_dir_name"] if newest else None
 
 
-def publish_model(model: VLMo, run: Store) -> None:
-    """Writes the final weights into the run; the description comes last, so that a half is no model."""
+def publish_model(model: VLMo, state: dict[str, Tensor], run: Store) -> None:
+    """Writes final weights into the run; the description comes last, so that a half is no model."""
     with tempfile.TemporaryDirectory(prefix="vlmo-model-") as folder:
-        convert.save_model(model, folder)
+        convert.save_model(model, folder, state)
         for file in sorted(Path(folder).iterdir(), key=lambda file: file.suffix == ".json"):
             run.write(f"{_MODEL}/{file.name}", file.read_bytes())
 
