@@ -4,9 +4,10 @@ import dataclasses
 
 import pytest
 
-from vlmo_ray.config import Phase, check, differences, from_dict, override, to_dict
+from vlmo_ray.config import Phase, check
 from vlmo_ray.errors import UserError
 from vlmo_ray.recipes import RECIPES, recipe
+from vlmo_ray.settings import differences, from_dict, override, to_dict
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -55,6 +56,16 @@ def test_override_sets_typed_values():
         ("checkpoint_every=0", "checkpoint_every=0 must be at least 1"),
         ("model.num_answers=10", "no effect here: model.heads has no 'vqa'"),
         ("model.heads=itc,itm", "needs the heads"),
+        ("loss.contrast=sigmoid", "needs a bias to learn: set model.init_logit_bias"),
+        ("loss.contrast=triplet", "must be one of 'softmax', 'sigmoid'"),
+        ("model.init_logit_bias=-10", "would never be used by loss.contrast='softmax'"),
+        ("loss.label_smoothing=1", "label_smoothing=1.0 must be from 0 to below 1"),
+        ("loss.feature_grad_scale=0", "feature_grad_scale=0.0 must be above 0; 1 is exact"),
+        ("loss.itm_share=0.05", "itm_share=0.05 of a slice of 8 rows is less than one row"),
+        ("loss.itm_share=1.5", "choose from 0.125 to 1"),
+        ("model.init_temperature=0", "must be above 0"),
+        ("cluster.strategy=zero", "must be one of 'ddp', 'fsdp'"),
+        ("precision=fp8", "must be one of 'auto', 'bf16', 'float32', 'float64'"),
     ],
 )
 def test_a_setting_that_cannot_work_is_named(setting, words):
@@ -79,3 +90,19 @@ def test_differences_are_spelled_out():
     other = dataclasses.replace(config, seed=9, optim=dataclasses.replace(config.optim, peak_lr=1.0))
     assert differences(config, other) == ["optim.peak_lr: 0.001 -> 1.0", "seed: 1 -> 9"]
     assert check(other) is other
+
+
+def test_options_that_need_each_other():
+    sigmoid = ["model.init_logit_bias=-10", "model.init_temperature=0.1", "loss.contrast=sigmoid"]
+    assert override(recipe("tiny"), sigmoid).loss.contrast == "sigmoid"
+    with pytest.raises(UserError, match="label_smoothing is of the softmax contrast"):
+        override(recipe("tiny"), [*sigmoid, "loss.label_smoothing=0.1"])
+    with pytest.raises(UserError, match="slice_size=1 has no other row"):
+        override(recipe("tiny"), ["slice_size=1", "loss.negatives=local"])
+
+
+@pytest.mark.parametrize(
+    "name, gpus", [("pretrain_base", 64), ("pretrain_base_plus", 64), ("pretrain_large", 128)]
+)
+def test_published_recipes_have_the_published_balance(name, gpus):
+    assert recipe(name).loss.feature_grad_scale == 1 / gpus

@@ -6,13 +6,14 @@ import sys
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "vlmo_ray"
-BOTTOM = {"errors", "config", "rng", "session"}
+BOTTOM = {"errors", "config", "settings", "rng", "session"}
 # what each part may import of the package itself
 MAY = {
     "errors": set(),
     "session": set(),
     "rng": set(),
     "config": {"errors"},
+    "settings": {"config", "errors"},
     "recipes": {"config", "errors", "recipes"},
     "model": BOTTOM | {"model"},
     "objectives": BOTTOM | {"objectives"},

@@ -35,8 +35,8 @@ def show(recipe: Positional[str], settings: Settings = ()) -> None:
         recipe: a name that `vlmo recipes` lists.
         settings: change a field, for example `--set optim.peak_lr=1e-4`; may be repeated.
     """
-    from vlmo_ray.config import override, to_dict
     from vlmo_ray.recipes import recipe as named
+    from vlmo_ray.settings import override, to_dict
 
     print(json.dumps(to_dict(override(named(recipe), list(settings))), indent=1))
 
@@ -111,8 +111,8 @@ def pretrain(
         name: of the run; default: the recipe's.
         settings: change a field, for example `--set seed=2`; may be repeated.
     """
-    from vlmo_ray.config import override
     from vlmo_ray.recipes import recipe as named
+    from vlmo_ray.settings import override
 
     config = override(named(recipe), list(settings))
     from vlmo_ray.train import launch  # torch and Ray, seconds: only once the recipe stands

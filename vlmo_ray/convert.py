@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vlmo_ray.config import ModelConfig, model_from_dict, to_dict
+from vlmo_ray.config import ModelConfig
 from vlmo_ray.errors import UserError
 from vlmo_ray.model.vlmo import VLMo, init_weights
 from vlmo_ray.official import (
@@ -31,6 +31,7 @@ from vlmo_ray.official import (
     translate,
 )
 from vlmo_ray.resize import Fitted, fit_state
+from vlmo_ray.settings import model_from_dict, to_dict
 
 _WEIGHTS, _CARRIED, _DESCRIPTION = "model.safetensors", "carried.safetensors", "model.json"
 _VERSION = 1

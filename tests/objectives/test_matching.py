@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlmo_ray.objectives.matching import hard_negatives, matching_loss
+from vlmo_ray.objectives.matching import hard_negatives, matching_loss, rows_to_match
 from vlmo_ray.objectives.pairs import Pairs
 
 
@@ -56,6 +56,26 @@ def test_drawn_from_the_softmax_of_scaled_similarity():
         assert counts[row][~possible].sum() == 0
         chi_square = ((counts[row] - expected[row])[possible] ** 2 / expected[row][possible]).sum()
         assert chi_square < 20.5, (row, chi_square)  # 4 or fewer degrees of freedom, p = 0.0004
+
+
+def test_local_mining_stays_in_a_rows_own_run_and_asked_rows_draw_the_same():
+    rows, key = 12, 5
+    images, texts, scale = unit(rows, seed=5), unit(rows, seed=6), torch.tensor([1.0])
+    valid = torch.ones(rows).bool()
+    valid[9] = False
+    everyone = torch.arange(rows)
+    pairs = Pairs(everyone, everyone, valid, 0, rows)
+    local = hard_negatives(texts, images, scale, pairs, key, among=4)
+    assert (local[valid] // 4 == everyone[valid] // 4).all() and (local != everyone).all() and local[9] == -1
+    second = Pairs(everyone, everyone, valid, 4, 8)
+    assert torch.equal(hard_negatives(texts[4:], images, scale, second, key, among=4, chunk=3), local[4:])
+    asked = rows_to_match(4, 8, run=4, share=0.5)
+    assert asked.tolist() == [0, 1, 4, 5]
+    everywhere = hard_negatives(texts, images, scale, pairs, key)
+    assert torch.equal(
+        hard_negatives(texts[4:], images, scale, second, key, asked=asked), everywhere[4:][asked]
+    )
+    assert rows_to_match(4, 8, run=4, share=1.0).tolist() == list(range(8))
 
 
 def test_matching_loss_is_the_mean_over_kept_rows():

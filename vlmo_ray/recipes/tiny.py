@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from vlmo_ray.config import MODEL_SIZES, ClusterConfig, Config, DataConfig, OptimConfig, Phase
+from vlmo_ray.config import MODEL_SIZES, ClusterConfig, Config, DataConfig, LossConfig, OptimConfig, Phase
 from vlmo_ray.recipes.pretrain import pretrain_1b
 
 
@@ -40,7 +40,7 @@ def demo() -> Config:
 
 
 def pretrain_1b_tiny() -> Config:
-    """The two phases of `pretrain_1b` in small: the same code path on a laptop."""
+    """The two phases of `pretrain_1b` in small: the same code path on a laptop, with the exact contrast."""
     return replace(
         pretrain_1b(),
         name="pretrain_1b_tiny",
@@ -48,6 +48,7 @@ def pretrain_1b_tiny() -> Config:
         phases=(Phase(steps=24, global_batch=16), Phase(steps=12, global_batch=32)),
         slice_size=8,
         micro_batch=8,
+        loss=LossConfig(),
         optim=OptimConfig(peak_lr=1e-3, warmup_steps=4),
         cluster=ClusterConfig(max_workers=2, gpus_per_worker=0),
         checkpoint_every=12,

@@ -11,10 +11,10 @@ from pathlib import Path
 from torch import Tensor
 
 from vlmo_ray import convert
-from vlmo_ray.config import from_dict
 from vlmo_ray.data.store import Store, open_store
 from vlmo_ray.errors import UserError
 from vlmo_ray.model.vlmo import VLMo
+from vlmo_ray.settings import from_dict
 from vlmo_ray.train import checkpoint
 
 _SNAPSHOT = "checkpoint_manager_snapshot.json"  # Ray Train's list of committed checkpoints

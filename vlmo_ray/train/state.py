@@ -6,8 +6,9 @@ import platform
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from vlmo_ray.config import Config, differences, from_dict, to_dict
+from vlmo_ray.config import Config
 from vlmo_ray.errors import UserError
+from vlmo_ray.settings import differences, from_dict, to_dict
 
 # Fields that may differ between a checkpoint and the run that continues it: they change no number.
 FREE = ("cluster.", "checkpoint_every", "keep_checkpoints", "log_every", "micro_batch", "init")
