@@ -95,6 +95,22 @@ def test_a_killed_worker_leaves_no_trace(ray_cluster, bucket, scenes, tmp_path):
         pretrain(dataclasses.replace(CONFIG, seed=5), scenes, storage)
 
 
+def test_a_sharded_run_equals_one_process(ray_cluster, scenes, tmp_path):
+    cluster = dataclasses.replace(SMALL.cluster, strategy="fsdp", activation_checkpointing=True)
+    run = pretrain(
+        dataclasses.replace(SMALL, name="sharded", cluster=cluster), scenes, str(tmp_path / "runs")
+    )
+    assert train(job(scenes, tmp_path / "alone")).step == 10
+    found, wanted = (read_metrics(store)[0] for store in (run, Store(str(tmp_path / "alone"))))
+    assert {m["workers"] for m in found} == {2}
+    for name in ("samples", "loss", "itc", "itm", "mlm", "grad_norm"):
+        values = [[m[name] for m in metrics] for metrics in (found, wanted)]
+        np.testing.assert_allclose(*values, rtol=1e-4, err_msg=name)
+    model, alone = (vlmo_ray.load(store).state_dict() for store in (run.uri, str(tmp_path / "alone")))
+    for name, value in alone.items():
+        torch.testing.assert_close(model[name], value, rtol=1e-3, atol=1e-3)
+
+
 def test_a_broken_shard_ends_the_run_with_its_address(ray_cluster, scenes, tmp_path):
     broken = tmp_path / "broken"
     shutil.copytree(scenes, broken)
