@@ -1,7 +1,10 @@
 """A small config that trains on the fixture `scenes` in seconds, and workers in plain processes."""
 
 import dataclasses
+import pickle
+import shutil
 import socket
+import tempfile
 from pathlib import Path
 
 import torch
@@ -10,7 +13,7 @@ import torch.multiprocessing as mp
 
 from vlmo_ray.config import ClusterConfig, Config, DataConfig, ModelConfig, OptimConfig, Phase
 from vlmo_ray.data.manifest import load_manifest
-from vlmo_ray.train.loop import Job, train
+from vlmo_ray.train.loop import Job, Outcome, train
 
 SMALL = Config(
     name="small",
@@ -34,34 +37,30 @@ def job(data: str, run: Path | str, config: Config = SMALL, **changes) -> Job:
     return Job(config, data, str(run), load_manifest(data).fingerprint, in_process_data=True)
 
 
-def _worker(rank, world, port, job, resume, folder, queue):
+def begin_at(run: Path | str, checkpoint: Path) -> Path:
+    """Puts another run's checkpoint into the folder `run`, so that it goes on from there."""
+    shutil.copytree(checkpoint, Path(run) / checkpoint.name)
+    return Path(run)
+
+
+def _worker(rank, world, port, job, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
-
-    def commit(written: Path, step: int) -> None:  # what Ray Train does: merge the parts of all workers
-        target = Path(folder) / f"checkpoint-{step:08d}"
-        target.mkdir(parents=True, exist_ok=True)
-        for file in written.iterdir():
-            file.rename(target / file.name)
-
-    queue.put((rank, train(job, rank=rank, world=world, resume=resume, commit=commit)))
+    outcome = train(job, rank=rank, world=world)
+    (Path(folder) / f"{rank}.pickle").write_bytes(pickle.dumps(outcome))
     dist.barrier()
     dist.destroy_process_group()
 
 
-def train_on(world: int, job: Job, folder: Path, resume: Path | None = None) -> dict:
-    """Outcomes by rank of `train` in `world` processes; checkpoints come to lie in `folder`."""
-    queue = mp.get_context("spawn").SimpleQueue()
+def train_on(world: int, job: Job) -> list[Outcome]:
+    """Outcomes by rank of `train` in `world` processes."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    running = mp.start_processes(
-        _worker,
-        (world, port, job, resume, str(folder), queue),
-        nprocs=world,
-        join=False,
-        start_method="spawn",
-    )
-    while not running.join():  # raises with the traceback of a worker that failed
-        pass
-    return dict(queue.get() for _ in range(world))
+    with tempfile.TemporaryDirectory() as folder:
+        running = mp.start_processes(
+            _worker, (world, port, job, folder), nprocs=world, join=False, start_method="spawn"
+        )
+        while not running.join():  # raises with the traceback of a worker that failed
+            pass
+        return [pickle.loads((Path(folder) / f"{rank}.pickle").read_bytes()) for rank in range(world)]

@@ -6,6 +6,7 @@ things around it: the job is short, and a mistake ends with a sentence.
 
 import contextlib
 import os
+import re
 import secrets
 import signal
 import socket
@@ -20,8 +21,8 @@ from vlmo_ray.data.prepare.shards import write_dataset
 from vlmo_ray.data.scenes.records import records
 from vlmo_ray.data.store import Store
 from vlmo_ray.recipes import recipe
+from vlmo_ray.train.checkpoints import Checkpoints
 from vlmo_ray.train.meters import read_metrics
-from vlmo_ray.train.runs import latest_checkpoint
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
@@ -87,8 +88,6 @@ def test_submit_and_submit_again(bucket, tmp_path):
     data, storage = f"{bucket}/scenes", f"{bucket}/runs"
     write_dataset(data, records(1, 200, image_size=32), rows_per_group=32)
     arguments = ("--tiny", "--data", data, "--storage", storage, "--name", "job")
-    # a fixed number of workers: an elastic one would first wait for the reservation of the stopped run to lapse
-    arguments += ("--set", "cluster.min_workers=2")
     total = recipe("pretrain_1b_tiny").total_steps
     with head(tmp_path) as (address, environment):
         refused = submit(address, environment | {"RAY_AUTH_TOKEN": secrets.token_hex(32)}, *arguments)
@@ -96,17 +95,20 @@ def test_submit_and_submit_again(bucket, tmp_path):
         early = submit(address, environment, *arguments, flags=("--no-wait", "--submission-id", "early"))
         assert early.returncode == 0, early.stdout[-4000:]
         run, deadline = Store(f"{storage}/job"), time.monotonic() + 150
-        while latest_checkpoint(run) is None:
+        while Checkpoints(run).newest() is None:
             assert time.monotonic() < deadline, "no checkpoint was made"
             time.sleep(0.1)
         stop = [BIN / "ray", "job", "stop", "--address", address, "early"]
         subprocess.run(stop, env=environment, check=True, capture_output=True, timeout=60)
-        reached = int(latest_checkpoint(run)[-8:])
+        reached = Checkpoints(run).newest().step  # its workers may yet save once more
         assert reached < total, "stopped too late to leave anything to resume"
 
+        began = time.monotonic()
         first = submit(address, environment, *arguments)
         assert first.returncode == 0 and "succeeded" in first.stdout, first.stdout[-4000:]
-        assert f"run 'job' continues from step {reached} of {total}" in first.stdout
+        assert time.monotonic() - began < 150, "waited for what the stopped run had reserved"
+        found = re.search(rf"run 'job' continues from step (\d+) of {total}", first.stdout)
+        assert found and reached <= int(found[1]) < total, first.stdout[-4000:]
         metrics, repeated = read_metrics(Store(f"{storage}/job"))
         assert [m["step"] for m in metrics] == list(range(1, total + 1))
         assert {m["samples"] for m in metrics} >= {24 * 16, 24 * 16 + 12 * 32}  # both phases

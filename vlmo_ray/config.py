@@ -60,6 +60,10 @@ class DataConfig:
     randaugment_magnitude: int = 7
     mlm_probability: float = 0.15
     group_steps: int = 8  # rows are shuffled within the batches of this many consecutive steps
+    bad_shards: Literal["stop", "mask"] = (
+        "stop"  # a chunk that cannot be read ends the run, or all its rows are masked
+    )
+    patience_s: float = 600.0  # how long storage may be busy or away before the run stops
 
 
 @dataclass(frozen=True)
@@ -115,6 +119,7 @@ class ClusterConfig:
     max_failures: int = 8
     start_timeout_s: float = 30.0
     resize_interval_s: float = 60.0
+    notice_every: int = 5  # steps between looks for a preemption notice or a request to stop
 
 
 @dataclass(frozen=True)
@@ -136,7 +141,9 @@ class Config:
     seed: int = 1
     init: str = ""  # weights to start from: a folder or file that `vlmo_ray.load` reads; "" = at random
     checkpoint_every: int = 1000  # steps
-    keep_checkpoints: int = 3
+    keep_checkpoints: int = 3  # the newest ones
+    keep_every: int = 0  # and those at multiples of so many steps, for good; 0: none
+    audit: bool = False  # write down which pairs every step consumed, for `vlmo audit`
     log_every: int = 20  # steps
 
     @property
@@ -226,10 +233,26 @@ def check(config: Config) -> Config:
             f"model.heads lacks {', '.join(missing)}: pre-training needs the heads itc, itc_vl, itm and mlm"
         )
     _check_loss(config)
-    for path in ("checkpoint_every", "keep_checkpoints", "log_every", "data.group_steps"):
+    _check_data(config.data)
+    if config.keep_every < 0 or config.keep_every % config.checkpoint_every:
+        raise UserError(
+            f"keep_every={config.keep_every} must be a multiple of checkpoint_every={config.checkpoint_every}, or 0"
+        )
+    for path in (
+        "checkpoint_every",
+        "keep_checkpoints",
+        "log_every",
+        "data.group_steps",
+        "cluster.notice_every",
+    ):
         if _get(config, path) < 1:
             raise UserError(f"{path}={_get(config, path)} must be at least 1")
     return config
+
+
+def _check_data(data: DataConfig) -> None:
+    if data.patience_s < 0:
+        raise UserError(f"data.patience_s={data.patience_s} must be 0 (no patience) or more seconds")
 
 
 def _check_loss(config: Config) -> None:

@@ -120,9 +120,9 @@ def _pretrain(console: Console) -> Story:
 
 
 def _has_checkpoint(run: Store) -> bool:
-    from vlmo_ray.train.runs import latest_checkpoint
+    from vlmo_ray.train.checkpoints import Checkpoints
 
-    return latest_checkpoint(run) is not None
+    return Checkpoints(run).newest() is not None
 
 
 def _report(console: Console, story: Story, began: float) -> int:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_run import SMALL, job, train_on
+from small_run import SMALL, begin_at, job, train_on
 
 from vlmo_ray.config import ClusterConfig, Config, Phase
 from vlmo_ray.data.store import Store
@@ -49,9 +49,9 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "model" / "model.safetensors")
 
 
-def run_on(world: int, scenes: str, folder: Path, config: Config, resume: Path | None = None) -> Path:
-    outcomes = train_on(world, job(scenes, folder, config), folder, resume)
-    assert [outcomes[rank].step for rank in range(world)] == [30] * world, outcomes
+def run_on(world: int, scenes: str, folder: Path, config: Config) -> Path:
+    outcomes = train_on(world, job(scenes, folder, config))
+    assert [outcome.step for outcome in outcomes] == [30] * world, outcomes
     return folder
 
 
@@ -104,7 +104,9 @@ def test_workers_draw_one_curve_in_float32(scenes, alone, tmp_path, world, strat
 @pytest.mark.slow
 def test_checkpoints_go_from_one_strategy_to_the_other(scenes, alone, tmp_path):
     """One worker, then two sharded, then three replicated, then one again."""
-    first = run_on(2, scenes, tmp_path / "a", config_of("fsdp"), alone["float64"] / "checkpoint-00000010")
+    first = begin_at(tmp_path / "a", alone["float64"] / "checkpoint-00000010")
+    run_on(2, scenes, first, config_of("fsdp"))
     assert_same(first, alone["float64"], 1e-9, 1e-9, after=10)
-    last = run_on(3, scenes, tmp_path / "b", config_of("ddp", micro_batch=2), first / "checkpoint-00000020")
+    last = begin_at(tmp_path / "b", first / "checkpoint-00000020")
+    run_on(3, scenes, last, config_of("ddp", micro_batch=2))
     assert_same(last, alone["float64"], 1e-9, 1e-9, after=20)

@@ -1,13 +1,12 @@
 """The loop without Ray: resuming, any number of workers, bad records, broken shards, losses that are not finite."""
 
 import dataclasses
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from small_run import SMALL, job, train_on
+from small_run import SMALL, begin_at, job, train_on
 
 import vlmo_ray
 from vlmo_ray.config import OptimConfig
@@ -19,13 +18,6 @@ from vlmo_ray.train.loop import train
 from vlmo_ray.train.meters import read_metrics
 
 
-def keep(folder: Path):
-    def commit(written: Path, step: int) -> None:
-        shutil.move(written, folder / f"checkpoint-{step:08d}")
-
-    return commit
-
-
 def curve(run) -> np.ndarray:
     metrics, _ = read_metrics(Store(str(run)))
     names = ("step", "samples", "loss", "itc", "itc_vl", "itm", "mlm", "grad_norm", "lr")
@@ -35,7 +27,7 @@ def curve(run) -> np.ndarray:
 @pytest.fixture(scope="module")
 def undisturbed(scenes, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("undisturbed")
-    assert train(job(scenes, run), commit=keep(run)).step == 10
+    assert train(job(scenes, run)).step == 10
     return run
 
 
@@ -67,39 +59,40 @@ def test_losses_fall_and_every_figure_is_there(undisturbed):
 
 def test_a_resumed_run_equals_an_uninterrupted_one(scenes, undisturbed, tmp_path):
     """Also from the middle of a shuffle group and into another phase."""
-    resume = undisturbed / "checkpoint-00000004"
-    assert train(job(scenes, tmp_path), resume=resume).step == 10
+    begin_at(tmp_path, undisturbed / "checkpoint-00000004")
+    assert train(job(scenes, tmp_path)).step == 10
     assert np.array_equal(curve(tmp_path), curve(undisturbed)[4:])
     assert_same_weights(tmp_path, undisturbed, 0)
 
 
 def test_other_data_or_settings_are_refused(scenes, undisturbed, tmp_path):
-    resume = undisturbed / "checkpoint-00000008"
+    for name in "abc":
+        begin_at(tmp_path / name, undisturbed / "checkpoint-00000008")
     with pytest.raises(UserError, match=r"other settings: seed: 1 -> 2"):
-        train(job(scenes, tmp_path / "a", seed=2), resume=resume)
+        train(job(scenes, tmp_path / "a", seed=2))
     other = str(tmp_path / "other")
     write_dataset(other, records(5, 60, image_size=16), rows_per_group=7)
     with pytest.raises(UserError, match="belongs to other data"):
-        train(job(other, tmp_path / "b"), resume=resume)
-    assert train(job(scenes, tmp_path / "c", log_every=1, micro_batch=2), resume=resume).step == 10
+        train(job(other, tmp_path / "b"))
+    assert train(job(scenes, tmp_path / "c", log_every=1, micro_batch=2)).step == 10
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world, micro_batch", [(2, 4), (3, 2)])
 def test_workers_change_nothing(scenes, undisturbed, tmp_path, world, micro_batch):
     """3 workers share 4 slices, later 6, so that they have unequal numbers of rows and micro-batches."""
-    outcomes = train_on(world, job(scenes, tmp_path, micro_batch=micro_batch), tmp_path)
-    assert [outcomes[rank].step for rank in range(world)] == [10] * world
+    outcomes = train_on(world, job(scenes, tmp_path, micro_batch=micro_batch))
+    assert [outcome.step for outcome in outcomes] == [10] * world
     np.testing.assert_allclose(curve(tmp_path), curve(undisturbed), rtol=1e-4)
     assert_same_weights(tmp_path, undisturbed, 1e-3)
 
 
 @pytest.mark.slow
 def test_a_checkpoint_of_one_worker_goes_on_with_two_and_back(scenes, undisturbed, tmp_path):
-    train_on(2, job(scenes, tmp_path), tmp_path, resume=undisturbed / "checkpoint-00000004")
+    train_on(2, job(scenes, begin_at(tmp_path, undisturbed / "checkpoint-00000004")))
     np.testing.assert_allclose(curve(tmp_path), curve(undisturbed)[4:], rtol=1e-4)
-    alone = tmp_path / "alone"
-    train(job(scenes, alone), resume=tmp_path / "checkpoint-00000008")
+    alone = begin_at(tmp_path / "alone", tmp_path / "checkpoint-00000008")
+    train(job(scenes, alone))
     np.testing.assert_allclose(curve(alone), curve(undisturbed)[8:], rtol=1e-4)
 
 
@@ -139,7 +132,7 @@ def test_a_broken_shard_stops_all_workers_with_its_address(tmp_path):
     data = bytearray(shard.read_bytes())
     data[200] ^= 1
     shard.write_bytes(data)
-    outcomes = train_on(2, job(folder, tmp_path / "run"), tmp_path / "run")
+    outcomes = train_on(2, job(folder, tmp_path / "run"))
     assert outcomes[0] == outcomes[1]
     assert outcomes[0].step < 10 and shard.name in outcomes[0].stopped
 
@@ -153,6 +146,6 @@ def test_a_run_starts_from_other_weights(scenes, undisturbed, tmp_path):
 
 @pytest.mark.slow
 def test_a_start_that_cannot_be_stops_all_workers(scenes, tmp_path):
-    outcomes = train_on(2, job(scenes, tmp_path, init="/no/such/weights.pt"), tmp_path)
+    outcomes = train_on(2, job(scenes, tmp_path, init="/no/such/weights.pt"))
     assert outcomes[0] == outcomes[1]
     assert outcomes[0].stopped.startswith("the start: ") and "/no/such/weights.pt" in outcomes[0].stopped

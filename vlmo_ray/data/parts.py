@@ -16,7 +16,7 @@ from vlmo_ray.config import DataConfig
 from vlmo_ray.data.decode import DecodeError, decode_eval, decode_train
 from vlmo_ray.data.manifest import Chunk, Manifest
 from vlmo_ray.data.order import Rows
-from vlmo_ray.data.read import Record, read_chunk
+from vlmo_ray.data.read import Record, ShardError, read_chunk
 from vlmo_ray.data.store import Store
 from vlmo_ray.data.text import (
     CLS_ID,
@@ -64,7 +64,8 @@ class TrainReader:
     image_key, text_key int64 `[n]`, valid bool `[n]`, step, position int64 `[n]`, id, problem str `[n]`.
 
     A record that cannot be used gives a grey image, an empty text and valid = False, and `problem` says
-    why, with its address. A chunk that cannot be read raises `ShardError`.
+    why, with its address. A chunk that cannot be read raises `ShardError`, or with `data.bad_shards` "mask" is
+    so many records that cannot be used.
     """
 
     uri: str
@@ -79,7 +80,9 @@ class TrainReader:
             place = int(part.step[i]), int(part.position[i])
             return decode_train(record.image, self.image_size, self.data, record.forbid, self.seed, *place)
 
-        columns = _read(part, self.uri, self.image_size, self.max_text_len, decode)
+        store = Store(self.uri, self.data.patience_s)
+        mask = self.data.bad_shards == "mask"
+        columns = _read(part, store, self.image_size, self.max_text_len, decode, mask)
         word, image_id, text = (columns.pop(name) for name in ("word", "image_id", "text"))
         columns["mlm_ids"] = columns["text_ids"].copy()
         columns["mlm_labels"] = np.full_like(columns["text_ids"], IGNORED_LABEL)
@@ -116,7 +119,7 @@ class EvalReader:
         def decode(record: Record, i: int) -> np.ndarray:
             return decode_eval(record.image, self.image_size)
 
-        columns = _read(part, self.uri, self.image_size, self.max_text_len, decode)
+        columns = _read(part, Store(self.uri), self.image_size, self.max_text_len, decode)
         del columns["word"]
         columns["chunk"], columns["row"] = part.step, part.position
         return columns
@@ -128,7 +131,12 @@ def _tokenizer(max_len: int) -> Tokenizer:  # a data process builds it once
 
 
 def _read(
-    part: Part, uri: str, image_size: int, max_text_len: int, decode: Callable[[Record, int], np.ndarray]
+    part: Part,
+    store: Store,
+    image_size: int,
+    max_text_len: int,
+    decode: Callable[[Record, int], np.ndarray],
+    mask_chunks: bool = False,
 ) -> Columns:
     n = len(part)
     image = np.full((n, 3, image_size, image_size), GREY, dtype=np.uint8)
@@ -139,10 +147,21 @@ def _read(
     word = np.full((n, max_text_len), -1, dtype=np.int16)
     strings = {name: np.full(n, "", dtype=object) for name in ("id", "image_id", "text")}
     strings["problem"] = np.full(n, "not read", dtype=object)
-    store, tokenizer = Store(uri), _tokenizer(max_text_len)
+    tokenizer = _tokenizer(max_text_len)
     for index, chunk in enumerate(part.chunks):
-        records = read_chunk(store, chunk)
-        for i in np.flatnonzero(part.chunk == index):
+        rows = np.flatnonzero(part.chunk == index)
+        try:
+            records = read_chunk(store, chunk)
+        except ShardError as error:
+            if not mask_chunks:
+                raise
+            address = f"{store.address(chunk.shard)}#{chunk.index}"
+            for i in rows:
+                unread = f"{address}:{part.row[i]}"
+                strings["id"][i] = strings["image_id"][i] = strings["text"][i] = unread
+                strings["problem"][i] = f"{unread}: its chunk is masked: {error}"
+            continue
+        for i in rows:
             record = records[part.row[i]]
             strings["id"][i] = _encodable(record.id)
             strings["image_id"][i] = _encodable(record.image_id or record.address)
@@ -160,6 +179,14 @@ def _read(
     valid = np.array([not problem for problem in strings["problem"]], dtype=bool)
     arrays = {"image": image, "text_ids": text_ids, "text_mask": text_mask, "word": word, "valid": valid}
     return arrays | strings
+
+
+def chunk_ids(store: Store, chunk: Chunk) -> list[str]:
+    """The ids of a chunk's rows, as a batch has them: of a chunk that cannot be read, their addresses."""
+    try:
+        return [_encodable(record.id) for record in read_chunk(store, chunk)]
+    except ShardError:
+        return [f"{store.address(chunk.shard)}#{chunk.index}:{row}" for row in range(chunk.rows)]
 
 
 def _encodable(text: str) -> str:

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vlmo_ray.data.manifest import FORBID, Chunk, row_group_range
-from vlmo_ray.data.store import Store
+from vlmo_ray.data.store import StorageBusy, Store
 from vlmo_ray.data.tar import TarError, encodable, iter_groups, iter_members, pair_fields
 from vlmo_ray.errors import UserError
 
@@ -40,9 +40,9 @@ class Record:
 def read_chunk(store: Store, chunk: Chunk, *, retries: int = 4, wait_s: float = 0.5) -> list[Record]:
     """The `chunk.rows` records of a chunk, in order, from one range read.
 
-    Storage errors and wrong checksums are tried again `retries` times, after `wait_s`, twice that, and so on,
-    with jitter. Raises ShardError with the address if the chunk still cannot be read, or is not what the
-    manifest says.
+    Storage that is busy or away is asked again for `store.patience_s`. Wrong checksums and other errors, which
+    may come from the way, are tried again `retries` times, after `wait_s`, twice that, and so on, with jitter.
+    Raises ShardError with the address if the chunk still cannot be read, or is not what the manifest says.
     """
     address = f"{store.address(chunk.shard)}#{chunk.index}"
     for attempt in range(retries + 1):
@@ -58,6 +58,8 @@ def read_chunk(store: Store, chunk: Chunk, *, retries: int = 4, wait_s: float = 
             return [_record(row, chunk, f"{address}:{i}") for i, row in enumerate(rows)]
         except FileNotFoundError as error:
             raise ShardError(f"{address}: the shard does not exist; prepare it again") from error
+        except StorageBusy as error:
+            raise ShardError(f"{address}: {error}") from error
         except (UserError, TarError, OSError, pa.ArrowException) as error:
             _footer.cache_clear()  # it may be what was read wrongly
             if attempt == retries:
@@ -115,8 +117,11 @@ class _Range(io.RawIOBase):
 
 @functools.lru_cache(maxsize=256)
 def _footer(store: Store, shard: str) -> pq.FileMetaData:
-    with store.open_input(shard) as file:
-        return pq.read_metadata(file)
+    def attempt() -> pq.FileMetaData:
+        with store.fs.open_input_file(store.path(shard)) as file:
+            return pq.read_metadata(file)
+
+    return store.patiently(shard, attempt)
 
 
 def _decode_parquet(store: Store, chunk: Chunk, data: bytes) -> list[dict]:

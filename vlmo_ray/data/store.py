@@ -6,14 +6,17 @@ import contextlib
 import errno
 import functools
 import os
+import random
 import re
+import shutil
 import tempfile
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 import pyarrow as pa
 from pyarrow import fs as pafs
@@ -23,6 +26,20 @@ from vlmo_ray.errors import UserError
 _CONNECT_S, _REQUEST_S, _ATTEMPTS = 2, 30, 3
 _STREAM_BYTES = 4 << 20
 _TEMPORARY = ".vlmo-tmp-"
+_LONGEST_WAIT_S = 20.0
+# What passes by itself: too busy, restarting, not reachable, cut off in the middle of an answer.
+_PASSING = re.compile(
+    r"500|502|503|504|429|SlowDown|SLOW_DOWN|ServiceUnavailable|SERVICE_UNAVAILABLE|InternalError|INTERNAL_FAILURE|"
+    r"RequestTimeout|REQUEST_TIMEOUT|Throttling\w*|THROTTLING|NETWORK_CONNECTION|EndpointConnectionError|"
+    r"ConnectTimeoutError|ReadTimeoutError|ConnectionClosedError|ResponseStreamingError|IncompleteReadError|"
+    r"HTTPClientError|ConnectionError|curlCode: (6|7|16|18|28|52|55|56|92)"
+)
+
+T = TypeVar("T")
+
+
+class StorageBusy(UserError):
+    """The storage does not answer, or asks to come back later: worth another try."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +123,8 @@ def _explained(address: str) -> Iterator[None]:
         code = _code(error)
         if code in ("NoSuchKey", "NO_SUCH_KEY"):
             raise FileNotFoundError(f"{address} does not exist") from error
-        raise UserError(f"{address}: {_reason(code, error, address)}") from error
+        kind = StorageBusy if _PASSING.fullmatch(code) else UserError
+        raise kind(f"{address}: {_reason(code, error, address)}") from error
 
 
 def _code(error: Exception) -> str:
@@ -150,12 +168,14 @@ def _reason(code: str, error: Exception, address: str) -> str:
             return f"no TLS connection with {where}; for a plain server AWS_ENDPOINT_URL begins with http://"
         case "EndpointConnectionError" | "ConnectTimeoutError" | "ReadTimeoutError" | "ConnectionClosedError":
             return f"cannot reach {where}; check AWS_ENDPOINT_URL and the network"
-        case "curlCode: 6" | "curlCode: 7" | "curlCode: 28":
-            return f"cannot reach {where}; check AWS_ENDPOINT_URL and the network"
         case "ValueError" if "endpoint" in str(error):
             return f"AWS_ENDPOINT_URL={where!r} is not a URL such as http://host:port"
         case "404":
             return f"{where} answers 404 Not Found: is AWS_ENDPOINT_URL that of an S3 server?"
+    if code == "NETWORK_CONNECTION" or code.startswith("curlCode"):
+        return f"cannot reach {where} or it hung up ({code}); check AWS_ENDPOINT_URL and the network"
+    if _PASSING.fullmatch(code):
+        return f"{where} is too busy or out of order ({code})"
     return str(error)
 
 
@@ -180,10 +200,12 @@ class Store:
     """A folder or `s3://bucket/prefix`; names are relative to it, with `/` between parts.
 
     Picklable: only the address travels, and another process connects anew with its own AWS variables.
-    A missing name is a FileNotFoundError; every other failure is a UserError that names the address.
+    A missing name is a FileNotFoundError; every other failure is a UserError that names the address. Storage that is
+    busy or away is asked again for `patience_s`, then that is a `StorageBusy`.
     """
 
     uri: str
+    patience_s: float = 0.0
 
     def __post_init__(self) -> None:
         uri = self.uri
@@ -226,20 +248,40 @@ class Store:
     def _errors(self, name: str):
         return (_explained if self.is_s3 else _explained_folder)(self.address(name))
 
+    def patiently(self, name: str, attempt: Callable[[], T]) -> T:
+        """What `attempt` returns, tried again while the storage is busy; its errors explained."""
+        until, wait = time.monotonic() + self.patience_s, 0.25
+        while True:
+            try:
+                with self._errors(name):
+                    return attempt()
+            except StorageBusy as error:
+                left = until - time.monotonic()
+                if left <= 0:
+                    tried = f" (tried for {self.patience_s:.0f} s)" if self.patience_s else ""
+                    raise StorageBusy(f"{error}{tried}") from error
+                time.sleep(min(left, wait * random.uniform(0.5, 1.5)))
+                wait = min(2 * wait, _LONGEST_WAIT_S)
+
     def open_input(self, name: str) -> pa.NativeFile:
         """The file for reading at random places."""
-        with self._errors(name):
-            return self.fs.open_input_file(self.path(name))
+        return self.patiently(name, lambda: self.fs.open_input_file(self.path(name)))
 
     def open_stream(self, name: str) -> pa.NativeFile:
         """The file for reading from beginning to end."""
-        with self._errors(name):
-            return self.fs.open_input_stream(self.path(name), compression=None, buffer_size=_STREAM_BYTES)
+        return self.patiently(
+            name,
+            lambda: self.fs.open_input_stream(self.path(name), compression=None, buffer_size=_STREAM_BYTES),
+        )
 
     def read(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
         """`length` bytes from `offset` (all the rest by default); fewer only where the file ends."""
-        with self._errors(name), self.fs.open_input_file(self.path(name)) as file:
-            return file.read_at(file.size() - offset if length is None else length, offset)
+
+        def attempt() -> bytes:
+            with self.fs.open_input_file(self.path(name)) as file:
+                return file.read_at(file.size() - offset if length is None else length, offset)
+
+        return self.patiently(name, attempt)
 
     def write(self, name: str, data: bytes) -> None:
         """The whole file at once: a reader sees all of it or none."""
@@ -265,7 +307,8 @@ class Store:
             stack.callback(temporary.unlink, missing_ok=True)
             stack.enter_context(file)
             yield file
-            with self._errors(name):
+
+            def finish() -> None:
                 file.flush()
                 if target:
                     os.fsync(file.fileno())
@@ -274,12 +317,22 @@ class Store:
                     # boto3, because pyarrow's stream completes the upload even when it is closed by an error
                     _s3_client(_settings()).upload_file(str(temporary), *self._bucket_key(name))
 
+            self.patiently(name, finish)
+
+    def upload(self, file: Path, name: str) -> None:
+        """A local file under `name`, whole or not at all."""
+        if self.is_s3:
+            upload = _s3_client(_settings()).upload_file
+            self.patiently(name, lambda: upload(str(file), *self._bucket_key(name)))
+        else:
+            with self.create(name) as target, file.open("rb") as source:
+                shutil.copyfileobj(source, target)
+
     def sizes(self, prefix: str = "") -> dict[str, int]:
         """Name -> bytes of every file below, in the order of names."""
         folder = prefix.rpartition("/")[0]
-        with self._errors(prefix):
-            selector = pafs.FileSelector(self.path(folder), allow_not_found=True, recursive=True)
-            infos = self.fs.get_file_info(selector)
+        selector = pafs.FileSelector(self.path(folder), allow_not_found=True, recursive=True)
+        infos = self.patiently(prefix, lambda: self.fs.get_file_info(selector))
         cut = len(self.root.rstrip("/")) + 1
         files = {i.path[cut:]: i.size for i in infos if i.type == pafs.FileType.File}
         return {
@@ -294,8 +347,7 @@ class Store:
 
     def size(self, name: str) -> int | None:
         """Bytes of the file, None if there is none."""
-        with self._errors(name):
-            info = self.fs.get_file_info(self.path(name))
+        info = self.patiently(name, lambda: self.fs.get_file_info(self.path(name)))
         return info.size if info.type == pafs.FileType.File else None
 
     def exists(self, name: str) -> bool:
@@ -303,12 +355,15 @@ class Store:
 
     def delete(self, name: str) -> None:
         """No error if it is already gone."""
-        with self._errors(name):
+
+        def attempt() -> None:
             if self.is_s3:
                 bucket, key = self._bucket_key(name)
                 _s3_client(_settings()).delete_object(Bucket=bucket, Key=key)
             else:
                 Path(self.path(name)).unlink(missing_ok=True)
+
+        self.patiently(name, attempt)
 
     def delete_folder(self, folder: str) -> None:
         """Everything below `folder`, which must be a name: the store itself cannot be deleted with this."""
@@ -321,14 +376,14 @@ class Store:
                 self.fs.delete_dir(self.path(folder))
 
 
-def open_store(uri: str, *, create: bool = False) -> Store:
-    """The store at `uri`, after a check that takes seconds.
+def open_store(uri: str, *, create: bool = False, patience_s: float = 0.0) -> Store:
+    """The store at `uri`, after a check that takes seconds and has no patience.
 
     With `create`, a missing folder is made and an empty prefix is welcome (a bucket is never made); without,
     both are errors. Raises UserError for a missing bucket, a wrong key or secret, an endpoint that does not
     answer, a missing folder, and an empty prefix.
     """
-    store = Store(uri)
+    store = Store(uri, patience_s)
     if not store.is_s3:
         if os.path.exists(store.root) and not os.path.isdir(store.root):
             raise UserError(f"{store.uri} is a file; a folder is wanted")

@@ -1,41 +1,88 @@
-"""Checkpoints that any number of workers can read: `torch.distributed.checkpoint` plus `train_state.json`.
+"""One checkpoint in a local folder: `torch.distributed.checkpoint` files plus `train_state.json`.
 
-A checkpoint folder is written locally by all workers, then handed to whoever commits it as a whole.
+Written by all workers, read by any number of them, replicated or sharded. `train_state.json` names every file
+with its size and checksum, so a checkpoint that lacks one or has a changed one is recognised.
 """
 
 from __future__ import annotations
 
 import json
+import zlib
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_state_dict, set_state_dict
 
 from vlmo_ray.errors import UserError
 from vlmo_ray.train.state import TrainState
 
-_STATE = "train_state.json"
+STATE = "train_state.json"
+
+Files = dict[str, tuple[int, int]]  # name -> bytes, CRC-32
+
+
+class SaveError(UserError):
+    """A checkpoint could not be written; raised on all workers, with the first one's reason."""
 
 
 def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainState) -> None:
-    """Writes this worker's part into `folder`, which may differ per worker; their union is the checkpoint."""
+    """Writes this worker's part into `folder`, which is its own; their union is the checkpoint.
+
+    Every worker calls. Raises SaveError on all of them if one could not write.
+    """
     weights, moments = get_state_dict(model, optimizer)
-    dcp.save(
-        {"model": weights, "optimizer": moments}, checkpoint_id=folder, no_dist=not dist.is_initialized()
-    )
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        (folder / _STATE).write_text(json.dumps(state.state_dict(), indent=1))
+    together = dist.is_initialized()
+    problem = ""
+    try:
+        dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=folder, no_dist=not together)
+    except CheckpointException as error:
+        problem = "; ".join(str(reason) for reason, _ in error.failures.values())
+    files = {} if problem else {file.name: measured(file) for file in folder.iterdir()}
+    reports: list[Any] = [(files, problem)]
+    if together:
+        reports = [None] * dist.get_world_size()
+        dist.all_gather_object(reports, (files, problem))
+    if not together or dist.get_rank() == 0:
+        everything = {name: size for part, _ in reports for name, size in part.items()}
+        try:
+            (folder / STATE).write_text(json.dumps(state.state_dict() | {"files": everything}, indent=1))
+        except OSError as error:
+            problem = str(error)
+    if together:
+        dist.all_gather_object(reports, (files, problem))
+    if problems := [problem for _, problem in reports if problem] or ([problem] if problem else []):
+        raise SaveError(
+            f"the checkpoint of step {state.step} could not be written to {folder}: {problems[0]}"
+        )
+
+
+def measured(file: Path) -> tuple[int, int]:
+    """Bytes and CRC-32 of a file."""
+    size = crc = 0
+    with file.open("rb") as content:
+        while block := content.read(1 << 22):
+            size, crc = size + len(block), zlib.crc32(block, crc)
+    return size, crc
+
+
+def parse_state(text: str | bytes) -> tuple[TrainState, Files]:
+    """The contents of a `train_state.json`."""
+    raw = json.loads(text)
+    files = {name: (size, crc) for name, (size, crc) in raw.pop("files").items()}
+    return TrainState.load_state_dict(raw), files
 
 
 def read_state(folder: Path) -> TrainState:
     """The `TrainState` of a checkpoint, without its weights."""
-    path = folder / _STATE
+    path = folder / STATE
     if not path.exists():
-        raise UserError(f"{folder} is not a checkpoint of this program: it has no {_STATE}")
-    return TrainState.load_state_dict(json.loads(path.read_text()))
+        raise UserError(f"{folder} is not a checkpoint of this program: it has no {STATE}")
+    return parse_state(path.read_text())[0]
 
 
 def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainState:

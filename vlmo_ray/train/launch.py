@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import json
 import os
-import shutil
-from pathlib import Path
+import signal
+import threading
+from collections.abc import Iterator
 
 from vlmo_ray.config import ClusterConfig, Config, check
 from vlmo_ray.data.manifest import check_shards, load_manifest
@@ -14,11 +15,13 @@ from vlmo_ray.data.prefetch import user_error
 from vlmo_ray.data.store import Store, open_store
 from vlmo_ray.errors import UserError
 from vlmo_ray.session import ray_session
-from vlmo_ray.train.loop import Job, Outcome, train
-from vlmo_ray.train.runs import latest_checkpoint
-from vlmo_ray.train.state import TrainState
+from vlmo_ray.train.checkpoints import Checkpoints
+from vlmo_ray.train.lease import lease
+from vlmo_ray.train.loop import Job, Notice, train
 
 _LEAST_CPU = 0.1
+_STOP = "stop"  # an object in the run: its workers are to save and end
+_RAY_RUN = "ray_run"  # holds Ray Train's id of the run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +84,7 @@ def _worker(job: Job) -> dict:
     """Runs in every Ray Train worker."""
     import ray.train
     import torch
-    from ray.train import Checkpoint
+    from ray.train.v2._internal.execution.context import get_train_context
 
     context = ray.train.get_context()
     device = ray.train.torch.get_device()
@@ -95,30 +98,20 @@ def _worker(job: Job) -> dict:
         flush=True,
     )
 
-    def commit(folder: Path, step: int) -> None:
-        ray.train.report(
-            {"step": step},
-            checkpoint=Checkpoint.from_directory(str(folder)),
-            checkpoint_dir_name=f"checkpoint-{step:08d}",
-        )
-        shutil.rmtree(folder)
+    rank, run = context.get_world_rank(), Store(job.run, job.config.data.patience_s)
+    if rank == 0:
+        run.write(_RAY_RUN, get_train_context().train_run_context.run_id.encode())
 
-    def run(resume: Path | None) -> Outcome:
-        return train(
-            job,
-            rank=context.get_world_rank(),
-            world=context.get_world_size(),
-            device=device,
-            resume=resume,
-            commit=commit,
-        )
+    def notice() -> Notice:
+        if ray.train.get_preemption_info() is not None:  # a barrier: every worker calls, and all get the same
+            return Notice.PREEMPTED
+        return Notice.STOP if rank == 0 and run.exists(_STOP) else Notice.NONE
 
-    newest = ray.train.get_checkpoint()
-    if newest is None:
-        outcome = run(None)
-    else:
-        with newest.as_directory() as folder:
-            outcome = run(Path(folder))
+    outcome = train(job, rank=rank, world=context.get_world_size(), device=device, notice=notice)
+    if outcome.preempted:
+        # Ray Train takes an end with an error, while a node drains, for the preemption: it starts the workers
+        # again at once, without that node, and does not count a failure
+        raise RuntimeError(f"preempted at {outcome.stopped}")
     return dataclasses.asdict(outcome)
 
 
@@ -133,14 +126,13 @@ def pretrain(config: Config, data: str, storage: str, name: str | None = None) -
     manifest = load_manifest(data)
     check_shards(manifest, open_store(data))
     storage_root = open_store(storage, create=True)
-    run = open_store(f"{storage.rstrip('/')}/{name}", create=True)
-    newest = latest_checkpoint(run)
-    if newest is not None:
-        state = TrainState.load_state_dict(json.loads(run.read(f"{newest}/train_state.json")))
-        state.continue_with(config, manifest.fingerprint)
-        print(f"run {name!r} continues from step {state.step} of {config.total_steps}", flush=True)
-
-    with ray_session(dashboard=True):
+    run = open_store(f"{storage.rstrip('/')}/{name}", create=True, patience_s=config.data.patience_s)
+    with lease(run), _stop_on_sigterm(run), ray_session(dashboard=True):
+        state = Checkpoints(run).newest()
+        if state is not None:
+            state.continue_with(config, manifest.fingerprint)
+            print(f"run {name!r} continues from step {state.step} of {config.total_steps}", flush=True)
+        _release(run)
         cpus, gpus, autoscaling = cluster_room()
         cluster = config.cluster
         share = shares(cluster, cpus, gpus, autoscaling)
@@ -158,6 +150,35 @@ def pretrain(config: Config, data: str, storage: str, name: str | None = None) -
     return run
 
 
+@contextlib.contextmanager
+def _stop_on_sigterm(run: Store) -> Iterator[None]:
+    """A first SIGTERM asks the workers to save and end; a second one ends this process."""
+    run.delete(_STOP)
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ask(*_) -> None:
+        signal.signal(signal.SIGTERM, before)
+        print("SIGTERM: the workers save and end; a second one ends them at once", flush=True)
+        threading.Thread(target=run.write, args=(_STOP, b""), daemon=True).start()
+
+    before = signal.signal(signal.SIGTERM, ask)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _release(run: Store) -> None:
+    """Gives back what an earlier driver of this run, killed, still has reserved; else Ray waits 180 s for it."""
+    from ray.train.v2._internal.execution.scaling_policy import autoscaling_coordinator_client as coordinator
+
+    if run.exists(_RAY_RUN):
+        requester = f"train-{run.read(_RAY_RUN).decode()}"
+        coordinator.TrainAutoscalingCoordinatorClient(requester).cancel_resource_request()
+
+
 def schedule_rows(config: Config) -> int:
     return sum(phase.steps * phase.global_batch for phase in config.phases)
 
@@ -171,7 +192,7 @@ def _fit(job: Job, share: Shares, storage: Store, name: str) -> dict:
     # its patched `print` would show every line twice
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
 
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
 
@@ -192,7 +213,6 @@ def _fit(job: Job, share: Shares, storage: Store, name: str) -> dict:
             storage_path=storage.root,
             storage_filesystem=storage.fs,
             failure_config=FailureConfig(max_failures=cluster.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=job.config.keep_checkpoints),
         ),
     )
     try:

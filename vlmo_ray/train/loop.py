@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import enum
 import shutil
 import tempfile
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +20,7 @@ from vlmo_ray.config import Config
 from vlmo_ray.data.manifest import Manifest, load_manifest
 from vlmo_ray.data.order import Schedule, deal
 from vlmo_ray.data.pipeline import PairStream
-from vlmo_ray.data.store import open_store
+from vlmo_ray.data.store import Store
 from vlmo_ray.errors import UserError
 from vlmo_ray.model.flops import step_flops
 from vlmo_ray.model.vlmo import VLMo, init_weights
@@ -25,6 +28,8 @@ from vlmo_ray.objectives.gather import Workers
 from vlmo_ray.resize import fit_state
 from vlmo_ray.tasks.pretrain import Pretraining
 from vlmo_ray.train import checkpoint
+from vlmo_ray.train.audit import Consumed
+from vlmo_ray.train.checkpoints import Checkpoints
 from vlmo_ray.train.meters import Meters
 from vlmo_ray.train.optim import build_optimizer, lr_at
 from vlmo_ray.train.parallel import parallelize, total_norm, whole_state
@@ -54,6 +59,15 @@ class Outcome:
 
     step: int
     stopped: str = ""
+    preempted: bool = False  # stopped to be started again elsewhere
+
+
+class Notice(enum.IntEnum):
+    """What a worker has been told from outside; the gravest one counts for all."""
+
+    NONE = 0
+    PREEMPTED = 1  # a node is about to go: save, end, and be started again without it
+    STOP = 2  # save and end
 
 
 def build_model(config: Config) -> VLMo:
@@ -77,60 +91,91 @@ def train(
     rank: int = 0,
     world: int = 1,
     device: torch.device | str = "cpu",
-    resume: Path | None = None,
-    commit: Callable[[Path, int], None] = lambda folder, step: shutil.rmtree(folder),
+    notice: Callable[[], Notice] = lambda: Notice.NONE,
 ) -> Outcome:
-    """Trains from `resume` (a checkpoint folder) or the start to the last step of the config.
+    """Trains from the run's newest good checkpoint, or the start, to the last step of the config.
 
-    `commit(folder, step)` is called on every worker with its part of a finished checkpoint, and owns the
-    folder. A process group of `world` workers must exist if world > 1. Errors of one worker (unreadable data,
-    say) stop all workers at the same step: the sentence is in the returned `Outcome`.
+    A process group of `world` workers must exist if world > 1. Errors of one worker (unreadable data, say) stop
+    all workers at the same step: the sentence is in the returned `Outcome`. `notice` is asked every
+    `cluster.notice_every` steps, on every worker.
     """
     config, device = job.config, torch.device(device)
     torch.set_float32_matmul_precision("high")
     start_up, problem = _attempt(lambda: _start(job))
-    if stopped := _agree(problem and f"the start: {problem}", world, device):
+    if stopped := _agree(problem and f"the start: {problem}", world, device)[0]:
         return Outcome(0, stopped)
     dtype, bf16 = _precision(config, device)
     manifest, model = start_up[0], start_up[1].to(device, dtype)
     parallel = parallelize(Pretraining(model, config), config.cluster, world, device)
     optimizer = build_optimizer(model, config)
-    start = 0
-    if resume is not None:
-        checkpoint.read_state(resume).continue_with(config, manifest.fingerprint)
-        start = checkpoint.load(resume, model, optimizer).step
-        if rank == 0:
+    run = Store(job.run, config.data.patience_s)
+    checkpoints = Checkpoints(run, config.keep_checkpoints, config.keep_every, keeper=rank == 0)
+    with contextlib.ExitStack() as stack:
+        stack.callback(checkpoints.close)
+        with tempfile.TemporaryDirectory(prefix="vlmo-resume-") as folder:
+            name, attempt, stopped = _fetch(checkpoints, Path(folder), rank, world, device)
+            if stopped:
+                return Outcome(0, f"the start: {stopped}")
+            start, attempts = 0, []
+            if name:
+                checkpoint.read_state(Path(folder)).continue_with(config, manifest.fingerprint)
+                state = checkpoint.load(Path(folder), model, optimizer)
+                start, attempts = state.step, state.attempts
+        attempts.append((start, attempt))
+        if name and rank == 0:
             print(f"resumed at step {start} on {world} workers", flush=True)
 
-    schedule = schedule_of(config)
-    meters = (
-        Meters(open_store(job.run, create=True), config.total_steps, config.log_every) if rank == 0 else None
-    )
-    batches = PairStream(
-        manifest,
-        config.data,
-        image_size=config.model.image_size,
-        max_text_len=config.model.max_text_len,
-        vocab_size=config.model.vocab_size,
-        seed=config.seed,
-        schedule=schedule,
-        start=start,
-        stop=config.total_steps,
-        rank=rank,
-        num_workers=world,
-        cpus=job.data_cpus,
-        in_process=job.in_process_data,
-    )
-    samples = schedule.rows_before(start)
-    stream = iter(batches)
-    step = start
-    try:
+        schedule = schedule_of(config)
+        meters = Meters(run, config.total_steps, config.log_every) if rank == 0 else None
+        if meters is not None:
+            stack.callback(meters.close)
+        consumed = Consumed(attempt) if config.audit else None
+        batches = PairStream(
+            manifest,
+            config.data,
+            image_size=config.model.image_size,
+            max_text_len=config.model.max_text_len,
+            vocab_size=config.model.vocab_size,
+            seed=config.seed,
+            schedule=schedule,
+            start=start,
+            stop=config.total_steps,
+            rank=rank,
+            num_workers=world,
+            cpus=job.data_cpus,
+            in_process=job.in_process_data,
+        )
+        stack.callback(batches.close)
+        samples, saved = schedule.rows_before(start), start
+        stream = iter(batches)
+
+        def save(done: int) -> str:
+            """Writes a checkpoint and has it uploaded in the background; or the sentence that says why not."""
+            if meters is not None:
+                meters.close_segment()
+            folder = Path(tempfile.gettempdir()) / f"vlmo-checkpoint-{uuid.uuid4().hex}"
+            try:
+                state = TrainState.of(done, config, manifest.fingerprint, attempts)
+                checkpoint.save(folder, model, optimizer, state)
+            except checkpoint.SaveError as error:
+                shutil.rmtree(folder, ignore_errors=True)
+                return str(error)
+            _, problem = _attempt(lambda: checkpoints.upload(folder, done, consumed and consumed.take()))
+            return problem
+
         for step in range(start, config.total_steps):
             began = time.monotonic()
-            batch, problem = _attempt(lambda: next(stream))
+            told = notice() if step % config.cluster.notice_every == 0 else Notice.NONE
+            batch, problem = _attempt(lambda: (checkpoints.check(), next(stream))[1])
             waited = time.monotonic() - began
-            if stopped := _agree(problem and f"step {step}: {problem}", world, device):
+            stopped, told = _agree(problem and f"step {step}: {problem}", world, device, told)
+            if stopped:
                 return Outcome(step, stopped)
+            if told:
+                problem = save(step) if step > saved else ""
+                problem = problem or _attempt(checkpoints.wait)[1]
+                stopped = _agree(problem and f"step {step}: {problem}", world, device)[0]
+                return Outcome(step, stopped or f"step {step}: {_SENTENCES[told]}", told is Notice.PREEMPTED)
             batch = batch.to(device)
             figures = gradients(
                 parallel,
@@ -156,6 +201,8 @@ def train(
 
             done = step + 1
             samples += schedule.batch_size(step)
+            if consumed is not None:
+                consumed.add(step, batch)
             if meters is not None:
                 took = time.monotonic() - began
                 meters.add(
@@ -170,20 +217,46 @@ def train(
                 )
             for bad in filter(None, batch.problems):
                 print(f"masked a pair: {bad}", flush=True)
-            if done % config.checkpoint_every == 0 or done == config.total_steps:
-                if meters is not None:
-                    meters.close_segment()
-                folder = Path(tempfile.mkdtemp(prefix="vlmo-checkpoint-"))
-                checkpoint.save(folder, model, optimizer, TrainState.of(done, config, manifest.fingerprint))
-                commit(folder, done)
+            last = done == config.total_steps
+            if done % config.checkpoint_every == 0 or last:
+                problem = save(done)
+                if last:
+                    problem = problem or _attempt(checkpoints.wait)[1]
+                elif not problem:
+                    saved = done
+                elif rank == 0:
+                    print(f"{problem}; the run goes on, and tries again at the next checkpoint", flush=True)
+                if last and (stopped := _agree(problem and f"step {done}: {problem}", world, device)[0]):
+                    return Outcome(done, stopped)
         state = whole_state(model)
         if rank == 0:
-            publish_model(model, state, open_store(job.run))
+            checkpoints.retire()
+            publish_model(model, state, run)
         return Outcome(config.total_steps)
-    finally:
-        batches.close()
-        if meters is not None:
-            meters.close()
+
+
+_SENTENCES = {
+    Notice.PREEMPTED: "saved, to go on without the node that is being taken away",
+    Notice.STOP: "saved and ended on request; the same command goes on from here",
+}
+
+
+def _fetch(
+    checkpoints: Checkpoints, folder: Path, rank: int, world: int, device: torch.device
+) -> tuple[str, str, str]:
+    """(name, attempt, problem): the checkpoint that rank 0 found good, in `folder` on every worker; a new name."""
+    name, problem = _attempt(lambda: checkpoints.fetch_newest(folder)) if rank == 0 else ("", "")
+    if stopped := _agree(problem, world, device)[0]:
+        return "", "", stopped
+    chosen = [name, uuid.uuid4().hex[:12]]
+    if world > 1:
+        dist.broadcast_object_list(chosen, 0)
+        name = chosen[0]
+        if name:
+            problem = _attempt(lambda: rank and checkpoints.fetch_named(name, folder))[1]
+            if stopped := _agree(problem, world, device)[0]:
+                return "", "", stopped
+    return name, chosen[1], ""
 
 
 def _start(job: Job) -> tuple[Manifest, VLMo]:
@@ -209,17 +282,19 @@ def _attempt(make: Callable[[], Any]) -> tuple[Any, str]:
         return None, str(error)
 
 
-def _agree(problem: str, world: int, device: torch.device) -> str:
-    """The first worker's problem, on every worker: one that stopped alone would leave the others waiting."""
+def _agree(problem: str, world: int, device: torch.device, told: Notice = Notice.NONE) -> tuple[str, Notice]:
+    """The first worker's problem and the gravest notice, on every worker: one that stopped alone would leave the
+    others waiting."""
     if world == 1:
-        return problem
-    troubled = torch.tensor([bool(problem)], dtype=torch.int32, device=device)
-    dist.all_reduce(troubled, dist.ReduceOp.MAX)
-    if not troubled.item():
-        return ""
+        return problem, told
+    both = torch.tensor([bool(problem), told], dtype=torch.int32, device=device)
+    dist.all_reduce(both, dist.ReduceOp.MAX)
+    troubled, gravest = both.tolist()
+    if not troubled:
+        return "", Notice(gravest)
     problems: list[str] = [""] * world
     dist.all_gather_object(problems, problem)
-    return next(p for p in problems if p)
+    return next(p for p in problems if p), Notice(gravest)
 
 
 def _workers(schedule: Schedule, step: int, world: int, rank: int) -> Workers:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,17 +15,9 @@ from vlmo_ray.errors import UserError
 from vlmo_ray.model.vlmo import VLMo
 from vlmo_ray.settings import from_dict
 from vlmo_ray.train import checkpoint
+from vlmo_ray.train.checkpoints import Checkpoints
 
-_SNAPSHOT = "checkpoint_manager_snapshot.json"  # Ray Train's list of committed checkpoints
 _MODEL = "model"  # the folder of final weights
-
-
-def latest_checkpoint(run: Store) -> str | None:
-    """Name of the newest committed checkpoint folder of a run; None if there is none yet."""
-    if not run.exists(_SNAPSHOT):
-        return None
-    newest = json.loads(run.read(_SNAPSHOT)).get("latest_checkpoint_result")
-    return newest["checkpoint_dir_name"] if newest else None
 
 
 def publish_model(model: VLMo, state: dict[str, Tensor], run: Store) -> None:
@@ -69,10 +60,7 @@ def _model_folder(path: str) -> Iterator[str]:
         inner = next((p for p in ("", f"{_MODEL}/") if store.exists(f"{p}model.json")), None)
         if inner is not None:
             _download(store, inner, target)
-        elif newest := latest_checkpoint(store):
-            shards = target / "checkpoint"
-            shards.mkdir()
-            _download(store, f"{newest}/", shards)
+        elif Checkpoints(store).fetch_newest(shards := target / "checkpoint"):
             model = VLMo(from_dict(checkpoint.read_state(shards).config).model)
             checkpoint.load_weights(shards, model)
             convert.save_model(model, target)

@@ -11,7 +11,10 @@ from vlmo_ray.errors import UserError
 from vlmo_ray.settings import differences, from_dict, to_dict
 
 # Fields that may differ between a checkpoint and the run that continues it: they change no number.
-FREE = ("cluster.", "checkpoint_every", "keep_checkpoints", "log_every", "micro_batch", "init")
+FREE = (
+    "cluster.", "checkpoint_every", "keep_checkpoints", "keep_every", "log_every", "micro_batch", "init", "audit",
+    "data.patience_s", "data.bad_shards",
+)  # fmt: skip
 
 
 def versions() -> dict[str, str]:
@@ -28,18 +31,23 @@ class TrainState:
     step: int
     config: dict[str, Any]
     fingerprint: str  # of the data set
+    attempts: list[tuple[int, str]] = field(
+        default_factory=list
+    )  # (first step, name) of the starts behind it
     versions: dict[str, str] = field(default_factory=versions)
 
     @classmethod
-    def of(cls, step: int, config: Config, fingerprint: str) -> TrainState:
-        return cls(step, to_dict(config), fingerprint)
+    def of(
+        cls, step: int, config: Config, fingerprint: str, attempts: list[tuple[int, str]] | None = None
+    ) -> TrainState:
+        return cls(step, to_dict(config), fingerprint, attempts or [])
 
     def state_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def load_state_dict(cls, state: dict[str, Any]) -> TrainState:
-        return cls(**state)
+        return cls(**state | {"attempts": [(first, name) for first, name in state["attempts"]]})
 
     def continue_with(self, config: Config, fingerprint: str) -> None:
         """Raises a UserError with the differences if a run of `config` on this data cannot carry on from here."""

@@ -1,0 +1,161 @@
+"""The checkpoints of a run in its store: complete or invisible, checked, the newest good one first.
+
+Every worker uploads its own files into `checkpoint-<step>/`, in the background; one of them holds
+`train_state.json`, which names them all. A checkpoint of which a file is missing or short is not complete and is
+not there for anybody, so nobody has to wait for the others: a run that dies in the middle of an upload finds the
+checkpoint before it. What was uploaded is checked by checksum when it is read; a damaged one is named, set aside,
+and the one before it is taken.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from vlmo_ray.data.store import Store
+from vlmo_ray.errors import UserError
+from vlmo_ray.train.checkpoint import STATE, Files, measured, parse_state
+from vlmo_ray.train.state import TrainState
+
+_PREFIX = "checkpoint-"
+_SET_ASIDE = "damaged_state.json"
+
+
+class Damaged(UserError):
+    """A checkpoint does not hold what it held when it was written."""
+
+
+@dataclass
+class Checkpoints:
+    """Of the run in `run`; `keep` and `keep_every` say which are kept, and only the `keeper` deletes any."""
+
+    run: Store
+    keep: int = 3  # the newest complete ones
+    keep_every: int = 0  # and those whose step is a multiple of this, for good; 0: none
+    keeper: bool = False
+    _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "checkpoint"), repr=False)
+    _pending: Future | None = field(default=None, repr=False)
+
+    def upload(self, folder: Path, step: int, more: dict[str, bytes] | None = None) -> None:
+        """Sends this worker's files of a checkpoint, after `more` files of the run, and removes `folder`.
+
+        Returns at once.
+
+        At most one upload is under way: a second waits for the first, and raises what went wrong with it.
+        """
+        self.wait()
+        self._pending = self._pool.submit(self._upload, folder, step, more or {})
+
+    def wait(self) -> None:
+        """Until the upload under way has ended; raises what went wrong with it."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def check(self) -> None:
+        """Raises what went wrong with an upload that has ended; does not wait."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
+
+    def close(self) -> None:
+        """Ends the upload thread, after the upload under way."""
+        self._pool.shutdown()
+
+    def _upload(self, folder: Path, step: int, more: dict[str, bytes]) -> None:
+        try:
+            for name, content in more.items():
+                self.run.write(name, content)
+            for file in sorted(folder.iterdir(), key=lambda file: file.name == STATE):
+                self.run.upload(file, f"{name_of(step)}/{file.name}")
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        if self.keeper:
+            self.retire()
+
+    def retire(self) -> None:
+        """Deletes what need not be kept: never the newest complete one, nor anything newer than that."""
+        complete = list(self.complete())
+        if not complete:
+            return
+        kept = {name for name, _, _ in complete[: self.keep]}
+        if self.keep_every:
+            kept |= {name for name, state, _ in complete if state.step % self.keep_every == 0}
+        for name in self._listed():
+            if name < complete[0][0] and name not in kept:
+                self.run.delete(f"{name}/{STATE}")  # first: what is left is no checkpoint
+                self.run.delete_folder(name)
+
+    def complete(self) -> Iterator[tuple[str, TrainState, Files]]:
+        """(name, state, files) of the checkpoints all of whose files are there, newest first."""
+        for name, sizes in reversed(self._listed().items()):
+            if STATE not in sizes:
+                continue
+            try:
+                state, files = parse_state(self.run.read(f"{name}/{STATE}"))
+            except FileNotFoundError:
+                continue  # deleted meanwhile
+            except (ValueError, KeyError, TypeError) as error:
+                self._set_aside(name, f"{self.run.address(name)}/{STATE} cannot be read ({error})")
+                continue
+            if all(sizes.get(file) == size for file, (size, _) in files.items()):
+                yield name, state, files
+
+    def _listed(self) -> dict[str, dict[str, int]]:
+        found: dict[str, dict[str, int]] = {}
+        for path, size in self.run.sizes(_PREFIX).items():
+            name, _, file = path.partition("/")
+            found.setdefault(name, {})[file] = size
+        return dict(sorted(found.items()))
+
+    def newest(self) -> TrainState | None:
+        """The state of the newest complete checkpoint, its files not checked; None if there is none."""
+        return next((state for _, state, _ in self.complete()), None)
+
+    def fetch_newest(self, folder: Path) -> str:
+        """Downloads the newest good checkpoint into `folder`; its name, or "" if the run has none yet.
+
+        A damaged one is named, set aside and passed over. Raises UserError if all are damaged.
+        """
+        for name, _, files in self.complete():
+            try:
+                self.fetch(name, files, folder)
+                return name
+            except Damaged as error:
+                self._set_aside(name, str(error))
+        if damaged := [name for name, sizes in self._listed().items() if _SET_ASIDE in sizes]:
+            raise UserError(
+                f"no checkpoint of {self.run.uri} is whole ({', '.join(damaged)} damaged). Bring one back from a copy "
+                "of the bucket, or give another --name to start afresh"
+            )
+        return ""
+
+    def fetch(self, name: str, files: Files, folder: Path) -> None:
+        """Downloads one checkpoint and checks every byte of it. Raises Damaged."""
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        for file, wanted in files.items():
+            for _ in range(2):  # what came wrong once may be right the second time
+                (folder / file).write_bytes(self.run.read(f"{name}/{file}"))
+                if measured(folder / file) == wanted:
+                    break
+            else:
+                raise Damaged(f"{self.run.address(name)}/{file} has changed since it was written")
+        (folder / STATE).write_bytes(self.run.read(f"{name}/{STATE}"))
+
+    def fetch_named(self, name: str, folder: Path) -> None:
+        """Downloads the checkpoint that another worker chose."""
+        _, files = parse_state(self.run.read(f"{name}/{STATE}"))
+        self.fetch(name, files, folder)
+
+    def _set_aside(self, name: str, reason: str) -> None:
+        """Makes a damaged checkpoint invisible, and leaves everything in place for a person to look at."""
+        print(f"the checkpoint {name} is damaged and passed over: {reason}", flush=True)
+        self.run.write(f"{name}/{_SET_ASIDE}", self.run.read(f"{name}/{STATE}"))
+        self.run.delete(f"{name}/{STATE}")
+
+
+def name_of(step: int) -> str:
+    return f"{_PREFIX}{step:08d}"
