@@ -58,6 +58,7 @@ def test_recipes_and_show():
         (["evaluate", "/no/such/run", "--data", "/no"], ["/no/such/run"]),
         (["import", "/no/such/file.pt", "/tmp/never"], ["/no/such/file.pt"]),
         (["export", "/no/such/run", "/tmp/never.pt"], ["/no/such/run"]),
+        (["audit", "/no/such/run", "--data", "/no"], ["/no/such/run"]),
         (["prepare", "karpathy", "/no/such.json", "/tmp/never"], ["/no"]),
         (["prepare", "table", "/no.csv", "/tmp/never", "--option", "header"], ["'header' has no '='"]),
     ],

@@ -182,6 +182,33 @@ def export(run: Positional[str], out: Positional[str]) -> None:
     print(f"wrote {out}")
 
 
+def audit(run: Positional[str], data: str, json_output: bool = False) -> None:
+    """Prove that every pair was consumed once an epoch, or name what was not; exit code 1 for the latter.
+
+    Args:
+        run: a run that was trained with `--set audit=true`.
+        data: the data set it was trained on.
+        json_output: print one JSON object instead of a table.
+    """
+    import dataclasses
+
+    from rich.console import Console
+
+    from vlmo_ray.train.audit import audit as examine
+    from vlmo_ray.train.audit import table
+
+    found = examine(run, data)
+    if json_output:
+        print(json.dumps(dataclasses.asdict(found) | {"clean": found.clean}))
+    else:
+        console = Console(soft_wrap=True)
+        console.print(table(found))
+        for sentence in found.sentences():
+            console.print(sentence, highlight=False, markup=False)
+    if not found.clean:
+        sys.exit(1)
+
+
 def main() -> None:
     """Entry point; exit code 2 and one sentence for what the user can mend."""
     commands = {
@@ -192,6 +219,7 @@ def main() -> None:
         "evaluate": evaluate,
         "import": import_,
         "export": export,
+        "audit": audit,
     }
     try:
         tyro.extras.subcommand_cli_from_dict(commands, prog="vlmo", description=__doc__)

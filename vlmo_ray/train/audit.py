@@ -15,6 +15,7 @@ from pathlib import PurePosixPath
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from rich.table import Table
 
 from vlmo_ray.data.batch import PairBatch
 from vlmo_ray.data.manifest import Manifest, load_manifest
@@ -84,6 +85,28 @@ class Audit:
     @property
     def clean(self) -> bool:
         return not self.problems and all(epoch.clean for epoch in self.epochs)
+
+    def sentences(self) -> list[str]:
+        """What there is to say beside the table; the last one is the verdict."""
+        said = list(self.problems)
+        for epoch in self.epochs:
+            for what in ("missing", "doubled", "unknown"):
+                if ids := getattr(epoch, what):
+                    rest = f" and {len(ids) - 10} more" if len(ids) > 10 else ""
+                    said.append(f"epoch {epoch.epoch}, {what}: {', '.join(ids[:10])}{rest}")
+        verdict = (
+            "every pair was consumed once an epoch" if self.clean else "NOT every pair was consumed once"
+        )
+        return [*said, f"{self.steps} committed steps: {verdict}"]
+
+
+def table(found: Audit) -> Table:
+    """A row for each epoch."""
+    out = Table("epoch", "rows", "seen", "masked", "missing", "doubled", "unknown")
+    for e in found.epochs:
+        numbers = (e.rows, e.seen, e.masked, len(e.missing), len(e.doubled), len(e.unknown))
+        out.add_row(f"{e.epoch}{'' if e.complete else ' (part)'}", *(f"{n:,}" for n in numbers))
+    return out
 
 
 def audit(run: str, data: str) -> Audit:
