@@ -53,6 +53,8 @@ def test_override_sets_typed_values():
         ("optim.warmup_steps=60", "leaves nothing of the 60 steps"),
         ("model.max_text_len=30", "above model.bias_text_len"),
         ("model.num_heads=5", "not a multiple of model.num_heads=5"),
+        ("keep_every=30", "keep_every=30 must be a multiple of checkpoint_every=20, or 0"),
+        ("data.patience_s=-1", "patience_s=-1.0 must be 0"),
         ("checkpoint_every=0", "checkpoint_every=0 must be at least 1"),
         ("model.num_answers=10", "no effect here: model.heads has no 'vqa'"),
         ("model.heads=itc,itm", "needs the heads"),

@@ -234,10 +234,6 @@ def check(config: Config) -> Config:
         )
     _check_loss(config)
     _check_data(config.data)
-    if config.keep_every < 0 or config.keep_every % config.checkpoint_every:
-        raise UserError(
-            f"keep_every={config.keep_every} must be a multiple of checkpoint_every={config.checkpoint_every}, or 0"
-        )
     for path in (
         "checkpoint_every",
         "keep_checkpoints",
@@ -247,6 +243,10 @@ def check(config: Config) -> Config:
     ):
         if _get(config, path) < 1:
             raise UserError(f"{path}={_get(config, path)} must be at least 1")
+    if config.keep_every < 0 or config.keep_every % config.checkpoint_every:
+        raise UserError(
+            f"keep_every={config.keep_every} must be a multiple of checkpoint_every={config.checkpoint_every}, or 0"
+        )
     return config
 
 
