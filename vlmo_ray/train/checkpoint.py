@@ -7,6 +7,7 @@ with its size and checksum, so a checkpoint that lacks one or has a changed one 
 from __future__ import annotations
 
 import json
+import shutil
 import zlib
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,10 @@ def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state
     try:
         dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=folder, no_dist=not together)
     except CheckpointException as error:
-        problem = "; ".join(str(reason) for reason, _ in error.failures.values())
+        reasons = "; ".join(str(reason) for reason, _ in error.failures.values())
+        # of a full disk the libraries say no more than that a file has an unexpected length
+        free = shutil.disk_usage(folder.parent).free / 1e6
+        problem = f"{reasons} ({free:,.0f} MB are free in {folder.parent}; TMPDIR names another place)"
     files = {} if problem else {file.name: measured(file) for file in folder.iterdir()}
     reports: list[Any] = [(files, problem)]
     if together:
@@ -56,9 +60,7 @@ def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state
     if together:
         dist.all_gather_object(reports, (files, problem))
     if problems := [problem for _, problem in reports if problem] or ([problem] if problem else []):
-        raise SaveError(
-            f"the checkpoint of step {state.step} could not be written to {folder}: {problems[0]}"
-        )
+        raise SaveError(f"the checkpoint of step {state.step} could not be written: {problems[0]}")
 
 
 def measured(file: Path) -> tuple[int, int]:

@@ -7,9 +7,9 @@ failure stands in two segments: the later one is the run's.
 
 from __future__ import annotations
 
+import io
 import json
 import math
-import tempfile
 import time
 from pathlib import Path
 
@@ -27,21 +27,14 @@ class Meters:
         self._open()
 
     def _open(self) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.lines: list[str] = []
-        self.name = f"metrics/{time.time_ns()}.jsonl"
-        self.events = tempfile.TemporaryDirectory(prefix="vlmo-events-")
-        self.writer = SummaryWriter(self.events.name)
+        self.figures: list[tuple[float, dict[str, float]]] = []  # with the time they came
+        self.start = time.time_ns()
         self.flushed = time.monotonic()
 
     def add(self, figures: dict[str, float]) -> None:
         """`figures` holds at least step (done steps), loss, pairs_per_s, step_s."""
         step = int(figures["step"])
-        self.lines.append(json.dumps(figures))
-        for name, value in figures.items():
-            if name != "step":
-                self.writer.add_scalar(name, value, step)
+        self.figures.append((time.time(), figures))
         self.recent.append(figures)
         printed = step % self.log_every == 0 or step == self.total_steps
         if printed or time.monotonic() - self.flushed > _FLUSH_S:
@@ -64,22 +57,37 @@ class Meters:
 
     def flush(self) -> None:
         """Writes the open segment and its events to the run."""
-        if self.lines:
-            self.store.write(self.name, ("\n".join(self.lines) + "\n").encode())
-            self.writer.flush()
-            for file in Path(self.events.name).iterdir():
-                self.store.write(f"tensorboard/{file.name}", file.read_bytes())
+        if self.figures:
+            lines = [json.dumps(figures) for _, figures in self.figures]
+            self.store.write(f"metrics/{self.start}.jsonl", ("\n".join(lines) + "\n").encode())
+            self.store.write(f"tensorboard/events.out.tfevents.{self.start}", _events(self.figures))
         self.flushed = time.monotonic()
 
     def close_segment(self) -> None:
         """Called at a checkpoint: what is written so far is not touched again."""
-        self.close()
+        self.flush()
         self._open()
 
     def close(self) -> None:
         self.flush()
-        self.writer.close()
-        self.events.cleanup()
+
+
+def _events(figures: list[tuple[float, dict[str, float]]]) -> bytes:
+    """A TensorBoard event file, made in memory: its own writer needs a disk, and a thread that may fail unseen."""
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    out = io.BytesIO()
+    writer = RecordWriter(out)
+    writer.write(Event(wall_time=figures[0][0], file_version="brain.Event:2").SerializeToString())
+    for when, values in figures:
+        scalars = [
+            Summary.Value(tag=tag, simple_value=value) for tag, value in values.items() if tag != "step"
+        ]
+        event = Event(wall_time=when, step=int(values["step"]), summary=Summary(value=scalars))
+        writer.write(event.SerializeToString())
+    return out.getvalue()
 
 
 def _clock(seconds: float) -> str:
