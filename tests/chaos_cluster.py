@@ -30,7 +30,7 @@ class Nodes:
         return self._answer()
 
     def add(self) -> str:
-        """A new node with one CPU; its id."""
+        """A new node; its id."""
         return self._ask("add")
 
     def kill(self, node: str) -> None:
@@ -74,7 +74,7 @@ def main() -> None:
     for line in sys.stdin:
         name, *arguments = json.loads(line)
         if name == "add":
-            node = cluster.add_node(num_cpus=1, object_store_memory=80 << 20)
+            node = cluster.add_node(num_cpus=20, object_store_memory=80 << 20)
             running[node.node_id] = node
             say(node.node_id)
         elif name == "kill":

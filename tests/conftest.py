@@ -16,11 +16,11 @@ os.environ.pop("RAY_ADDRESS", None)
 
 
 def pytest_collection_modifyitems(config, items):
-    """Tests marked `compile` are left out unless asked for by name of the marker."""
-    if "compile" not in config.option.markexpr:
-        left_out = [item for item in items if "compile" in item.keywords]
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in left_out]
+    """Tests with these markers are left out unless asked for by name of the marker."""
+    unasked = {"compile", "chaos"} - set(config.option.markexpr.split())
+    left_out = [item for item in items if any(item.get_closest_marker(name) for name in unasked)]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture(scope="session")

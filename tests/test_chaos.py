@@ -4,6 +4,9 @@ Every scenario runs the product's own command, `vlmo pretrain`, on several rayle
 its run behind a proxy that can fail. The oracle is one undisturbed run in one process: in float64 every step's
 figures and the final weights agree to 1e-9, and the audit is clean. What concerns bytes alone (damaged records,
 checkpoints, a full disk) is tested on the loop, here and in `train/test_checkpoints.py`.
+
+The scenarios on raylets run with `pytest -m chaos`: on two cores each takes minutes, and not all of them pass yet
+(docs/log.md says which).
 """
 
 from __future__ import annotations
@@ -43,7 +46,8 @@ from vlmo_ray.train.checkpoints import Checkpoints
 from vlmo_ray.train.loop import Notice, train
 from vlmo_ray.train.meters import read_metrics
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = pytest.mark.slow
+raylets = pytest.mark.chaos
 
 STEPS, EVERY = 160, 10
 CONFIG = dataclasses.replace(
@@ -51,10 +55,11 @@ CONFIG = dataclasses.replace(
     phases=(Phase(STEPS, 12),), optim=OptimConfig(peak_lr=1e-3, warmup_steps=5),
     checkpoint_every=EVERY, log_every=5, precision="float64", audit=True,
 )  # fmt: skip
-# With nodes of 1 CPU and at most 3 workers, these shares put one worker on a node.
+# Nodes claim 20 CPUs each; with at most 3 workers these shares put one worker on a node. Data gets whole CPUs: Ray
+# divides what is left of a node among pipelines by integer division, and gives nothing of less than one each.
 CLUSTER = {
-    "max_workers": 3, "gpus_per_worker": 0, "cpus_per_worker": 0.6, "data_cpus_per_worker": 0.15,
-    "start_timeout_s": 5, "resize_interval_s": 3, "notice_every": 2,
+    "max_workers": 3, "gpus_per_worker": 0, "cpus_per_worker": 10.5, "data_cpus_per_worker": 1,
+    "start_timeout_s": 20, "resize_interval_s": 3, "notice_every": 2,
 }  # fmt: skip
 FIGURES = ("step", "samples", "loss", "itc", "itc_vl", "itm", "mlm", "grad_norm")
 
@@ -89,6 +94,7 @@ def place(s3_server, tmp_path_factory) -> Iterator[Place]:
             "PYTHONUNBUFFERED": "1",
             "RAY_DEDUP_LOGS": "0",
             "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
+            "RAY_prestart_worker_first_driver": "0",  # no idle processes for CPUs that are not there
             # a lost node is noticed after 3 s; by default it takes some 15
             "RAY_health_check_period_ms": "1000",
             "RAY_health_check_timeout_ms": "1000",
@@ -188,9 +194,9 @@ class Command:
             )
             return bool(starts) and int(max(starts[-1])) == count
 
-        self.wait_for(there, f"{count} workers")
+        self.wait_for(there, f"{count} workers", 180)
         before = self.committed()
-        self.wait_for(lambda: self.committed() > before, f"a checkpoint with {count} workers")
+        self.wait_for(lambda: self.committed() > before, f"a checkpoint with {count} workers", 180)
 
     def finish(self, seconds: float = 240) -> None:
         try:
@@ -217,10 +223,15 @@ class Command:
 
     def end(self) -> None:
         if self.process is not None and self.process.poll() is None:
-            self.process.kill()
-            self.process.wait()
+            self.process.terminate()  # killed, it would leave its reservation to the next scenario
+            try:
+                self.process.wait(60)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
 
 
+@raylets
 def test_a_worker_is_killed_and_a_second_run_of_the_name_refused(place, command):
     place.want_nodes(2)
     command.start()
@@ -238,30 +249,37 @@ def test_a_worker_is_killed_and_a_second_run_of_the_name_refused(place, command)
     assert all(step > reached for step in command.repeated())
 
 
+@raylets
 def test_nodes_come_and_go(place, command):
     """2 -> 1 -> 3 -> 2 workers: a node killed, two added, one killed."""
     place.want_nodes(2)
-    command.start()
-    command.reach(EVERY)
-    for count in (1, 3, 2):
-        place.want_nodes(count)
-        command.wait_for_workers(count)
+    place.faults.slow, place.faults.delay_s = 1.0, 0.5  # else the run is over before a new node is noticed
+    try:
+        command.start()
+        command.reach(EVERY)
+        for count in (1, 3, 2):
+            place.want_nodes(count)
+            command.wait_for_workers(count)
+    finally:
+        place.faults.slow = 0.0
     command.finish()
     assert command.sizes() == [2, 1, 3, 2]
 
 
+@raylets
 def test_a_node_is_drained_with_notice(place, command):
     place.want_nodes(2)
     command.start()
     command.reach(2 * EVERY)
     place.nodes.drain(place.running[-1], 60)
-    command.wait_for(lambda: "preempted at step" in command.output, "end on notice")
     command.finish()
-    place.want_nodes(1)
-    assert command.repeated() == []
+    place.nodes.kill(place.running.pop())
+    left, went_on = (re.search(rf"{w} step (\d+)", command.output)[1] for w in ("preempted at", "resumed at"))
+    assert left == went_on and command.repeated() == []
     assert command.sizes() == [2, 1]
 
 
+@raylets
 def test_the_driver_is_killed_and_the_command_run_again(place, command):
     place.want_nodes(2)
     command.start()
@@ -277,6 +295,7 @@ def test_the_driver_is_killed_and_the_command_run_again(place, command):
     assert int(re.search(r"resumed at step (\d+)", command.output)[1]) >= reached
 
 
+@raylets
 def test_sigterm_saves_and_the_command_goes_on(place, command):
     place.want_nodes(2)
     command.start()
@@ -289,11 +308,12 @@ def test_sigterm_saves_and_the_command_goes_on(place, command):
     assert command.repeated() == []
 
 
+@raylets
 def test_storage_is_busy_slow_cut_off_and_away(place, command):
     place.want_nodes(2)
     command.start()
     command.reach(EVERY)
-    place.faults.busy, place.faults.slow, place.faults.cut = 0.3, 0.05, 0.2
+    place.faults.busy, place.faults.slow, place.faults.cut, place.faults.delay_s = 0.3, 0.05, 0.2, 2.0
     try:
         command.reach(3 * EVERY)
         place.faults.away = True

@@ -110,7 +110,8 @@ def _worker(job: Job) -> dict:
     outcome = train(job, rank=rank, world=context.get_world_size(), device=device, notice=notice)
     if outcome.preempted:
         # Ray Train takes an end with an error, while a node drains, for the preemption: it starts the workers
-        # again at once, without that node, and does not count a failure
+        # again, from this very step, without that node. If the workers are gone before its controller has seen
+        # the notice, it counts that as one of `cluster.max_failures`.
         raise RuntimeError(f"preempted at {outcome.stopped}")
     return dataclasses.asdict(outcome)
 
@@ -213,6 +214,9 @@ def _fit(job: Job, share: Shares, storage: Store, name: str) -> dict:
             storage_path=storage.root,
             storage_filesystem=storage.fs,
             failure_config=FailureConfig(max_failures=cluster.max_failures),
+            # The data pipeline of a killed worker cannot take back what it asked the cluster for: until that lapses,
+            # after 180 s unless told, the pipelines of the new workers get less, on a small cluster nothing at all.
+            worker_runtime_env={"env_vars": {"RAY_DATA_AUTOSCALING_REQUEST_EXPIRE_TIME_S": "30"}},
         ),
     )
     try:
