@@ -287,8 +287,9 @@ class Store:
         """The whole file at once: a reader sees all of it or none."""
         if self.is_s3:  # without a temporary file: it also works when the disk is full
             bucket, key = self._bucket_key(name)
-            put = _s3_client(_settings()).put_object
-            self.patiently(name, lambda: put(Bucket=bucket, Key=key, Body=data))
+            self.patiently(
+                name, lambda: _s3_client(_settings()).put_object(Bucket=bucket, Key=key, Body=data)
+            )
             return
         with self.create(name) as file:
             file.write(data)
@@ -327,8 +328,8 @@ class Store:
     def upload(self, file: Path, name: str) -> None:
         """A local file under `name`, whole or not at all."""
         if self.is_s3:
-            upload = _s3_client(_settings()).upload_file
-            self.patiently(name, lambda: upload(str(file), *self._bucket_key(name)))
+            place = self._bucket_key(name)
+            self.patiently(name, lambda: _s3_client(_settings()).upload_file(str(file), *place))
         else:
             with self.create(name) as target, file.open("rb") as source:
                 shutil.copyfileobj(source, target)
