@@ -157,6 +157,28 @@ def test_a_failed_write_is_told_and_made_up_for(scenes, undisturbed, tmp_path, m
     assert_same(tmp_path, undisturbed)
 
 
+@pytest.mark.parametrize("failing", ["checkpoint-00000004", "checkpoint-00000010"])
+def test_an_upload_that_fails_stops_the_run_with_its_sentence(
+    scenes, undisturbed, tmp_path, monkeypatch, failing
+):
+    """In the background: at the latest two steps on, and at the end before the run is called finished."""
+    original = Store.upload
+
+    def upload(store, file, name):
+        if name.startswith(failing):
+            raise UserError(f"{store.address(name)}: access was withdrawn")
+        original(store, file, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "upload", upload)
+        outcome = train(job(scenes, tmp_path, CONFIG))
+    assert failing in outcome.stopped and "access was withdrawn" in outcome.stopped
+    assert int(failing[-2:]) <= outcome.step <= int(failing[-2:]) + 2
+    assert not list((tmp_path / "model").glob("*"))
+    assert train(job(scenes, tmp_path, CONFIG)).step == 10
+    assert_same(tmp_path, undisturbed)
+
+
 def notice_at(step: int, notice: Notice):
     asked = []
 

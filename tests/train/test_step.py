@@ -260,6 +260,16 @@ def test_every_objective_equals_the_plain_step(case, objective, micro_batch):
         assert (float(wanted["loss"]) == float(exact["loss"])) == (objective == "published balance")
 
 
+@pytest.mark.parametrize("micro_batch, passes", [(12, 2 + 4), (6, 2 * (2 + 2 + 4)), (5, 3 * (2 + 2 + 4))])
+def test_nothing_is_computed_twice_with_one_micro_batch(micro_batch, passes):
+    """Image, text; three pairs for matching, one for masked words. With several, the first two once more."""
+    task, calls = make_task(), []
+    encode = task.model.encode
+    task.model.encode = lambda **arguments: (calls.append(1), encode(**arguments))[1]
+    gradients(Parallel(task), make_batch(), Workers((12,)), STEP, WEIGHTS, micro_batch)
+    assert len(calls) == passes
+
+
 def test_float32_is_close_too():
     batch, task = make_batch(), make_task(torch.float32)
     figures = gradients(Parallel(task), batch, Workers((12,)), STEP, WEIGHTS, 5)

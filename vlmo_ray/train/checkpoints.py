@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -37,28 +37,28 @@ class Checkpoints:
     keep_every: int = 0  # and those whose step is a multiple of this, for good; 0: none
     keeper: bool = False
     _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "checkpoint"), repr=False)
-    _pending: Future | None = field(default=None, repr=False)
+    _pending: list[Future] = field(default_factory=list, repr=False)
 
     def upload(self, folder: Path, step: int, more: dict[str, bytes] | None = None) -> None:
         """Sends this worker's files of a checkpoint, after `more` files of the run, and removes `folder`.
 
-        Returns at once.
-
-        At most one upload is under way: a second waits for the first, and raises what went wrong with it.
+        Returns at once, or after the upload before: at most one is under way. What goes wrong with an upload is
+        raised by `check` and `wait`, and never here, where one worker alone would learn of it.
         """
-        self.wait()
-        self._pending = self._pool.submit(self._upload, folder, step, more or {})
+        wait(self._pending)
+        self._pending.append(self._pool.submit(self._upload, folder, step, more or {}))
 
     def wait(self) -> None:
-        """Until the upload under way has ended; raises what went wrong with it."""
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
+        """Until the upload under way has ended; raises what went wrong with it or with an earlier one."""
+        wait(self._pending)
+        self.check()
 
     def check(self) -> None:
         """Raises what went wrong with an upload that has ended; does not wait."""
-        if self._pending is not None and self._pending.done():
-            self.wait()
+        ended = [upload for upload in self._pending if upload.done()]
+        self._pending = [upload for upload in self._pending if upload not in ended]
+        for upload in ended:
+            upload.result()
 
     def close(self) -> None:
         """Ends the upload thread, after the upload under way."""

@@ -93,6 +93,11 @@ class _Lease:
                 f"another program began to train {self._run.uri} at the same time; this one gives way"
             )
 
+    def give_back(self) -> None:
+        current = self._read()
+        if current is not None and current.token == self._holder.token:
+            self._run.delete(_NAME)
+
 
 @contextmanager
 def lease(run: Store) -> Iterator[None]:
@@ -111,7 +116,7 @@ def lease(run: Store) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
-        run.delete(_NAME)
+        held.give_back()
 
 
 def _boot() -> str:

@@ -160,8 +160,8 @@ def train(
             except checkpoint.SaveError as error:
                 shutil.rmtree(folder, ignore_errors=True)
                 return str(error)
-            _, problem = _attempt(lambda: checkpoints.upload(folder, done, consumed and consumed.take()))
-            return problem
+            checkpoints.upload(folder, done, consumed and consumed.take())
+            return ""
 
         for step in range(start, config.total_steps):
             began = time.monotonic()
