@@ -10,8 +10,9 @@ from faulty_s3 import faulty_s3
 from vlmo_ray.data.manifest import load_manifest
 from vlmo_ray.data.prepare.shards import write_dataset
 from vlmo_ray.data.read import ShardError, read_chunk
+from vlmo_ray.data.s3 import StorageBusy
 from vlmo_ray.data.scenes.records import records
-from vlmo_ray.data.store import StorageBusy, Store
+from vlmo_ray.data.store import Store
 
 pytestmark = pytest.mark.slow
 

@@ -13,7 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vlmo_ray.data.manifest import FORBID, Chunk, row_group_range
-from vlmo_ray.data.store import StorageBusy, Store
+from vlmo_ray.data.s3 import StorageBusy
+from vlmo_ray.data.store import Store
 from vlmo_ray.data.tar import TarError, encodable, iter_groups, iter_members, pair_fields
 from vlmo_ray.errors import UserError
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import os
 import random
-import re
 import shutil
 import tempfile
 import time
@@ -21,162 +19,14 @@ from typing import BinaryIO, TypeVar
 import pyarrow as pa
 from pyarrow import fs as pafs
 
+from vlmo_ray.data import s3
 from vlmo_ray.errors import UserError
 
-_CONNECT_S, _REQUEST_S, _ATTEMPTS = 2, 30, 3
 _STREAM_BYTES = 4 << 20
 _TEMPORARY = ".vlmo-tmp-"
 _LONGEST_WAIT_S = 20.0
-# What passes by itself: too busy, restarting, not reachable, cut off in the middle of an answer.
-_PASSING = re.compile(
-    r"500|502|503|504|429|SlowDown|SLOW_DOWN|ServiceUnavailable|SERVICE_UNAVAILABLE|InternalError|INTERNAL_FAILURE|"
-    r"RequestTimeout|REQUEST_TIMEOUT|Throttling\w*|THROTTLING|NETWORK_CONNECTION|EndpointConnectionError|"
-    r"ConnectTimeoutError|ReadTimeoutError|ConnectionClosedError|ResponseStreamingError|IncompleteReadError|"
-    r"HTTPClientError|ConnectionError|curlCode: (6|7|16|18|28|52|55|56|92)"
-)
 
 T = TypeVar("T")
-
-
-class StorageBusy(UserError):
-    """The storage does not answer, or asks to come back later: worth another try."""
-
-
-@dataclass(frozen=True)
-class _S3Settings:
-    """What a connection depends on; connections are cached by it, so a changed environment is noticed."""
-
-    endpoint: str
-    region: str
-    key: str
-    secret: str
-    token: str
-
-
-def _settings() -> _S3Settings:
-    env = os.environ.get
-    return _S3Settings(
-        endpoint=env("AWS_ENDPOINT_URL_S3") or env("AWS_ENDPOINT_URL") or "",
-        region=env("AWS_REGION") or env("AWS_DEFAULT_REGION") or "us-east-1",
-        key=env("AWS_ACCESS_KEY_ID") or "",
-        secret=env("AWS_SECRET_ACCESS_KEY") or "",
-        token=env("AWS_SESSION_TOKEN") or "",
-    )
-
-
-@functools.lru_cache(maxsize=4)
-def _s3_filesystem(s: _S3Settings) -> pafs.S3FileSystem:
-    scheme, _, host = s.endpoint.rpartition("://")
-    return pafs.S3FileSystem(
-        access_key=s.key or None,
-        secret_key=s.secret or None,
-        session_token=s.token or None,
-        region=s.region,
-        endpoint_override=host.rstrip("/") or None,
-        scheme=scheme or "https",
-        connect_timeout=_CONNECT_S,
-        request_timeout=_REQUEST_S,
-        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=_ATTEMPTS),
-    )
-
-
-@functools.lru_cache(maxsize=4)
-def _s3_client(s: _S3Settings, probe: bool = False):
-    import boto3  # slow to import, and not needed to read a folder
-    from botocore.config import Config
-
-    options = {}
-    if s.endpoint and not os.environ.get("AWS_REQUEST_CHECKSUM_CALCULATION"):
-        # Other servers than AWS often refuse the trailing checksums that boto3 sends unasked.
-        options["request_checksum_calculation"] = "when_required"
-    config = Config(
-        connect_timeout=_CONNECT_S,
-        read_timeout=4 if probe else _REQUEST_S,
-        retries={"total_max_attempts": 2 if probe else _ATTEMPTS, "mode": "standard"},
-        max_pool_connections=32,
-        **options,
-    )
-    endpoint = s.endpoint if "://" in s.endpoint or not s.endpoint else f"https://{s.endpoint}"
-    # a new session: boto3's default one remembers the first credentials that it saw
-    session = boto3.session.Session(
-        aws_access_key_id=s.key or None,
-        aws_secret_access_key=s.secret or None,
-        aws_session_token=s.token or None,
-        region_name=s.region,
-    )
-    return session.client("s3", endpoint_url=endpoint or None, config=config)
-
-
-@contextlib.contextmanager
-def _explained(address: str) -> Iterator[None]:
-    """Turn what the S3 libraries raise about `address` into FileNotFoundError or a UserError."""
-    import boto3.exceptions
-    import botocore.exceptions as aws
-
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{address} does not exist") from error
-    except (OSError, ValueError, aws.BotoCoreError, aws.ClientError, boto3.exceptions.Boto3Error) as error:
-        if isinstance(error, UserError):
-            raise
-        code = _code(error)
-        if code in ("NoSuchKey", "NO_SUCH_KEY"):
-            raise FileNotFoundError(f"{address} does not exist") from error
-        kind = StorageBusy if _PASSING.fullmatch(code) else UserError
-        raise kind(f"{address}: {_reason(code, error, address)}") from error
-
-
-def _code(error: Exception) -> str:
-    """The S3 error code, HTTP status, exception name or curl code: what the libraries leave us to go by."""
-    import botocore.exceptions as aws
-
-    if isinstance(error.__context__, aws.ClientError):  # a failed upload has it only there
-        error = error.__context__
-    if isinstance(error, aws.ClientError):
-        return error.response["Error"]["Code"]
-    for pattern in (r"HTTP status (\d+)", r"(curlCode: \d+)", r"AWS Error (\w+)"):
-        if found := re.search(pattern, str(error)):
-            return found.group(1)
-    return type(error).__name__
-
-
-def _reason(code: str, error: Exception, address: str) -> str:
-    where = _settings().endpoint or "AWS"
-    bucket = address.removeprefix("s3://").split("/")[0]
-    match code:
-        case "NoSuchBucket" | "NO_SUCH_BUCKET":
-            return f"the bucket {bucket!r} does not exist at {where}; create it or correct the address"
-        case "NoCredentialsError" | "PartialCredentialsError":
-            return "there are no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-        case (
-            "InvalidAccessKeyId"
-            | "INVALID_ACCESS_KEY_ID"
-            | "InvalidClientTokenId"
-            | "INVALID_CLIENT_TOKEN_ID"
-        ):
-            return f"{where} does not know the access key; check AWS_ACCESS_KEY_ID"
-        case "SignatureDoesNotMatch" | "SIGNATURE_DOES_NOT_MATCH":
-            return f"{where} refuses the signature; check AWS_SECRET_ACCESS_KEY"
-        case "ExpiredToken" | "RequestExpired" | "REQUEST_EXPIRED":
-            return "the session token has expired; renew AWS_SESSION_TOKEN"
-        case "AccessDenied" | "ACCESS_DENIED" | "403" | "Forbidden":
-            return f"{where} denies access; check the keys and their rights on the bucket {bucket!r}"
-        case "PermanentRedirect" | "AuthorizationHeaderMalformed" | "301":
-            return f"the bucket is not in the region {_settings().region!r}; set AWS_REGION"
-        case "SSLError" | "curlCode: 35" | "curlCode: 60":
-            return f"no TLS connection with {where}; for a plain server AWS_ENDPOINT_URL begins with http://"
-        case "EndpointConnectionError" | "ConnectTimeoutError" | "ReadTimeoutError" | "ConnectionClosedError":
-            return f"cannot reach {where}; check AWS_ENDPOINT_URL and the network"
-        case "ValueError" if "endpoint" in str(error):
-            return f"AWS_ENDPOINT_URL={where!r} is not a URL such as http://host:port"
-        case "404":
-            return f"{where} answers 404 Not Found: is AWS_ENDPOINT_URL that of an S3 server?"
-    if code == "NETWORK_CONNECTION" or code.startswith("curlCode"):
-        return f"cannot reach {where} or it hung up ({code}); check AWS_ENDPOINT_URL and the network"
-    if _PASSING.fullmatch(code):
-        return f"{where} is too busy or out of order ({code})"
-    return str(error)
 
 
 @contextlib.contextmanager
@@ -201,7 +51,7 @@ class Store:
 
     Picklable: only the address travels, and another process connects anew with its own AWS variables.
     A missing name is a FileNotFoundError; every other failure is a UserError that names the address. Storage that is
-    busy or away is asked again for `patience_s`, then that is a `StorageBusy`.
+    busy or away is asked again for `patience_s`, then that is a `s3.StorageBusy`.
     """
 
     uri: str
@@ -231,7 +81,7 @@ class Store:
 
     @property
     def fs(self) -> pafs.FileSystem:
-        return _s3_filesystem(_settings()) if self.is_s3 else pafs.LocalFileSystem()
+        return s3.filesystem() if self.is_s3 else pafs.LocalFileSystem()
 
     def path(self, name: str) -> str:
         """`name` as `fs` wants it."""
@@ -246,7 +96,7 @@ class Store:
         return bucket, key
 
     def _errors(self, name: str):
-        return (_explained if self.is_s3 else _explained_folder)(self.address(name))
+        return (s3.explained if self.is_s3 else _explained_folder)(self.address(name))
 
     def patiently(self, name: str, attempt: Callable[[], T]) -> T:
         """What `attempt` returns, tried again while the storage is busy; its errors explained."""
@@ -255,11 +105,11 @@ class Store:
             try:
                 with self._errors(name):
                     return attempt()
-            except StorageBusy as error:
+            except s3.StorageBusy as error:
                 left = until - time.monotonic()
                 if left <= 0:
                     tried = f" (tried for {self.patience_s:.0f} s)" if self.patience_s else ""
-                    raise StorageBusy(f"{error}{tried}") from error
+                    raise s3.StorageBusy(f"{error}{tried}") from error
                 time.sleep(min(left, wait * random.uniform(0.5, 1.5)))
                 wait = min(2 * wait, _LONGEST_WAIT_S)
 
@@ -287,9 +137,7 @@ class Store:
         """The whole file at once: a reader sees all of it or none."""
         if self.is_s3:  # without a temporary file: it also works when the disk is full
             bucket, key = self._bucket_key(name)
-            self.patiently(
-                name, lambda: _s3_client(_settings()).put_object(Bucket=bucket, Key=key, Body=data)
-            )
+            self.patiently(name, lambda: s3.client().put_object(Bucket=bucket, Key=key, Body=data))
             return
         with self.create(name) as file:
             file.write(data)
@@ -321,7 +169,7 @@ class Store:
                     os.replace(temporary, target)
                 else:
                     # boto3, because pyarrow's stream completes the upload even when it is closed by an error
-                    _s3_client(_settings()).upload_file(str(temporary), *self._bucket_key(name))
+                    s3.client().upload_file(str(temporary), *self._bucket_key(name))
 
             self.patiently(name, finish)
 
@@ -329,7 +177,7 @@ class Store:
         """A local file under `name`, whole or not at all."""
         if self.is_s3:
             place = self._bucket_key(name)
-            self.patiently(name, lambda: _s3_client(_settings()).upload_file(str(file), *place))
+            self.patiently(name, lambda: s3.client().upload_file(str(file), *place))
         else:
             with self.create(name) as target, file.open("rb") as source:
                 shutil.copyfileobj(source, target)
@@ -365,7 +213,7 @@ class Store:
         def attempt() -> None:
             if self.is_s3:
                 bucket, key = self._bucket_key(name)
-                _s3_client(_settings()).delete_object(Bucket=bucket, Key=key)
+                s3.client().delete_object(Bucket=bucket, Key=key)
             else:
                 Path(self.path(name)).unlink(missing_ok=True)
 
@@ -399,9 +247,9 @@ def open_store(uri: str, *, create: bool = False, patience_s: float = 0.0) -> St
         elif not os.path.isdir(store.root):
             raise UserError(f"the folder {store.uri} does not exist")
         return store
-    with _explained(store.uri):
+    with s3.explained(store.uri):
         bucket, prefix = store._bucket_key("")
-        found = _s3_client(_settings(), probe=True).list_objects_v2(
+        found = s3.client(probe=True).list_objects_v2(
             Bucket=bucket, Prefix=f"{prefix}/" if prefix else "", MaxKeys=1
         )
     if not create and not found.get("KeyCount"):

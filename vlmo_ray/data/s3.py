@@ -1,0 +1,174 @@
+"""Connections to S3 from the usual AWS variables, and what its libraries raise turned into sentences."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from pyarrow import fs as pafs
+
+from vlmo_ray.errors import UserError
+
+_CONNECT_S, _REQUEST_S, _ATTEMPTS = 2, 30, 3
+# What passes by itself: too busy, restarting, not reachable, cut off in the middle of an answer.
+_PASSING = re.compile(
+    r"500|502|503|504|429|SlowDown|SLOW_DOWN|ServiceUnavailable|SERVICE_UNAVAILABLE|InternalError|INTERNAL_FAILURE|"
+    r"RequestTimeout|REQUEST_TIMEOUT|Throttling\w*|THROTTLING|NETWORK_CONNECTION|EndpointConnectionError|"
+    r"ConnectTimeoutError|ReadTimeoutError|ConnectionClosedError|ResponseStreamingError|IncompleteReadError|"
+    r"HTTPClientError|ConnectionError|curlCode: (6|7|16|18|28|52|55|56|92)"
+)
+
+
+class StorageBusy(UserError):
+    """The storage does not answer, or asks to come back later: worth another try."""
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What a connection depends on; connections are cached by it, so a changed environment is noticed."""
+
+    endpoint: str
+    region: str
+    key: str
+    secret: str
+    token: str
+
+
+def _settings() -> _Settings:
+    env = os.environ.get
+    return _Settings(
+        endpoint=env("AWS_ENDPOINT_URL_S3") or env("AWS_ENDPOINT_URL") or "",
+        region=env("AWS_REGION") or env("AWS_DEFAULT_REGION") or "us-east-1",
+        key=env("AWS_ACCESS_KEY_ID") or "",
+        secret=env("AWS_SECRET_ACCESS_KEY") or "",
+        token=env("AWS_SESSION_TOKEN") or "",
+    )
+
+
+@functools.lru_cache(maxsize=4)
+def _filesystem(s: _Settings) -> pafs.S3FileSystem:
+    scheme, _, host = s.endpoint.rpartition("://")
+    return pafs.S3FileSystem(
+        access_key=s.key or None,
+        secret_key=s.secret or None,
+        session_token=s.token or None,
+        region=s.region,
+        endpoint_override=host.rstrip("/") or None,
+        scheme=scheme or "https",
+        connect_timeout=_CONNECT_S,
+        request_timeout=_REQUEST_S,
+        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=_ATTEMPTS),
+    )
+
+
+@functools.lru_cache(maxsize=4)
+def _client(s: _Settings, probe: bool):
+    import boto3  # slow to import, and not needed to read a folder
+    from botocore.config import Config
+
+    options = {}
+    if s.endpoint and not os.environ.get("AWS_REQUEST_CHECKSUM_CALCULATION"):
+        # Other servers than AWS often refuse the trailing checksums that boto3 sends unasked.
+        options["request_checksum_calculation"] = "when_required"
+    config = Config(
+        connect_timeout=_CONNECT_S,
+        read_timeout=4 if probe else _REQUEST_S,
+        retries={"total_max_attempts": 2 if probe else _ATTEMPTS, "mode": "standard"},
+        max_pool_connections=32,
+        **options,
+    )
+    endpoint = s.endpoint if "://" in s.endpoint or not s.endpoint else f"https://{s.endpoint}"
+    # a new session: boto3's default one remembers the first credentials that it saw
+    session = boto3.session.Session(
+        aws_access_key_id=s.key or None,
+        aws_secret_access_key=s.secret or None,
+        aws_session_token=s.token or None,
+        region_name=s.region,
+    )
+    return session.client("s3", endpoint_url=endpoint or None, config=config)
+
+
+@contextlib.contextmanager
+def explained(address: str) -> Iterator[None]:
+    """Turn what the S3 libraries raise about `address` into FileNotFoundError or a UserError."""
+    import boto3.exceptions
+    import botocore.exceptions as aws
+
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{address} does not exist") from error
+    except (OSError, ValueError, aws.BotoCoreError, aws.ClientError, boto3.exceptions.Boto3Error) as error:
+        if isinstance(error, UserError):
+            raise
+        code = _code(error)
+        if code in ("NoSuchKey", "NO_SUCH_KEY"):
+            raise FileNotFoundError(f"{address} does not exist") from error
+        kind = StorageBusy if _PASSING.fullmatch(code) else UserError
+        raise kind(f"{address}: {_reason(code, error, address)}") from error
+
+
+def _code(error: Exception) -> str:
+    """The S3 error code, HTTP status, exception name or curl code: what the libraries leave us to go by."""
+    import botocore.exceptions as aws
+
+    if isinstance(error.__context__, aws.ClientError):  # a failed upload has it only there
+        error = error.__context__
+    if isinstance(error, aws.ClientError):
+        return error.response["Error"]["Code"]
+    for pattern in (r"HTTP status (\d+)", r"(curlCode: \d+)", r"AWS Error (\w+)"):
+        if found := re.search(pattern, str(error)):
+            return found.group(1)
+    return type(error).__name__
+
+
+def _reason(code: str, error: Exception, address: str) -> str:
+    where = _settings().endpoint or "AWS"
+    bucket = address.removeprefix("s3://").split("/")[0]
+    match code:
+        case "NoSuchBucket" | "NO_SUCH_BUCKET":
+            return f"the bucket {bucket!r} does not exist at {where}; create it or correct the address"
+        case "NoCredentialsError" | "PartialCredentialsError":
+            return "there are no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        case (
+            "InvalidAccessKeyId"
+            | "INVALID_ACCESS_KEY_ID"
+            | "InvalidClientTokenId"
+            | "INVALID_CLIENT_TOKEN_ID"
+        ):
+            return f"{where} does not know the access key; check AWS_ACCESS_KEY_ID"
+        case "SignatureDoesNotMatch" | "SIGNATURE_DOES_NOT_MATCH":
+            return f"{where} refuses the signature; check AWS_SECRET_ACCESS_KEY"
+        case "ExpiredToken" | "RequestExpired" | "REQUEST_EXPIRED":
+            return "the session token has expired; renew AWS_SESSION_TOKEN"
+        case "AccessDenied" | "ACCESS_DENIED" | "403" | "Forbidden":
+            return f"{where} denies access; check the keys and their rights on the bucket {bucket!r}"
+        case "PermanentRedirect" | "AuthorizationHeaderMalformed" | "301":
+            return f"the bucket is not in the region {_settings().region!r}; set AWS_REGION"
+        case "SSLError" | "curlCode: 35" | "curlCode: 60":
+            return f"no TLS connection with {where}; for a plain server AWS_ENDPOINT_URL begins with http://"
+        case "EndpointConnectionError" | "ConnectTimeoutError" | "ReadTimeoutError" | "ConnectionClosedError":
+            return f"cannot reach {where}; check AWS_ENDPOINT_URL and the network"
+        case "ValueError" if "endpoint" in str(error):
+            return f"AWS_ENDPOINT_URL={where!r} is not a URL such as http://host:port"
+        case "404":
+            return f"{where} answers 404 Not Found: is AWS_ENDPOINT_URL that of an S3 server?"
+    if code == "NETWORK_CONNECTION" or code.startswith("curlCode"):
+        return f"cannot reach {where} or it hung up ({code}); check AWS_ENDPOINT_URL and the network"
+    if _PASSING.fullmatch(code):
+        return f"{where} is too busy or out of order ({code})"
+    return str(error)
+
+
+def filesystem() -> pafs.S3FileSystem:
+    """For reading."""
+    return _filesystem(_settings())
+
+
+def client(probe: bool = False):
+    """boto3's, for writing; `probe` gives up within seconds."""
+    return _client(_settings(), probe)
