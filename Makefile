@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-fast lint format clean
+.PHONY: demo test test-fast soak lint format clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "vlmo-ray needs Python >= 3.11; set PYTHON=python3.11 (or later)")'
@@ -21,6 +21,10 @@ test: $(VENV)/.installed
 # the inner loop: neither Ray clusters nor anything else that takes more than a few seconds
 test-fast: $(VENV)/.installed
 	$(BIN)/python -m pytest -m 'not ray and not slow'
+
+# half an hour of runs with faults at random, and a table of what came of it
+soak: $(VENV)/.installed
+	$(BIN)/python tests/soak.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -54,6 +54,11 @@ class PeakMemory:
         self.bytes = after - self._before
 
 
+def peak_memory() -> int:
+    """Bytes, the most that this process ever held."""
+    return _status("VmHWM")
+
+
 def _status(name: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))

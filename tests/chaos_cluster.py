@@ -67,14 +67,15 @@ def main() -> None:
     def say(answer: Any) -> None:
         print(f"> {json.dumps(answer)}", flush=True)
 
-    size = {"object_store_memory": 80 << 20, "include_dashboard": False}
-    cluster = Cluster(initialize_head=True, head_node_args={**size, "num_cpus": 0})
+    # with the dashboard: Ray Train asks it whether a killed driver's controller lives, and then frees its nodes
+    head = {"num_cpus": 0, "object_store_memory": 80 << 20, "include_dashboard": True, "dashboard_port": 0}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     running = {}
     say(cluster.address)
     for line in sys.stdin:
         name, *arguments = json.loads(line)
         if name == "add":
-            node = cluster.add_node(num_cpus=20, object_store_memory=80 << 20)
+            node = cluster.add_node(num_cpus=2, object_store_memory=80 << 20)
             running[node.node_id] = node
             say(node.node_id)
         elif name == "kill":

@@ -101,4 +101,4 @@ def test_more_workers_than_the_cluster_can_have(data, tmp_path):
     run = vlmo(
         "pretrain", "tiny", "--data", data, "--storage", str(tmp_path), "--set", "cluster.data_cpus_per_worker=0"
     )  # fmt: skip
-    refused(run, "no CPU for reading", "cluster.data_cpus_per_worker")
+    refused(run, "cluster.data_cpus_per_worker=0 must be at least 1")

@@ -109,15 +109,17 @@ class ClusterConfig:
     min_workers: int = 1
     max_workers: int = 1
     gpus_per_worker: int = 1  # 0: train on CPUs, in float32
-    cpus_per_worker: float = 1.0
-    data_cpus_per_worker: float = 2.0  # for reading and decoding; kept free of training workers
+    cpus_per_worker: float = 1.0  # for training itself
+    data_cpus_per_worker: int = (
+        2  # tasks that read and decode at once, on the worker's node; reserved with it
+    )
     strategy: Literal["ddp", "fsdp"] = "ddp"  # the model whole on every worker, or sharded layer by layer
     activation_checkpointing: bool = (
         False  # recompute each layer in the backward: less memory, a third more FLOPs
     )
     compile: bool = False  # torch.compile of each layer
     max_failures: int = 8
-    start_timeout_s: float = 30.0
+    start_timeout_s: float = 10.0
     resize_interval_s: float = 60.0
     notice_every: int = 5  # steps between looks for a preemption notice or a request to stop
 
@@ -240,6 +242,7 @@ def check(config: Config) -> Config:
         "log_every",
         "data.group_steps",
         "cluster.notice_every",
+        "cluster.data_cpus_per_worker",
     ):
         if _get(config, path) < 1:
             raise UserError(f"{path}={_get(config, path)} must be at least 1")

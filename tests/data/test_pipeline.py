@@ -221,13 +221,13 @@ def test_user_error_is_found_in_a_chain():
 
 @pytest.mark.ray
 def test_ray_gives_the_same_batches(ray_cluster, manifest, wanted):
-    found = batches(manifest, in_process=False, parts_per_group=2, window_groups=2, cpus=2)
+    found = batches(manifest, in_process=False, parts_per_group=2, window_groups=2, tasks=2)
     assert_equal(found, wanted)
 
 
 @pytest.mark.ray
 def test_two_workers_at_once_and_a_resume(ray_cluster, manifest, wanted):
-    options = {"in_process": False, "start": 4, "stop": 11, "cpus": 0.5}
+    options = {"in_process": False, "start": 4, "stop": 11}
     results = {}
 
     def work(rank):
@@ -268,11 +268,9 @@ def test_a_missing_shard_stops_ray_with_the_same_sentence(ray_cluster, tmp_path)
 
 
 @pytest.mark.ray
-def test_closing_early_gives_the_cpus_back(ray_cluster, manifest):
-    import ray
-
+def test_closing_early_ends_the_thread(ray_cluster, manifest):
     schedule = Schedule(((1000, 24),), 4)
-    options = {"data": DATA, "schedule": schedule, "seed": 3, "cpus": 2, "window_groups": 2} | SHAPE
+    options = {"data": DATA, "schedule": schedule, "seed": 3, "tasks": 2, "window_groups": 2} | SHAPE
     stream = PairStream(manifest, start=0, stop=1000, **options)
     for _ in zip(range(5), stream, strict=False):
         pass
@@ -280,13 +278,10 @@ def test_closing_early_gives_the_cpus_back(ray_cluster, manifest):
     stream.close()
     assert time.monotonic() - started < 8
     assert not [t for t in threading.enumerate() if t.name == "data"]
-    while ray.available_resources().get("CPU") != 2:
-        assert time.monotonic() - started < 15, ray.available_resources()
-        time.sleep(0.2)
 
 
 @pytest.mark.ray
-def test_no_cpu_for_data_is_an_error_within_seconds(ray_cluster, manifest):
+def test_data_needs_no_cpu_beside_its_worker(ray_cluster, manifest, wanted):
     import ray
 
     @ray.remote(num_cpus=2)
@@ -296,10 +291,8 @@ def test_no_cpu_for_data_is_an_error_within_seconds(ray_cluster, manifest):
 
     greedy = Greedy.remote()
     ray.get(greedy.ready.remote())
-    started = time.monotonic()
-    with pytest.raises(UserError, match=r"No data task could start within 2 s: it asks for 0\.5 CPU"):
-        batches(manifest, in_process=False, cpus=0.5, cpu_wait_s=2)
-    assert time.monotonic() - started < 10
+    assert ray.available_resources().get("CPU", 0) == 0
+    assert_equal(batches(manifest, in_process=False, tasks=2), wanted)
     ray.kill(greedy)
 
 

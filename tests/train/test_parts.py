@@ -11,7 +11,7 @@ from vlmo_ray.data.store import open_store
 from vlmo_ray.errors import UserError
 from vlmo_ray.model.vlmo import VLMo
 from vlmo_ray.recipes import recipe
-from vlmo_ray.train.launch import shares
+from vlmo_ray.train.launch import Share, share
 from vlmo_ray.train.meters import Meters, read_metrics
 from vlmo_ray.train.optim import build_optimizer, decays, lr_at
 
@@ -78,16 +78,13 @@ def test_meters_write_segments_and_a_repeated_step_counts_once(tmp_path, capsys)
     assert all(json.loads(line) for name in store.list("metrics/") for line in store.read(name).splitlines())
 
 
-def test_cpu_workers_leave_a_share_for_data():
-    share = shares(ClusterConfig(max_workers=2, gpus_per_worker=0), cpus=2, gpus=0)
-    assert (share.worker, share.data) == (0.5, 0.5)
-    share = shares(ClusterConfig(max_workers=2, gpus_per_worker=0), cpus=16, gpus=0)
-    assert (share.worker, share.data) == (1.0, 2.0)
+def test_cpu_workers_take_less_so_that_all_have_room():
+    assert share(ClusterConfig(max_workers=2, gpus_per_worker=0), cpus=2, gpus=0) == Share(1.0, 1)
+    assert share(ClusterConfig(max_workers=2, gpus_per_worker=0), cpus=16, gpus=0) == Share(3.0, 2)
     for cpus in (1, 2, 3, 4, 7):
         for workers in (1, 2, 3, 4):
-            share = shares(ClusterConfig(max_workers=workers, gpus_per_worker=0), cpus=cpus, gpus=0)
-            assert share.worker > 0 and share.data >= 0.1
-            assert workers * (share.worker + share.data) <= cpus + 0.01
+            found = share(ClusterConfig(max_workers=workers, gpus_per_worker=0), cpus=cpus, gpus=0)
+            assert 0.2 <= found.cpus <= cpus / workers and found.data_tasks >= 1
 
 
 @pytest.mark.parametrize(
@@ -103,17 +100,26 @@ def test_cpu_workers_leave_a_share_for_data():
             ClusterConfig(min_workers=2, max_workers=2, cpus_per_worker=4),
             8,
             2,
-            "no CPU would be left for data",
-        ),
-        (
-            ClusterConfig(gpus_per_worker=0, data_cpus_per_worker=0),
-            8,
-            0,
-            "leaves no CPU for reading and decoding",
+            "2 workers with 4 CPUs and 2 for data each are more than this cluster has",
         ),
         (ClusterConfig(min_workers=99, max_workers=99, gpus_per_worker=0), 2, 0, "99 workers are more than"),
     ],
 )
 def test_what_the_cluster_cannot_give_is_refused(cluster, cpus, gpus, words):
     with pytest.raises(UserError, match=words):
-        shares(cluster, cpus, gpus)
+        share(cluster, cpus, gpus)
+
+
+def test_a_worker_lost_while_starting_is_retried_and_a_mistake_is_not():
+    from ray.exceptions import ActorDiedError
+    from ray.train import ControllerError, FailureConfig
+    from ray.train.v2._internal.execution.failure_handling import FailureDecision
+
+    from vlmo_ray.train.trainer import LostStartsAreRetried
+
+    policy = LostStartsAreRetried(FailureConfig(max_failures=1))
+    for problem, wanted in (
+        (ActorDiedError(), FailureDecision.RETRY),
+        (ValueError("a mistake"), FailureDecision.RAISE),
+    ):
+        assert policy.make_decision(ControllerError(problem)) == wanted

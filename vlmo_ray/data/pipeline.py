@@ -1,10 +1,13 @@
 """A worker's own small Ray Data pipeline: from the steps it has to do to its batches, in order.
 
-The order of rows is computed here, without Ray. What Ray Data does is to spread the reading and decoding over
-the cluster's CPUs. The work is cut into groups (of steps, see `order`), a group into parts (of neighbouring
-slices), and a part is one block. A dataset is built for a window of some groups at a time, so nothing grows with
-the size of the data set or the length of the run. A thread is one whole window ahead of the training, so that the
-start of a window costs it nothing.
+The order of rows is computed here, without Ray. What Ray Data does is to run the reading and decoding in other
+processes of the worker's node, under the CPUs that are reserved for the worker. (Tasks that asked for CPUs of their own
+would wait for ever where training workers have taken all; and of what is left over Ray Data 2.60 gives each pipeline
+its part by integer division, node by node: with many workers, nothing.)
+
+The work is cut into groups (of steps, see `order`), a group into parts (of neighbouring slices), and a part is one
+block. A dataset is built for a window of some groups at a time, so nothing grows with the size of the data set or the
+length of the run. A thread is one whole window ahead of the training, so that the start of a window costs it nothing.
 
 A window is read to its end as fast as it comes, and never left waiting for the training: as soon as finished blocks
 wait to be taken, Ray Data's executor (2.60) polls without a pause, in a thread of this process, and takes its core
@@ -27,9 +30,8 @@ from vlmo_ray.config import DataConfig
 from vlmo_ray.data.manifest import Manifest
 from vlmo_ray.data.order import Order, Rows, Schedule, deal
 from vlmo_ray.data.parts import Columns, EvalReader, Part, TrainReader, make_part
-from vlmo_ray.data.prefetch import CpuProbe, Prefetch
+from vlmo_ray.data.prefetch import Prefetch
 from vlmo_ray.data.read import ShardError
-from vlmo_ray.errors import UserError
 
 if TYPE_CHECKING:  # both are slow to import, and a data task needs neither
     import ray.data
@@ -66,15 +68,13 @@ class PairStream:
 
     Each item is the `PairBatch` of the rows of the worker's slices, in the order of positions; a worker
     without slices gets batches of no rows. `num_workers` and `rank` change which rows come here, and nothing
-    about a row. `cpus` is what the worker may use for data at once; a data task asks for one CPU, or for
-    `cpus` if that is less. `in_process` does the same work without Ray, in the calling process.
+    about a row. `tasks` read and decode at once. `in_process` does the same work without Ray, in the calling process.
 
     The decoded rows of up to three windows are in memory at once: the one being trained on, the next, and the one
     being read. A window has at least one group of steps: a run whose batches are too large for that sets
     `data.group_steps` to 1.
 
-    A stream can be iterated once. Raises `ShardError` when a chunk cannot be read, `UserError` when Ray has
-    no CPU for data after `cpu_wait_s`.
+    A stream can be iterated once. Raises `ShardError` when a chunk cannot be read.
     """
 
     def __init__(
@@ -93,20 +93,16 @@ class PairStream:
         num_workers: int = 1,
         parts_per_group: int | None = None,  # None: parts of about PART_ROWS rows
         window_groups: int | None = None,  # None: up to WINDOW_ROWS rows and WINDOW_BYTES
-        cpus: float = 1.0,
-        cpu_wait_s: float = 30.0,
+        tasks: int = 1,
         in_process: bool = False,
     ):
-        assert 0 <= start <= stop <= schedule.total_steps
-        if cpus <= 0:
-            raise UserError(f"{cpus} CPUs for data are too few: give each worker a part of one at least.")
+        assert 0 <= start <= stop <= schedule.total_steps and tasks > 0
         self._manifest = manifest
         self._reader = TrainReader(manifest.uri, data, image_size, max_text_len, vocab_size, seed)
         self._order = Order(manifest.chunk_rows, seed, schedule, data.group_steps)
         self._steps, self._rank, self._num_workers = range(start, stop), rank, num_workers
         self._parts_per_group, self._window_groups = parts_per_group, window_groups
-        self._cpus, self._cpu_wait_s = cpus, cpu_wait_s
-        self._in_process = in_process
+        self._tasks, self._in_process = tasks, in_process
         self._ahead: Prefetch | None = None
         self._open: Iterator[PairBatch] | None = None
 
@@ -115,8 +111,7 @@ class PairStream:
         if self._in_process:
             self._open = self._batches(self._windows())
         else:
-            probe = CpuProbe(min(1.0, self._cpus), self._cpu_wait_s)
-            self._ahead = Prefetch(map(_read_whole, self._windows()), 1, probe)
+            self._ahead = Prefetch(map(_read_whole, self._windows()), 1)
             self._open = self._batches(self._ahead)
         return self._open
 
@@ -134,12 +129,12 @@ class PairStream:
         self.close()
 
     def _windows(self) -> Iterator[tuple[list[_Group], Iterator[Columns]]]:
-        """Groups, with the blocks of all their parts in order; the first window is one group, to start soon."""
+        """Groups, with the blocks of all their parts in order; one group at first, to start soon, then ever more."""
         groups, count = self._groups(), 1
         while window := list(islice(groups, self._window_groups or count)):
             yield window, self._run([part for group in window for part in group.parts])
             rows = max(1, sum(len(part) for part in window[-1].parts))
-            count = max(1, min(WINDOW_ROWS // rows, WINDOW_BYTES // (rows * self._row_bytes)))
+            count = max(1, min(2 * count, WINDOW_ROWS // rows, WINDOW_BYTES // (rows * self._row_bytes)))
 
     def _batches(self, windows: Iterable[tuple[list[_Group], Iterator[Columns]]]) -> Iterator[PairBatch]:
         from vlmo_ray.data.batch import PairBatch
@@ -192,13 +187,17 @@ class PairStream:
             for part in parts:
                 yield self._reader(part)
             return
-        dataset = _dataset(parts, _Reporting(self._reader), min(1.0, self._cpus))
-        # Ray Data takes the whole cluster for its own unless told. The memory is for all of the window, as it is read
+        import ray
+        import ray.data
+
+        here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+        tasks = ray.data.TaskPoolStrategy(size=min(self._tasks, len(parts)))
+        dataset = _dataset(parts, _Reporting(self._reader), num_cpus=0, compute=tasks, label_selector=here)
+        # Ray Data takes all of the object store for its own unless told. This is for all of the window, as it is read
         # whole, and as much again for blocks under way.
         limits = dataset.context.execution_options.resource_limits
         dataset.context.execution_options.resource_limits = limits.copy(
-            cpu=self._cpus,
-            object_store_memory=(256 << 20) + 2 * sum(len(part) for part in parts) * self._row_bytes,
+            object_store_memory=(256 << 20) + 2 * sum(len(part) for part in parts) * self._row_bytes
         )
         with closing(iter(dataset.iter_batches(batch_size=None, batch_format="numpy"))) as blocks:
             for columns in blocks:
@@ -269,10 +268,10 @@ def eval_dataset(
         row = np.arange(manifest.chunk_rows[chunk], dtype=np.int64)
         place = np.full_like(row, chunk)
         parts.append(make_part(manifest, Rows(step=place, position=row, epoch=place, chunk=place, row=row)))
-    return _dataset(parts, EvalReader(manifest.uri, image_size, max_text_len), cpus_per_task)
+    return _dataset(parts, EvalReader(manifest.uri, image_size, max_text_len), num_cpus=cpus_per_task)
 
 
-def _dataset(parts: list[Part], reader, num_cpus: float) -> ray.data.Dataset:
+def _dataset(parts: list[Part], reader, **options) -> ray.data.Dataset:
     import ray.data
 
     for name in ("execution.streaming_executor", "logging", "progress"):  # they would report every window
@@ -288,7 +287,7 @@ def _dataset(parts: list[Part], reader, num_cpus: float) -> ray.data.Dataset:
         read,
         batch_size=None,
         batch_format="numpy",
-        num_cpus=num_cpus,
+        **options,
     )
     context = dataset.context  # this dataset's own copy
     context.execution_options.preserve_order = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 import signal
 import threading
@@ -19,31 +20,27 @@ from vlmo_ray.train.checkpoints import Checkpoints
 from vlmo_ray.train.lease import lease
 from vlmo_ray.train.loop import Job, Notice, train
 
-_LEAST_CPU = 0.1
+_LEAST_CPUS = 0.2  # of a CPU worker with its data
 _STOP = "stop"  # an object in the run: its workers are to save and end
 _RAY_RUN = "ray_run"  # holds Ray Train's id of the run
 
 
 @dataclasses.dataclass(frozen=True)
-class Shares:
-    """CPUs asked for: by a training worker, and by its data pipeline."""
+class Share:
+    """What a worker is given of the cluster."""
 
-    worker: float
-    data: float
+    cpus: float  # reserved on its node, for itself and its data tasks
+    data_tasks: int  # at once
 
 
-def shares(cluster: ClusterConfig, cpus: float, gpus: float, autoscaling: bool = False) -> Shares:
-    """How the cluster's CPUs are divided, so that reading and decoding always have some.
+def share(cluster: ClusterConfig, cpus: float, gpus: float, autoscaling: bool = False) -> Share:
+    """What each worker reserves; UserError if `min_workers` of that are more than the cluster's CPUs and GPUs.
 
-    Ray Train reserves its CPUs first, and a data task that finds none waits for ever without an error: so on
-    CPU workers take less than they ask for where that leaves too little, and on GPU a lack is refused.
+    Its data tasks run on its node and under its reservation, asking for no CPU of their own, so they always have
+    theirs. Without GPUs a worker takes less than it asks for where else not all of `max_workers` would have room.
     """
     where = "the cluster can ever have" if autoscaling else "this cluster has"
-    if cluster.data_cpus_per_worker < _LEAST_CPU:
-        raise UserError(
-            f"cluster.data_cpus_per_worker={cluster.data_cpus_per_worker} leaves no CPU for reading and decoding; "
-            "set it to 0.5 or more"
-        )
+    need = cluster.cpus_per_worker + cluster.data_cpus_per_worker
     if cluster.gpus_per_worker:
         if cluster.min_workers * cluster.gpus_per_worker > gpus:
             raise UserError(
@@ -51,23 +48,21 @@ def shares(cluster: ClusterConfig, cpus: float, gpus: float, autoscaling: bool =
                 f"({gpus:g} GPUs); lower cluster.min_workers, add nodes, or train on CPUs with "
                 "--set cluster.gpus_per_worker=0"
             )
-        need = cluster.min_workers * (cluster.cpus_per_worker + cluster.data_cpus_per_worker)
-        if need > cpus:
+        if cluster.min_workers * need > cpus:
             raise UserError(
-                f"{cluster.min_workers} workers need {cluster.min_workers * cluster.cpus_per_worker:g} CPUs and "
-                f"{cluster.min_workers * cluster.data_cpus_per_worker:g} for data, more than {where} ({cpus:g}): no "
-                "CPU would be left for data. Lower cluster.cpus_per_worker or cluster.data_cpus_per_worker"
+                f"{cluster.min_workers} workers with {cluster.cpus_per_worker:g} CPUs and "
+                f"{cluster.data_cpus_per_worker} for data each are more than {where} ({cpus:g} CPUs). Lower "
+                "cluster.cpus_per_worker or cluster.data_cpus_per_worker"
             )
-        return Shares(cluster.cpus_per_worker, cluster.data_cpus_per_worker)
-    if cluster.min_workers * 2 * _LEAST_CPU > cpus:
+        return Share(need, cluster.data_cpus_per_worker)
+    room = int(cpus / _LEAST_CPUS)
+    if cluster.min_workers > room:
         raise UserError(
-            f"{cluster.min_workers} workers are more than {where} room for ({cpus:g} CPUs, at least {_LEAST_CPU} for "
-            "a worker and as much for its data); lower cluster.min_workers or add nodes"
+            f"{cluster.min_workers} workers are more than {where} room for ({cpus:g} CPUs, at least {_LEAST_CPUS} for "
+            "a worker with its data); lower cluster.min_workers or add nodes"
         )
-    # an elastic maximum that the cluster cannot reach today must not starve the workers it does have
-    workers = max(cluster.min_workers, min(cluster.max_workers, int(cpus / (2 * _LEAST_CPU))))
-    data = min(cluster.data_cpus_per_worker, cpus / 2 / workers)
-    return Shares(round(min(cluster.cpus_per_worker, cpus / workers - data), 3), round(data, 3))
+    part = min(1.0, cpus / min(cluster.max_workers, room) / need)
+    return Share(math.floor(1000 * part * need) / 1000, max(1, round(part * cluster.data_cpus_per_worker)))
 
 
 def cluster_room() -> tuple[float, float, bool]:
@@ -82,6 +77,7 @@ def cluster_room() -> tuple[float, float, bool]:
 
 def _worker(job: Job) -> dict:
     """Runs in every Ray Train worker."""
+    import ray.exceptions
     import ray.train
     import torch
     from ray.train.v2._internal.execution.context import get_train_context
@@ -109,10 +105,9 @@ def _worker(job: Job) -> dict:
 
     outcome = train(job, rank=rank, world=context.get_world_size(), device=device, notice=notice)
     if outcome.preempted:
-        # Ray Train takes an end with an error, while a node drains, for the preemption: it starts the workers
-        # again, from this very step, without that node. If the workers are gone before its controller has seen
-        # the notice, it counts that as one of `cluster.max_failures`.
-        raise RuntimeError(f"preempted at {outcome.stopped}")
+        # This is how Ray Train knows an end by preemption, which it does not count as a failure: it starts the workers
+        # again without that node, from this very step. (By keyword the error would not survive pickling.)
+        raise ray.exceptions.RayActorError(None, f"preempted at {outcome.stopped}", False, True)
     return dataclasses.asdict(outcome)
 
 
@@ -128,7 +123,7 @@ def pretrain(config: Config, data: str, storage: str, name: str | None = None) -
     check_shards(manifest, open_store(data))
     storage_root = open_store(storage, create=True)
     run = open_store(f"{storage.rstrip('/')}/{name}", create=True, patience_s=config.data.patience_s)
-    with lease(run), _stop_on_sigterm(run), ray_session(dashboard=True):
+    with lease(run), ray_session(dashboard=True), _stop_on_sigterm(run):  # Ray sets a handler of its own
         state = Checkpoints(run).newest()
         if state is not None:
             state.continue_with(config, manifest.fingerprint)
@@ -136,16 +131,16 @@ def pretrain(config: Config, data: str, storage: str, name: str | None = None) -
         _release(run)
         cpus, gpus, autoscaling = cluster_room()
         cluster = config.cluster
-        share = shares(cluster, cpus, gpus, autoscaling)
+        each = share(cluster, cpus, gpus, autoscaling)
         rows = schedule_rows(config)
         print(
             f"{config.name}: {config.total_steps} steps, {rows:,} pairs ({rows / manifest.num_rows:.2f} epochs of "
             f"{manifest.num_rows:,}); {cluster.min_workers} to {cluster.max_workers} workers with "
-            f"{cluster.gpus_per_worker} GPU and {share.worker:g} CPU each, {share.data:g} CPU each for data",
+            f"{cluster.gpus_per_worker} GPU and {each.cpus:g} CPU each, and {each.data_tasks} data tasks",
             flush=True,
         )
-        job = Job(config, data, run.uri, manifest.fingerprint, data_cpus=share.data)
-        outcome = _fit(job, share, storage_root, name)
+        job = Job(config, data, run.uri, manifest.fingerprint, data_tasks=each.data_tasks)
+        outcome = _fit(job, each.cpus, storage_root, name)
     if outcome["stopped"]:
         raise UserError(f"run {name!r} stopped at {outcome['stopped']}")
     return run
@@ -184,7 +179,7 @@ def schedule_rows(config: Config) -> int:
     return sum(phase.steps * phase.global_batch for phase in config.phases)
 
 
-def _fit(job: Job, share: Shares, storage: Store, name: str) -> dict:
+def _fit(job: Job, cpus: float, storage: Store, name: str) -> dict:
     cluster = job.config.cluster
     # After a lost node Ray Train first tries the old size and waits this long before it takes a smaller one. It
     # reads the environment, and carries this variable on to its controller.
@@ -194,12 +189,13 @@ def _fit(job: Job, share: Shares, storage: Store, name: str) -> dict:
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
 
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
 
+    from vlmo_ray.train.trainer import Trainer
+
     elastic = cluster.min_workers < cluster.max_workers
-    resources = {"CPU": share.worker} | ({"GPU": cluster.gpus_per_worker} if cluster.gpus_per_worker else {})
-    trainer = TorchTrainer(
+    resources = {"CPU": cpus} | ({"GPU": cluster.gpus_per_worker} if cluster.gpus_per_worker else {})
+    trainer = Trainer(
         _worker,
         train_loop_config=job,
         scaling_config=ScalingConfig(
@@ -214,9 +210,6 @@ def _fit(job: Job, share: Shares, storage: Store, name: str) -> dict:
             storage_path=storage.root,
             storage_filesystem=storage.fs,
             failure_config=FailureConfig(max_failures=cluster.max_failures),
-            # The data pipeline of a killed worker cannot take back what it asked the cluster for: until that lapses,
-            # after 180 s unless told, the pipelines of the new workers get less, on a small cluster nothing at all.
-            worker_runtime_env={"env_vars": {"RAY_DATA_AUTOSCALING_REQUEST_EXPIRE_TIME_S": "30"}},
         ),
     )
     try:

@@ -50,7 +50,7 @@ class Job:
     run: str  # URI of the run: metrics, final weights
     fingerprint: str  # of the data set, as the launcher saw it
     in_process_data: bool = False  # read and decode in the training process, without Ray Data
-    data_cpus: float = 1.0  # of this worker's pipeline
+    data_tasks: int = 1  # of this worker at once
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def train(
             stop=config.total_steps,
             rank=rank,
             num_workers=world,
-            cpus=job.data_cpus,
+            tasks=job.data_tasks,
             in_process=job.in_process_data,
         )
         stack.callback(batches.close)

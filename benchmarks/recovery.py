@@ -1,0 +1,119 @@
+"""How long a run stands still when nodes come and go: until the next optimizer step, and how many steps are done again.
+
+    python benchmarks/recovery.py [--out FILE] [--rounds 3]
+
+`vlmo pretrain` runs on raylets of this machine (2 CPUs each, one worker a node) with its data and checkpoints in an S3
+server. In each round a worker process is killed, a node killed, one added, one given notice, one added. Times are when
+lines of the command's output arrive. The model is tiny: what is measured is the waiting, not the reading of weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import signal
+import statistics
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.pop("RAY_ADDRESS", None)
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+
+from chaos_run import Command, Place, chaos_place
+from report import publish, table
+
+from vlmo_ray.data.local_s3 import local_s3
+
+STEP = re.compile(r"step (\d+)/")
+
+
+def steps(command: Command) -> list[tuple[float, int]]:
+    """Time and number of each step that was printed."""
+    lines = list(zip(command.times, command.lines, strict=False))
+    return [(when, int(found[1])) for when, line in lines if (found := STEP.search(line))]
+
+
+def disturb(place: Place, command: Command, kind: str) -> dict[str, float]:
+    """Seconds from the disturbance to the next step and without any step; steps done again."""
+    workers = command.workers()
+    command.wait_for(lambda: steps(command)[-1][1] % 10 == 7, "seven steps since a checkpoint")
+    began = time.monotonic()
+    match kind:
+        case "a worker killed":
+            os.kill(workers[-1], signal.SIGKILL)
+        case "a node killed":
+            place.want_nodes(len(place.running) - 1)
+        case "a node added":
+            place.want_nodes(len(place.running) + 1)
+        case "a node with notice":
+            node = place.running.pop()
+            place.nodes.drain(node, 60)
+    command.wait_for(lambda: command.workers() != workers, "a new start")
+    command.wait_for(lambda: _after(command, began), "the next step")
+    last, first = _after(command, began)
+    if kind == "a node with notice":
+        place.nodes.kill(node)
+    return {"until": first[0] - began, "still": first[0] - last[0], "again": last[1] - first[1] + 1}
+
+
+def _after(command: Command, began: float) -> tuple[tuple[float, int], tuple[float, int]] | None:
+    """The last step of the old workers and the first of the new ones, which say before it where they resumed."""
+    lines = list(zip(command.times, command.lines, strict=False))
+    starts = [when for when, line in lines if "resumed at step" in line and when > began]
+    if not starts or not (new := [found for found in steps(command) if found[0] > starts[-1]]):
+        return None
+    return [found for found in steps(command) if found[0] < starts[-1]][-1], new[0]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", default="")
+    parser.add_argument("--rounds", type=int, default=3)
+    given = parser.parse_args()
+    found = defaultdict(list)
+    kinds = ["a worker killed", "a node killed", "a node added", "a node with notice", "a node added"]
+    with tempfile.TemporaryDirectory() as folder, local_s3(Path(folder, "s3"), ("bench",)) as env:
+        os.environ.update(env)
+        with chaos_place(env["AWS_ENDPOINT_URL"], "s3://bench/recovery", 100_000, log_every=1) as place:
+            place.want_nodes(2)
+            command = Command(place, "recovery", Path(folder))
+            try:
+                command.start()
+                command.reach(20)
+                for _ in range(given.rounds):
+                    for kind in kinds:
+                        found[kind].append(disturb(place, command, kind))
+                        print(kind, found[kind][-1], flush=True)
+                        time.sleep(10)
+            finally:
+                command.end()
+    rows = []
+    for kind, times in found.items():
+        until, still = (
+            [f"{value:.0f}" for value in sorted(t[name] for t in times)] for name in ("until", "still")
+        )
+        again = [str(int(t["again"])) for t in times]
+        rows.append([kind, ", ".join(until), ", ".join(still), ", ".join(again)])
+    killed = [t["until"] for t in found["a node killed"]]
+    notice = max(t["again"] for t in found["a node with notice"])
+    publish(
+        "Recovery",
+        "Checkpoints every 10 steps, a disturbance 7 steps after one. A lost node is noticed after 3 s "
+        "(`RAY_health_check_*`; by default after some 15 s), a notice is looked for every second, room for more "
+        "workers every 3 s. 'Until the next step' counts from the disturbance; of a node added, from the order to "
+        "start it.\n\n"
+        + table(["", "s until the next step", "s without a step", "steps done again"], rows)
+        + f"\n\n- kill of a node to the next step, wanted under 45 s: {max(killed):.0f} s at worst, "
+        f"{statistics.median(killed):.0f} s in the median, {'met' if max(killed) < 45 else 'NOT met'}\n"
+        f"- steps done again after a notice, wanted 0: {notice:.0f}, {'met' if notice == 0 else 'NOT met'}",
+        given.out,
+    )
+
+
+if __name__ == "__main__":
+    main()
