@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import re
 import signal
 import sys
 import tempfile
@@ -28,7 +29,7 @@ from chaos_run import EVERY, Command, Place, chaos_place
 from report import publish, table
 
 from vlmo_ray.data.local_s3 import local_s3
-from vlmo_ray.train.checkpoints import Checkpoints
+from vlmo_ray.train.checkpoints import Checkpoints, name_of
 
 PAUSE_S = 10, 30  # between a fault that is over and the next
 NOTICE_S = 30
@@ -79,14 +80,20 @@ class Round:
         self._storage(15, away=True)
 
     def checkpoint_damaged(self) -> None:
-        """And a worker killed, or nobody would read it."""
-        store = self.command.run
-        folder = max(name.partition("/")[0] for name in store.list("") if name.startswith("checkpoint-"))
-        name = max(name for name in store.list(f"{folder}/") if name.endswith(".distcp"))
-        data = bytearray(store.read(name))
+        """And a worker killed, so that it is read."""
+        run, workers = self.command.run, [pid for pid in self.command.workers() if alive(pid)]
+        for pid in workers:  # or a newer one might be there before it is damaged
+            os.kill(pid, signal.SIGSTOP)
+        folder = name_of(Checkpoints(run).newest().step)
+        name = max(name for name in run.list(f"{folder}/") if name.endswith(".distcp"))
+        data = bytearray(run.read(name))
         data[self.chance.randrange(len(data))] ^= 1
-        store.write(name, bytes(data))
-        self.worker_killed()
+        run.write(name, bytes(data))
+        for pid in workers:
+            os.kill(pid, signal.SIGKILL)
+        self.command.wait_for(
+            lambda: re.search(f"{folder}.*damaged", self.command.output), "the damage to be told"
+        )
 
     def _storage(self, seconds: float, **faults: float) -> None:
         for name, value in faults.items():
@@ -186,7 +193,7 @@ def main() -> int:
         "checkpoints kept",
         "s",
     ]
-    count = sum(len(row[2].split(", ")) for row in rows)
+    count = sum(len(row[2].split(", ")) for row in rows if row[2])
     publish(
         "Runs with faults at random",
         f"Seed {given.seed}; {len(rows)} runs of {given.steps} steps on 1 to 3 raylets, {count} faults; "

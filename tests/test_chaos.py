@@ -97,9 +97,12 @@ def test_a_node_is_drained_with_notice(place, command):
     place.want_nodes(2)
     command.start()
     command.reach(2 * EVERY)
-    place.nodes.drain(place.running[-1], 60)
-    command.finish()
-    place.nodes.kill(place.running.pop())
+    node = place.running.pop()
+    place.nodes.drain(node, 60)
+    try:
+        command.finish()
+    finally:
+        place.nodes.kill(node)
     left, went_on = (re.search(rf"{w} step (\d+)", command.output)[1] for w in ("preempted at", "resumed at"))
     assert left == went_on and command.repeated() == []
     assert command.sizes() == [2, 1]

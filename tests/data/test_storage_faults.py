@@ -39,10 +39,14 @@ def test_reads_and_writes_arrive_whole(faults, bucket):
     assert min(faults.struck[kind] for kind in ("busy", "cut", "slow")) > 2
 
 
-def test_chunks_are_read_through_an_outage(faults, bucket):
+def test_manifest_and_chunks_are_read_through_an_outage(faults, bucket):
     write_dataset(bucket, records(1, 20, image_size=16), rows_per_group=10)
-    manifest = load_manifest(bucket)
     faults.away = True
+    threading.Timer(3, lambda: setattr(faults, "away", False)).start()
+    began = time.monotonic()
+    manifest = load_manifest(bucket, patience_s=60)
+    assert time.monotonic() - began > 2.5 and faults.struck["away"] > 1
+    faults.away, faults.struck["away"] = True, 0
     threading.Timer(3, lambda: setattr(faults, "away", False)).start()
     began = time.monotonic()
     assert len(read_chunk(Store(bucket, patience_s=60), manifest.chunk(1), retries=0)) == 10

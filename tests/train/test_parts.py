@@ -5,15 +5,18 @@ import json
 
 import pytest
 import torch
+from ray.exceptions import ActorDiedError
+from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
 
 from vlmo_ray.config import MODEL_SIZES, ClusterConfig
 from vlmo_ray.data.store import open_store
 from vlmo_ray.errors import UserError
 from vlmo_ray.model.vlmo import VLMo
 from vlmo_ray.recipes import recipe
-from vlmo_ray.train.launch import Share, share
+from vlmo_ray.train.launch import Node, Share, share
 from vlmo_ray.train.meters import Meters, read_metrics
 from vlmo_ray.train.optim import build_optimizer, decays, lr_at
+from vlmo_ray.train.trainer import CleanGroup
 
 
 @pytest.mark.parametrize("size", ["base", "base_plus"])
@@ -78,13 +81,26 @@ def test_meters_write_segments_and_a_repeated_step_counts_once(tmp_path, capsys)
     assert all(json.loads(line) for name in store.list("metrics/") for line in store.read(name).splitlines())
 
 
-def test_cpu_workers_take_less_so_that_all_have_room():
-    assert share(ClusterConfig(max_workers=2, gpus_per_worker=0), cpus=2, gpus=0) == Share(1.0, 1)
-    assert share(ClusterConfig(max_workers=2, gpus_per_worker=0), cpus=16, gpus=0) == Share(3.0, 2)
-    for cpus in (1, 2, 3, 4, 7):
+def test_cpu_workers_take_less_where_else_too_few_had_room():
+    assert share(ClusterConfig(max_workers=2, gpus_per_worker=0), [Node(16)]) == Share(3.0, 2, room=5)
+    assert share(ClusterConfig(max_workers=3, gpus_per_worker=0), [Node(2), Node(2)]) == Share(2.0, 1, room=2)
+    for cpus in ([1], [2], [3, 1], [4, 0], [7, 2, 2]):
         for workers in (1, 2, 3, 4):
-            found = share(ClusterConfig(max_workers=workers, gpus_per_worker=0), cpus=cpus, gpus=0)
-            assert 0.2 <= found.cpus <= cpus / workers and found.data_tasks >= 1
+            cluster = ClusterConfig(workers, workers, gpus_per_worker=0)
+            found = share(cluster, [Node(count) for count in cpus])
+            assert found.cpus >= 0.1875 and found.data_tasks >= 1
+            # as Ray Train counts: each node's bundles are summed up, then divided
+            room = [int(sum([found.cpus] * int(count // found.cpus)) // found.cpus) for count in cpus]
+            assert sum(room) == found.room >= workers
+
+
+def test_gpu_workers_fit_on_nodes_and_not_on_sums():
+    nodes = [Node(11, 4), Node(11, 4), Node(32)]
+    assert share(ClusterConfig(4, 8), nodes) == Share(3.0, 2, room=6)
+    with pytest.raises(
+        UserError, match=r"8 workers with 1 CPUs and 2 for data .* room for: 6, with 54 CPUs on 3"
+    ):
+        share(ClusterConfig(8, 8), nodes)
 
 
 @pytest.mark.parametrize(
@@ -100,26 +116,28 @@ def test_cpu_workers_take_less_so_that_all_have_room():
             ClusterConfig(min_workers=2, max_workers=2, cpus_per_worker=4),
             8,
             2,
-            "2 workers with 4 CPUs and 2 for data each are more than this cluster has",
+            "2 workers with 4 CPUs and 2 for data each are more than this cluster has room for: 1",
         ),
         (ClusterConfig(min_workers=99, max_workers=99, gpus_per_worker=0), 2, 0, "99 workers are more than"),
     ],
 )
 def test_what_the_cluster_cannot_give_is_refused(cluster, cpus, gpus, words):
     with pytest.raises(UserError, match=words):
-        share(cluster, cpus, gpus)
+        share(cluster, [Node(cpus, gpus)])
 
 
-def test_a_worker_lost_while_starting_is_retried_and_a_mistake_is_not():
-    from ray.exceptions import ActorDiedError
-    from ray.train import ControllerError, FailureConfig
-    from ray.train.v2._internal.execution.failure_handling import FailureDecision
+@pytest.mark.parametrize(
+    "problem, wanted", [(ActorDiedError(), WorkerGroupStartupFailedError), (ValueError(), ValueError)]
+)
+def test_what_has_started_is_ended_when_a_start_fails(monkeypatch, problem, wanted):
+    group, ended = CleanGroup.__new__(CleanGroup), []
 
-    from vlmo_ray.train.trainer import LostStartsAreRetried
+    def start(group):
+        raise problem
 
-    policy = LostStartsAreRetried(FailureConfig(max_failures=1))
-    for problem, wanted in (
-        (ActorDiedError(), FailureDecision.RETRY),
-        (ValueError("a mistake"), FailureDecision.RAISE),
-    ):
-        assert policy.make_decision(ControllerError(problem)) == wanted
+    monkeypatch.setattr(CleanGroup.__base__, "_start", start)
+    monkeypatch.setattr(CleanGroup, "has_started", lambda group: not ended)
+    monkeypatch.setattr(CleanGroup, "abort", lambda group: ended.append(True))
+    with pytest.raises(wanted):
+        group._start()
+    assert ended == [True]

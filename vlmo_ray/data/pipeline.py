@@ -190,9 +190,15 @@ class PairStream:
         import ray
         import ray.data
 
-        here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
-        tasks = ray.data.TaskPoolStrategy(size=min(self._tasks, len(parts)))
-        dataset = _dataset(parts, _Reporting(self._reader), num_cpus=0, compute=tasks, label_selector=here)
+        dataset = _dataset(
+            parts,
+            _Reporting(self._reader),
+            num_cpus=0,
+            compute=ray.data.TaskPoolStrategy(size=min(self._tasks, len(parts))),
+            label_selector={"ray.io/node-id": ray.get_runtime_context().get_node_id()},
+            # a node about to go takes no tasks any more, and its worker needs data until it has saved
+            fallback_strategy=[{"label_selector": {}}],
+        )
         # Ray Data takes all of the object store for its own unless told. This is for all of the window, as it is read
         # whole, and as much again for blocks under way.
         limits = dataset.context.execution_options.resource_limits

@@ -17,7 +17,7 @@ def tiny() -> Config:
         slice_size=8,
         micro_batch=16,
         optim=OptimConfig(peak_lr=1e-3, warmup_steps=10),
-        cluster=ClusterConfig(max_workers=2, gpus_per_worker=0),
+        cluster=ClusterConfig(max_workers=2, gpus_per_worker=0, cpus_per_worker=0, data_cpus_per_worker=1),
         checkpoint_every=20,
         log_every=10,
     )
@@ -50,7 +50,7 @@ def pretrain_1b_tiny() -> Config:
         micro_batch=8,
         loss=LossConfig(),
         optim=OptimConfig(peak_lr=1e-3, warmup_steps=4),
-        cluster=ClusterConfig(max_workers=2, gpus_per_worker=0),
+        cluster=ClusterConfig(max_workers=2, gpus_per_worker=0, cpus_per_worker=0, data_cpus_per_worker=1),
         checkpoint_every=12,
         log_every=6,
     )

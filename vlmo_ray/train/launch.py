@@ -20,7 +20,7 @@ from vlmo_ray.train.checkpoints import Checkpoints
 from vlmo_ray.train.lease import lease
 from vlmo_ray.train.loop import Job, Notice, train
 
-_LEAST_CPUS = 0.2  # of a CPU worker with its data
+_LEAST_CPUS = 0.1875  # of a CPU worker with its data
 _STOP = "stop"  # an object in the run: its workers are to save and end
 _RAY_RUN = "ray_run"  # holds Ray Train's id of the run
 
@@ -31,16 +31,25 @@ class Share:
 
     cpus: float  # reserved on its node, for itself and its data tasks
     data_tasks: int  # at once
+    room: int  # for how many workers there is room now, or can ever be
 
 
-def share(cluster: ClusterConfig, cpus: float, gpus: float, autoscaling: bool = False) -> Share:
-    """What each worker reserves; UserError if `min_workers` of that are more than the cluster's CPUs and GPUs.
+@dataclasses.dataclass(frozen=True)
+class Node:
+    cpus: float
+    gpus: float = 0.0
 
-    Its data tasks run on its node and under its reservation, asking for no CPU of their own, so they always have
-    theirs. Without GPUs a worker takes less than it asks for where else not all of `max_workers` would have room.
+
+def share(cluster: ClusterConfig, nodes: list[Node], autoscaling: bool = False) -> Share:
+    """What each worker reserves on one of `nodes`; UserError if there is no room for `min_workers` of that.
+
+    A worker's data tasks run on its node and under its reservation, asking for no CPU of their own, so they always have
+    theirs. Without GPUs a worker takes less than it asks for where else not even `min_workers` would have room.
     """
     where = "the cluster can ever have" if autoscaling else "this cluster has"
-    need = cluster.cpus_per_worker + cluster.data_cpus_per_worker
+    cpus, gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
+    # sixteenths are exact: Ray divides sums of these with floor division
+    need = math.ceil(16 * (cluster.cpus_per_worker + cluster.data_cpus_per_worker)) / 16
     if cluster.gpus_per_worker:
         if cluster.min_workers * cluster.gpus_per_worker > gpus:
             raise UserError(
@@ -48,31 +57,43 @@ def share(cluster: ClusterConfig, cpus: float, gpus: float, autoscaling: bool = 
                 f"({gpus:g} GPUs); lower cluster.min_workers, add nodes, or train on CPUs with "
                 "--set cluster.gpus_per_worker=0"
             )
-        if cluster.min_workers * need > cpus:
+        found = Share(need, cluster.data_cpus_per_worker, _room(nodes, need, cluster.gpus_per_worker))
+        if cluster.min_workers > found.room:
             raise UserError(
                 f"{cluster.min_workers} workers with {cluster.cpus_per_worker:g} CPUs and "
-                f"{cluster.data_cpus_per_worker} for data each are more than {where} ({cpus:g} CPUs). Lower "
-                "cluster.cpus_per_worker or cluster.data_cpus_per_worker"
+                f"{cluster.data_cpus_per_worker} for data each are more than {where} room for: {found.room}, with "
+                f"{cpus:g} CPUs on {len(nodes)} nodes. Lower cluster.cpus_per_worker or cluster.data_cpus_per_worker"
             )
-        return Share(need, cluster.data_cpus_per_worker)
-    room = int(cpus / _LEAST_CPUS)
-    if cluster.min_workers > room:
-        raise UserError(
-            f"{cluster.min_workers} workers are more than {where} room for ({cpus:g} CPUs, at least {_LEAST_CPUS} for "
-            "a worker with its data); lower cluster.min_workers or add nodes"
-        )
-    part = min(1.0, cpus / min(cluster.max_workers, room) / need)
-    return Share(math.floor(1000 * part * need) / 1000, max(1, round(part * cluster.data_cpus_per_worker)))
+        return found
+    pieces = {
+        math.floor(16 * node.cpus / k) / 16
+        for node in nodes
+        for k in range(1, int(node.cpus / _LEAST_CPUS) + 1)
+    }
+    for size in sorted({need} | {size for size in pieces if size < need}, reverse=True):
+        if (room := _room(nodes, size)) >= cluster.min_workers:
+            return Share(size, max(1, round(size / need * cluster.data_cpus_per_worker)), room)
+    raise UserError(
+        f"{cluster.min_workers} workers are more than {where} room for ({cpus:g} CPUs, at least {_LEAST_CPUS} for "
+        "a worker with its data); lower cluster.min_workers or add nodes"
+    )
 
 
-def cluster_room() -> tuple[float, float, bool]:
-    """CPUs and GPUs the cluster has, or may grow to where an autoscaler says so; and whether one does."""
+def _room(nodes: list[Node], cpus: float, gpus: int = 0) -> int:
+    """How many workers of that size fit, each on one node."""
+    return sum(int(min(node.cpus // cpus, node.gpus // gpus if gpus else math.inf)) for node in nodes)
+
+
+def cluster_nodes() -> tuple[list[Node], bool]:
+    """The living nodes, or where an autoscaler says how far the cluster may grow, that as one; and whether one does."""
     import ray
 
-    now = ray.cluster_resources()
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     most = ray._private.state.state.get_max_resources_from_cluster_config()
-    grown = {key: max(now.get(key, 0), (most or {}).get(key) or 0) for key in ("CPU", "GPU")}
-    return grown["CPU"], grown["GPU"], most is not None
+    if most is None:
+        return [Node(node.get("CPU", 0), node.get("GPU", 0)) for node in nodes], False
+    grown = {key: max(sum(n.get(key, 0) for n in nodes), most.get(key) or 0) for key in ("CPU", "GPU")}
+    return [Node(grown["CPU"], grown["GPU"])], True
 
 
 def _worker(job: Job) -> dict:
@@ -99,9 +120,12 @@ def _worker(job: Job) -> dict:
         run.write(_RAY_RUN, get_train_context().train_run_context.run_id.encode())
 
     def notice() -> Notice:
-        if ray.train.get_preemption_info() is not None:  # a barrier: every worker calls, and all get the same
-            return Notice.PREEMPTED
-        return Notice.STOP if rank == 0 and run.exists(_STOP) else Notice.NONE
+        going = (
+            ray.train.get_preemption_info() is not None
+        )  # a barrier: every worker calls, and all get the same
+        if rank == 0 and run.exists(_STOP):
+            return Notice.STOP
+        return Notice.PREEMPTED if going else Notice.NONE
 
     outcome = train(job, rank=rank, world=context.get_world_size(), device=device, notice=notice)
     if outcome.preempted:
@@ -129,14 +153,14 @@ def pretrain(config: Config, data: str, storage: str, name: str | None = None) -
             state.continue_with(config, manifest.fingerprint)
             print(f"run {name!r} continues from step {state.step} of {config.total_steps}", flush=True)
         _release(run)
-        cpus, gpus, autoscaling = cluster_room()
         cluster = config.cluster
-        each = share(cluster, cpus, gpus, autoscaling)
+        each = share(cluster, *cluster_nodes())
         rows = schedule_rows(config)
         print(
             f"{config.name}: {config.total_steps} steps, {rows:,} pairs ({rows / manifest.num_rows:.2f} epochs of "
             f"{manifest.num_rows:,}); {cluster.min_workers} to {cluster.max_workers} workers with "
-            f"{cluster.gpus_per_worker} GPU and {each.cpus:g} CPU each, and {each.data_tasks} data tasks",
+            f"{cluster.gpus_per_worker} GPU and {each.cpus:g} CPU each, of that for {each.data_tasks} data "
+            f"tasks; room for {each.room}",
             flush=True,
         )
         job = Job(config, data, run.uri, manifest.fingerprint, data_tasks=each.data_tasks)
@@ -181,8 +205,8 @@ def schedule_rows(config: Config) -> int:
 
 def _fit(job: Job, cpus: float, storage: Store, name: str) -> dict:
     cluster = job.config.cluster
-    # After a lost node Ray Train first tries the old size and waits this long before it takes a smaller one. It
-    # reads the environment, and carries this variable on to its controller.
+    # How long Ray Train waits for the resources of the size it has decided on before it looks again. It reads the
+    # environment, and carries this variable on to its controller.
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(cluster.start_timeout_s)
 
     # its patched `print` would show every line twice
@@ -191,7 +215,7 @@ def _fit(job: Job, cpus: float, storage: Store, name: str) -> dict:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.v2.api.exceptions import TrainingFailedError
 
-    from vlmo_ray.train.trainer import Trainer
+    from vlmo_ray.train.trainer import LostStartsCleanUp, Trainer
 
     elastic = cluster.min_workers < cluster.max_workers
     resources = {"CPU": cpus} | ({"GPU": cluster.gpus_per_worker} if cluster.gpus_per_worker else {})
@@ -210,6 +234,7 @@ def _fit(job: Job, cpus: float, storage: Store, name: str) -> dict:
             storage_path=storage.root,
             storage_filesystem=storage.fs,
             failure_config=FailureConfig(max_failures=cluster.max_failures),
+            callbacks=[LostStartsCleanUp()],
         ),
     )
     try:

@@ -34,6 +34,7 @@ from vlmo_ray.train.meters import Meters
 from vlmo_ray.train.optim import build_optimizer, lr_at
 from vlmo_ray.train.parallel import parallelize, total_norm, whole_state
 from vlmo_ray.train.runs import load, publish_model
+from vlmo_ray.train.scratch import scratch
 from vlmo_ray.train.state import TrainState
 from vlmo_ray.train.step import gradients
 
@@ -111,8 +112,9 @@ def train(
     run = Store(job.run, config.data.patience_s)
     checkpoints = Checkpoints(run, config.keep_checkpoints, config.keep_every, keeper=rank == 0)
     with contextlib.ExitStack() as stack:
+        local = stack.enter_context(scratch())
         stack.callback(checkpoints.close)
-        with tempfile.TemporaryDirectory(prefix="vlmo-resume-") as folder:
+        with tempfile.TemporaryDirectory(dir=local) as folder:
             name, attempt, stopped = _fetch(checkpoints, Path(folder), rank, world, device)
             if stopped:
                 return Outcome(0, f"the start: {stopped}")
@@ -153,7 +155,7 @@ def train(
             """Writes a checkpoint and has it uploaded in the background; or the sentence that says why not."""
             if meters is not None:
                 meters.close_segment()
-            folder = Path(tempfile.gettempdir()) / f"vlmo-checkpoint-{uuid.uuid4().hex}"
+            folder = local / f"checkpoint-{uuid.uuid4().hex}"
             try:
                 state = TrainState.of(done, config, manifest.fingerprint, attempts)
                 checkpoint.save(folder, model, optimizer, state)
@@ -260,7 +262,7 @@ def _fetch(
 
 
 def _start(job: Job) -> tuple[Manifest, VLMo]:
-    manifest = load_manifest(job.data)
+    manifest = load_manifest(job.data, job.config.data.patience_s)
     if manifest.fingerprint != job.fingerprint:
         raise UserError(f"the data set at {job.data} changed while the run was starting; start it again")
     return manifest, build_model(job.config)
