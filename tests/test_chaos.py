@@ -29,6 +29,7 @@ from small_run import job
 
 from vlmo_ray.config import Phase
 from vlmo_ray.data.prepare.shards import write_dataset
+from vlmo_ray.data.read import read_chunk
 from vlmo_ray.data.scenes.records import records
 from vlmo_ray.data.store import Store
 from vlmo_ray.train.audit import audit
@@ -158,8 +159,9 @@ def test_storage_is_busy_slow_cut_off_and_away(place, command):
     assert command.repeated() == []
 
 
-def test_damaged_records_and_shards_are_masked_to_the_row(tmp_path):
+def test_damaged_records_and_shards_are_masked_to_the_row(tmp_path, monkeypatch):
     """A truncated shard, a flipped byte in a page, a corrupt JPEG, a caption that is not text, 100 megapixels."""
+    monkeypatch.setitem(read_chunk.__kwdefaults__, "wait_s", 0.01)  # before a shard is tried again
     rows = list(records(7, 120, image_size=16))
     rows[3]["image"] = rows[3]["image"][:40]
     rows[31]["text"] = b"\xff\xfe".decode("latin-1") * 2 + "\x00"

@@ -57,7 +57,11 @@ def training_workers() -> list[int]:
 
 
 def kill_one(run: Store, killed: list[tuple[int, int]]) -> None:
-    while Checkpoints(run).newest() is None:
+    def steps_to_repeat() -> bool:
+        newest = Checkpoints(run).newest()
+        return newest is not None and max(m["step"] for m in read_metrics(run)[0]) > newest.step
+
+    while not steps_to_repeat():
         time.sleep(0.1)
     victim = max(training_workers())
     os.kill(victim, signal.SIGKILL)
