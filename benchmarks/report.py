@@ -8,11 +8,11 @@ import platform
 import sys
 from pathlib import Path
 
-import torch
-
 
 def machine() -> str:
     """Processor or GPU, cores, versions."""
+    import torch  # not at the top: some that are measured have no part in it
+
     if torch.cuda.is_available():
         what = torch.cuda.get_device_name()
     else:
@@ -41,6 +41,8 @@ class PeakMemory:
     """`with PeakMemory() as peak: ...`, then `peak.bytes` above what the process (or the GPU) held before."""
 
     def __enter__(self) -> PeakMemory:
+        import torch
+
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
             self._before = torch.cuda.memory_allocated()
@@ -50,6 +52,8 @@ class PeakMemory:
         return self
 
     def __exit__(self, *_) -> None:
+        import torch
+
         after = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _status("VmHWM")
         self.bytes = after - self._before
 

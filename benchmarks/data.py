@@ -1,0 +1,599 @@
+"""Pairs per second from an S3 server to training batches, beside other loaders and what bounds them.
+
+    python benchmarks/data.py [--out FILE] [--plot FILE] [--peers DIR] [--pairs 6000] [--warm-up 32]
+
+SeaweedFS serves JPEGs made for the benchmark, on this machine; every candidate runs in a fresh process, takes one
+epoch from there and turns it into batches of uint8 images and token ids with the same decode function:
+
+- ours: `PairStream`, one worker; it masks words for MLM as well, which the others do not;
+- webdataset (tars at presigned URLs), mosaicml-streaming (MDS), litdata: each in its own format, written by itself;
+- dataloader-local: torch's DataLoader on JPEG files of the local disk;
+- decode-only: one process, JPEGs in memory; read-only: one process, our chunks read and not decoded.
+
+The figure is pairs per CPU-second of the processes that read and decode. Needs the package's `demo` extra; the peers
+are webdataset, mosaicml-streaming and litdata, and `--peers` is a folder with those that are not installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.metadata
+import io
+import json
+import math
+import os
+import re
+import signal
+import socket
+import socketserver
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from report import publish, table
+
+from vlmo_ray.config import DataConfig
+from vlmo_ray.data.decode import decode_train
+from vlmo_ray.data.local_s3 import local_s3
+from vlmo_ray.data.manifest import load_manifest
+from vlmo_ray.data.order import Schedule
+from vlmo_ray.data.pipeline import WINDOW_BYTES, WINDOW_ROWS, PairStream
+from vlmo_ray.data.prepare.shards import write_dataset
+from vlmo_ray.data.read import read_chunk
+from vlmo_ray.data.store import Store
+from vlmo_ray.data.text import Tokenizer
+
+SIZE, TEXT_LEN, VOCABULARY, DATA = 224, 40, 30522, DataConfig()
+SHARD_BYTES = 16 << 20  # about a chunk of ours
+BUCKET, LIMIT_S = "bench", 900
+ROW_BYTES = 3 * SIZE**2 + 32 * TEXT_LEN
+RAY = "Ray's own"  # the processes of Ray that read and decode nothing
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a candidate's process is given; `folder` holds the JPEGs and is a place for a cache."""
+
+    name: str
+    folder: str
+    pairs: int
+    batch: int
+    processes: int
+    warm_up: int  # batches before the clocks start
+    rate: float = 0.0  # pairs/s that the consumer takes; 0: as they come
+
+    @property
+    def steps(self) -> int:
+        return self.pairs // self.batch
+
+    @property
+    def data_set(self) -> str:
+        return f"s3://{BUCKET}/{'ours' if self.name == 'read-only' else self.name}"
+
+    @property
+    def cache(self) -> str:
+        return tempfile.mkdtemp(dir=self.folder)
+
+    def files(self) -> list[Path]:
+        return sorted(Path(self.folder, "jpeg").iterdir())
+
+
+# ---- the pairs --------------------------------------------------------------------------------------------
+
+
+def make_picture(file: Path) -> int:
+    """A photo-like JPEG, noise of three scales, seeded by the number it is called; returns its bytes."""
+    generator = np.random.default_rng(int(file.stem))
+    pixels = np.full((375, 500, 3), 127.5, np.float32)
+    for width, height, contrast in ((6, 4, 1.0), (32, 24, 0.27), (125, 94, 0.24)):
+        noise = Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        pixels += contrast * (np.asarray(noise.resize((500, 375), Image.Resampling.BICUBIC)) - 127.5)
+    jpeg = io.BytesIO()
+    Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(jpeg, "JPEG", quality=90)
+    return file.write_bytes(jpeg.getvalue())
+
+
+def caption(file: Path) -> str:
+    return f"A photo of number {int(file.stem)}, with two dogs that run over a green lawn."
+
+
+class Decode:
+    """A JPEG and its caption become image and token ids: the work that all candidates share."""
+
+    def __init__(self):
+        self._tokenizer, self._count = Tokenizer(TEXT_LEN), 0
+
+    def __call__(self, image: bytes, text: str | bytes) -> tuple[np.ndarray, np.ndarray]:
+        self._count += 1
+        pixels = decode_train(image, SIZE, DATA, (), os.getpid(), self._count, 0)
+        return pixels, self._tokenizer.encode(text)[0]
+
+
+# ---- the candidates: how each writes its data set to a folder, and the number of pairs of each batch ------
+
+
+def write_ours(files: list[Path], folder: Path) -> None:
+    rows = ({"image": f.read_bytes(), "text": caption(f), "id": f.stem, "image_id": f.stem} for f in files)
+    write_dataset(str(folder), rows)
+
+
+def ours(job: Job) -> Iterator[int]:
+    import ray
+
+    quiet = {"include_dashboard": False, "logging_level": "ERROR", "log_to_driver": False}
+    ray.init(address="local", num_cpus=job.processes, **quiet)
+    shape = {"image_size": SIZE, "max_text_len": TEXT_LEN, "vocab_size": VOCABULARY}
+    schedule = Schedule(((job.steps, job.batch),), slice_size=min(job.batch, 16))
+    run = {"seed": 1, "schedule": schedule, "start": 0, "stop": job.steps, "tasks": job.processes}
+    with PairStream(load_manifest(job.data_set), DATA, **shape, **run) as stream:
+        for batch in stream:
+            assert batch.valid.all()
+            yield len(batch)
+
+
+def read_only(job: Job) -> Iterator[int]:
+    manifest = load_manifest(job.data_set)
+    store = Store(manifest.uri)
+    for chunk in range(manifest.num_chunks):
+        yield len(read_chunk(store, manifest.chunk(chunk)))
+
+
+def decode_only(job: Job) -> Iterator[int]:
+    pairs, decode = [(file.read_bytes(), caption(file)) for file in job.files()], Decode()
+    for first in range(0, job.steps * job.batch, job.batch):
+        rows = [decode(*pair) for pair in pairs[first : first + job.batch]]
+        images, texts = map(np.stack, zip(*rows, strict=True))
+        assert len(images) == len(texts)
+        yield len(images)
+
+
+def dataloader_local(job: Job) -> Iterator[int]:
+    from torch.utils.data import DataLoader, Dataset
+
+    class Files(Dataset):
+        files, decode = job.files(), Decode()
+
+        def __len__(self) -> int:
+            return len(self.files)
+
+        def __getitem__(self, i: int):
+            return self.decode(self.files[i].read_bytes(), caption(self.files[i]))
+
+    return _sizes(DataLoader(Files(), job.batch, shuffle=True, num_workers=job.processes))
+
+
+def write_webdataset(files: list[Path], folder: Path) -> None:
+    import webdataset
+
+    with webdataset.ShardWriter(str(folder / "%05d.tar"), maxsize=SHARD_BYTES, verbose=0) as writer:
+        for f in files:
+            writer.write({"__key__": f.stem, "jpg": f.read_bytes(), "txt": caption(f).encode()})
+
+
+def webdataset_loader(job: Job) -> Iterator[int]:
+    import boto3
+    import webdataset
+    from botocore.config import Config
+    from torch.utils.data import default_collate
+
+    client = boto3.client("s3", config=Config(signature_version="s3v4"))
+    keys = [{"Bucket": BUCKET, "Key": f"{job.name}/{shard}"} for shard in Store(job.data_set).list()]
+    urls = [client.generate_presigned_url("get_object", Params=key) for key in keys]  # for curl
+    decode = Decode()
+    rows = webdataset.WebDataset(urls, shardshuffle=len(urls)).shuffle(1000).to_tuple("jpg", "txt")
+    batches = rows.map(lambda row: decode(*row)).batched(job.batch, collation_fn=default_collate)
+    return _sizes(webdataset.WebLoader(batches, batch_size=None, num_workers=job.processes))
+
+
+def write_mosaicml(files: list[Path], folder: Path) -> None:
+    from streaming import MDSWriter
+
+    columns = {"image": "bytes", "text": "str"}
+    with MDSWriter(out=str(folder), columns=columns, size_limit=SHARD_BYTES) as writer:
+        for f in files:
+            writer.write({"image": f.read_bytes(), "text": caption(f)})
+
+
+def mosaicml(job: Job) -> Iterator[int]:
+    from streaming import StreamingDataset
+    from torch.utils.data import DataLoader
+
+    class Decoded(StreamingDataset):
+        decode = Decode()
+
+        def __getitem__(self, i: int):
+            row = super().__getitem__(i)
+            return self.decode(row["image"], row["text"])
+
+    rows = Decoded(remote=job.data_set, local=job.cache, shuffle=True, batch_size=job.batch)
+    for stream in rows.streams:  # or forked workers share its open connection, and get each other's answers
+        stream._downloader.clean_up()
+    return _sizes(DataLoader(rows, job.batch, num_workers=job.processes))
+
+
+def litdata_row(file: str) -> dict:
+    return {"image": Path(file).read_bytes(), "text": caption(Path(file))}
+
+
+def write_litdata(files: list[Path], folder: Path) -> None:
+    import litdata
+
+    inputs = [str(f) for f in files]
+    litdata.optimize(litdata_row, inputs, str(folder), chunk_bytes=SHARD_BYTES, num_workers=1, verbose=False)
+
+
+def litdata_loader(job: Job) -> Iterator[int]:
+    import litdata.streaming.downloader
+
+    litdata.streaming.downloader._OBSTORE_CLIENT_OPTIONS["allow_http"] = "true"  # it has no option for that
+    decode = Decode()
+    rows = litdata.StreamingDataset(
+        job.data_set,
+        cache_dir=job.cache,
+        shuffle=True,
+        storage_options={"endpoint_url": os.environ["AWS_ENDPOINT_URL"]},
+        transform=lambda row: decode(row["image"], row["text"]),
+    )
+    return _sizes(litdata.StreamingDataLoader(rows, batch_size=job.batch, num_workers=job.processes))
+
+
+def _sizes(batches: Iterable) -> Iterator[int]:
+    for images, ids in batches:
+        assert images.shape[1:] == (3, SIZE, SIZE) and ids.shape == (len(images), TEXT_LEN)
+        yield len(images)
+
+
+WRITERS = {
+    "ours": write_ours,
+    "webdataset": write_webdataset,
+    "mosaicml-streaming": write_mosaicml,
+    "litdata": write_litdata,
+}
+READERS = {
+    "ours": ours,
+    "webdataset": webdataset_loader,
+    "mosaicml-streaming": mosaicml,
+    "litdata": litdata_loader,
+    "dataloader-local": dataloader_local,
+    "decode-only": decode_only,
+    "read-only": read_only,
+}
+PEERS = [name for name in WRITERS if name != "ours"]
+
+
+# ---- one candidate, in its own process --------------------------------------------------------------------
+
+
+class Cpu:
+    """CPU-seconds of this process and all below it, from /proc: those that do the work and Ray's own servers."""
+
+    def __init__(self):
+        self._seen: dict[int, tuple[str, float]] = {}
+
+    def look(self) -> None:
+        """To be called often enough to see a Ray worker before it ends: the raylet does not wait for its children."""
+        parent, seconds = {}, {}
+        for file in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                values = file.read_text().rpartition(")")[2].split()
+            except OSError:  # it has ended
+                continue
+            pid = int(file.parent.name)
+            parent[pid] = int(values[1])
+            ticks = sum(map(int, values[11:15]))  # and of children waited for
+            seconds[pid] = ticks / os.sysconf("SC_CLK_TCK")
+        tree = {os.getpid()}
+        while more := {pid for pid, above in parent.items() if above in tree} - tree:
+            tree |= more
+        workers = {pid: seen for pid, seen in self._seen.items() if seen[0] == "Ray worker"}
+        self._seen = workers | {pid: (self._kind(pid), seconds[pid]) for pid in tree}
+
+    def _kind(self, pid: int) -> str:
+        if pid == os.getpid():
+            return "main process"
+        try:
+            command = Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+        except OSError:  # it has ended
+            command = ""
+        if "default_worker.py" in command or (command.startswith("ray::") and "Agent" not in command):
+            return "Ray worker"
+        return RAY if "/ray/" in command or "Agent" in command else "subprocess"
+
+    def seconds(self) -> dict[str, float]:
+        """Of each kind of process."""
+        return {kind: sum(s for k, s in self._seen.values() if k == kind) for kind, _ in self._seen.values()}
+
+    def count(self, kind: str) -> int:
+        return sum(k == kind for k, _ in self._seen.values())
+
+
+def measure(job: Job) -> dict:
+    """The run of one candidate; the clocks run from the last batch of the warm-up to the last batch."""
+    cpu, rows, waits, looks = Cpu(), 0, [], []
+    batches, wanted = iter(READERS[job.name](job)), job.steps * job.batch
+    while rows < wanted:
+        asked = time.perf_counter()
+        if not (size := next(batches, 0)):
+            break
+        now = time.perf_counter()
+        waits.append(now - asked)
+        rows += size
+        warm = rows >= job.warm_up * job.batch
+        if warm and (not looks or now - looks[-1][1] > 1 or rows >= wanted):  # to look takes milliseconds
+            cpu.look()
+            looks.append((rows, now, cpu.seconds()))
+        if job.rate:
+            time.sleep(size / job.rate)
+    (warm_rows, began, before), (last_rows, ended, after) = looks[0], looks[-1]
+    spent = {kind: seconds - before.get(kind, 0.0) for kind, seconds in after.items()}
+    ray = spent.pop(RAY, 0.0)
+    total = sum(spent.values())
+    counted = ", ".join(f"{cpu.count(kind)} x {kind} {spent[kind] / total:.2f}" for kind in sorted(spent))
+    spans = {"measured": last_rows - warm_rows, "wall": ended - began, "cpu": total, "ray": ray}
+    return {"rows": rows, "waits": waits, "counted": counted, **spans}
+
+
+# ---- the server's side ------------------------------------------------------------------------------------
+
+
+class Relay(socketserver.ThreadingTCPServer):
+    """Passes connections on to the S3 server and counts the bytes that come back, in `received`."""
+
+    daemon_threads, request_queue_size = True, 128
+
+    def __init__(self, endpoint: str):
+        super().__init__(("127.0.0.1", 0), None)
+        host, _, port = endpoint.removeprefix("http://").partition(":")
+        self._target, self._lock, self.received = (host, int(port)), threading.Lock(), 0
+        self.endpoint = f"http://127.0.0.1:{self.server_address[1]}"
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def finish_request(self, request: socket.socket, client_address) -> None:
+        with contextlib.suppress(OSError), socket.create_connection(self._target) as server:
+            threading.Thread(target=self._pump, args=(request, server, False), daemon=True).start()
+            self._pump(server, request, True)
+
+    def _pump(self, source: socket.socket, target: socket.socket, count: bool) -> None:
+        try:
+            target.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            while data := source.recv(1 << 18):
+                if count:
+                    with self._lock:
+                        self.received += len(data)
+                target.sendall(data)
+            target.shutdown(socket.SHUT_WR)
+        except OSError:  # either side has hung up
+            pass
+
+
+class Bench:
+    """Runs jobs in processes of their own, against the server."""
+
+    def __init__(self, relay: Relay, env: dict[str, str], peers: str):
+        self._relay = relay
+        env = env | dict.fromkeys(("AWS_ENDPOINT_URL", "S3_ENDPOINT_URL"), relay.endpoint)
+        self._env = os.environ | env | {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+        self._peers_env = self._env | {"PYTHONPATH": os.path.abspath(peers)} if peers else self._env
+
+    def prepare(self, job: Job) -> str:
+        """Has the candidate write its data set, uploads that, and returns why it could not."""
+        folder = Path(job.folder, job.name)
+        folder.mkdir()
+        failed = self._run(job, "--write", str(folder)).get("failed", "")
+        for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+            if not failed:
+                Store(job.data_set).upload(file, str(file.relative_to(folder)))
+        return failed
+
+    def run(self, job: Job) -> dict:
+        before = self._relay.received
+        result = self._run(job)
+        return result | {"received": self._relay.received - before}
+
+    def _run(self, job: Job, *options: str) -> dict:
+        command = [sys.executable, __file__, "--job", json.dumps(asdict(job)), *options]
+        env = self._peers_env if job.name in PEERS else self._env
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        with subprocess.Popen(command, env=env, start_new_session=True, **pipes) as child:
+            try:
+                out, errors = child.communicate(timeout=LIMIT_S)
+            except BaseException as error:
+                os.killpg(child.pid, signal.SIGKILL)  # with the workers that it started
+                if not isinstance(error, subprocess.TimeoutExpired):
+                    raise
+                return {"failed": f"not done after {LIMIT_S} s"}
+        if child.returncode == 0:
+            return json.loads(out.strip().splitlines()[-1])
+        found = re.findall(r"^(?:\w+\.)*\w*(?:Error|Exception)\b.*", errors, re.MULTILINE)
+        return {"failed": (found or [f"exit status {child.returncode}"])[-1][:160]}
+
+
+# ---- the report -------------------------------------------------------------------------------------------
+
+
+EXPLAINED = (
+    "CPU-seconds and wall-clock run from the last of the warm-up batches to the last batch. Counted is the "
+    "CPU time of the candidate's process and all below it (Ray Data's actors are Ray workers), with the share of each "
+    "kind; Ray's own servers (raylet, GCS, agents, monitors) are not in it: their CPU is given as a share of it. The "
+    "S3 server is in neither. A loader with batches ready when the clock starts is that much better off. decode-only "
+    "and read-only are one process each. Read amplification: bytes that came from the server, counted by a relay in "
+    "front of it with HTTP headers and the warm-up, over bytes of the JPEGs and captions in the batches."
+)
+
+
+def failure(runs: list[dict]) -> str:
+    return next((run["failed"] for run in runs if "failed" in run), "")
+
+
+def median(runs: list[dict], over: str, under: str) -> float:
+    return statistics.median(run[over] / run[under] for run in runs)
+
+
+def summary(job: Job, runs: list[dict], ceiling: float) -> list[str]:
+    """A row of the table: medians over the repeats, or why there are none."""
+    if failed := failure(runs):
+        return [job.name, f"not run: {failed}", *[""] * 5]
+    per_cpu = median(runs, "measured", "cpu")
+    return [
+        job.name,
+        f"{per_cpu:,.0f}",
+        f"{per_cpu / ceiling:.2f}",
+        f"{median(runs, 'measured', 'wall'):,.0f}",
+        f"{median(runs, 'received', 'used'):.2f}" if runs[0]["received"] else "",
+        f"{median(runs, 'ray', 'cpu'):.2f}" if runs[0]["ray"] else "",
+        runs[0]["counted"],
+    ]
+
+
+def bars(figures: dict[str, float]) -> str:
+    """What is asked of ours, and whether it holds."""
+    lines = []
+    for name, bar in {"decode-only": 0.8, **dict.fromkeys(PEERS, 1.0)}.items():
+        ratio = figures.get("ours", math.nan) / figures.get(name, math.nan)
+        verdict = "not known" if math.isnan(ratio) else f"{ratio:.2f}, {'met' if ratio >= bar else 'NOT met'}"
+        lines.append(f"- ours / {name}, wanted {bar} or more: {verdict}")
+    return "\n".join(lines)
+
+
+def waiting(run: dict, job: Job, file: str) -> str:
+    """The share of the time that a steady consumer waits, in words; and a plot of every batch, if `file` is given."""
+    if "failed" in run:
+        return f"Waiting share: not run: {run['failed']}"
+    waits, starts = np.array(run["waits"]), windows(job)
+    steady = waits[starts[2] :]
+    share = steady.sum() / (steady.sum() + len(steady) * job.batch / job.rate)
+    if file:
+        plot(waits, starts, file)
+    return (
+        f"A consumer that takes {job.rate:,.0f} pairs/s ({len(waits)} batches, several epochs) waits "
+        f"{100 * share:.2f} % of its time, {1e3 * steady.max():,.0f} ms at most for one batch and "
+        f"{1e3 * np.median(steady):.2f} ms in the median; {np.sum(steady > 0.1)} of {len(steady)} batches were waited "
+        f"for longer than 0.1 s. Left out are the first two windows, of {starts[2]} batches: {waits[0]:.1f} s for the "
+        f"first batch, {waits[starts[1]]:.1f} s for the first of the second window. From then on {len(starts) - 2} "
+        f"windows of {starts[-1] - starts[-2]} batches."
+        + (f" Every batch: {Path(file).name}." if file else "")
+    )
+
+
+def windows(job: Job) -> list[int]:
+    """The batch at which each window of `PairStream` begins."""
+    starts, groups = [0], 1
+    rows = DATA.group_steps * job.batch
+    while (start := starts[-1] + groups * DATA.group_steps) < job.steps:
+        starts.append(start)
+        groups = max(1, min(2 * groups, WINDOW_ROWS // rows, WINDOW_BYTES // (rows * ROW_BYTES)))
+    return starts
+
+
+def plot(waits: np.ndarray, starts: list[int], file: str) -> None:
+    """Waiting time of every batch; lines where a window of the stream begins."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    _, axes = plt.subplots(figsize=(9, 3.5))
+    for start in starts:
+        axes.axvline(start, color="0.8", linewidth=1)
+    axes.plot(1e3 * waits, ".", markersize=3)
+    axes.set(yscale="log", xlabel="batch (lines: a window begins)", ylabel="waited for it, ms")
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
+    plt.savefig(file, dpi=120, bbox_inches="tight")
+
+
+def versions(peers: str) -> str:
+    found = {d.name: d.version for d in importlib.metadata.distributions(path=[*sys.path, peers or "."])}
+    return ", ".join(f"{name} {found[name]}" for name in ("ray", *PEERS) if name in found)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", default="")
+    parser.add_argument("--plot", default="", help="a PNG of the waiting times")
+    parser.add_argument("--peers", default="", help="a folder with the peers that are not installed")
+    parser.add_argument("--pairs", type=int, default=6000)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--processes", type=int, default=2, help="that read and decode")
+    parser.add_argument("--warm-up", type=int, default=24, help="batches")
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--wait-pairs", type=int, default=9600, help="that the steady consumer takes")
+    parser.add_argument("--busy", type=float, default=0.6, help="its rate, as a share of what ours can give")
+    parser.add_argument("--only", nargs="*", default=list(READERS), choices=list(READERS))
+    parser.add_argument("--job", help=argparse.SUPPRESS)  # these two: in a candidate's own process
+    parser.add_argument("--write", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.job:
+        job = Job(**json.loads(given.job))
+        if given.write:
+            WRITERS[job.name](job.files(), Path(given.write))
+        print(json.dumps({} if given.write else measure(job)))
+        return
+    if given.pairs < 2 * given.warm_up * given.batch:
+        parser.error(
+            f"--pairs must be at least {2 * given.warm_up} batches, of which {given.warm_up} warm up"
+        )
+
+    with tempfile.TemporaryDirectory() as folder, local_s3(Path(folder, "s3"), (BUCKET,)) as env:
+        bench = Bench(Relay(env["AWS_ENDPOINT_URL"]), env, given.peers)
+        os.environ.update(env)
+        mean, text = run_all(bench, folder, given)
+    publish(
+        "From S3 to batches",
+        f"{given.pairs:,} JPEGs of 500 x 375 pixels, with captions {mean / 1e3:.1f} kB on average, from SeaweedFS on "
+        f"the same machine to uint8 batches of {given.batch} at {SIZE} pixels, official augmentation; reading "
+        f"processes: {given.processes}; one epoch; repeats: {given.repeats} (medians); "
+        f"{given.warm_up} batches warm up; each candidate in a fresh process. {versions(given.peers)}.\n\n{text}",
+        given.out,
+    )
+
+
+def run_all(bench: Bench, folder: str, given: argparse.Namespace) -> tuple[float, str]:
+    """Makes the data sets and runs every candidate; the bytes of a pair and the text of the report."""
+    Path(folder, "jpeg").mkdir()
+    files = [Path(folder, "jpeg", f"{i:06d}.jpg") for i in range(given.pairs)]
+    with ProcessPoolExecutor(given.processes) as pool:
+        total = sum(pool.map(make_picture, files, chunksize=50)) + sum(len(caption(file)) for file in files)
+    mean = total / given.pairs
+    jobs = {
+        name: Job(name, folder, given.pairs, given.batch, given.processes, given.warm_up)
+        for name in given.only
+    }
+    written = [name for name in WRITERS if name in jobs or (name == "ours" and "read-only" in jobs)]
+    unwritten = {name: bench.prepare(replace(jobs[given.only[0]], name=name)) for name in written}
+    results: dict[str, list[dict]] = {name: [] for name in jobs}
+    for _ in range(given.repeats):
+        for name, job in jobs.items():  # in turn, so that a disturbance meets all
+            run = {"failed": unwritten[name]} if unwritten.get(name) else bench.run(job)
+            results[name].append(run if "failed" in run else run | {"used": run["rows"] * mean})
+    figures = {name: median(runs, "measured", "cpu") for name, runs in results.items() if not failure(runs)}
+    waited = ""
+    if "ours" in figures:
+        rate = given.busy * median(results["ours"], "measured", "wall")
+        job = replace(jobs["ours"], pairs=given.wait_pairs, warm_up=1, rate=rate)
+        waited = waiting(bench.run(job), job, given.plot)
+    ceiling = figures.get("decode-only", math.nan)
+    head = [
+        "",
+        "pairs per CPU-s",
+        "of decode-only",
+        "pairs/s",
+        "read amplification",
+        "Ray's own CPU",
+        "counted",
+    ]
+    rows = [summary(job, results[name], ceiling) for name, job in jobs.items()]
+    return mean, "\n\n".join([table(head, rows), EXPLAINED, bars(figures), waited])
+
+
+if __name__ == "__main__":
+    main()
