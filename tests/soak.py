@@ -81,6 +81,7 @@ class Round:
 
     def checkpoint_damaged(self) -> None:
         """And a worker killed, so that it is read."""
+        self.command.wait_for(lambda: any(map(alive, self.command.workers())), "a worker")
         run, workers = self.command.run, [pid for pid in self.command.workers() if alive(pid)]
         for pid in workers:  # or a newer one might be there before it is damaged
             os.kill(pid, signal.SIGSTOP)

@@ -16,6 +16,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -107,6 +108,55 @@ def test_a_node_is_drained_with_notice(place, command):
     left, went_on = (re.search(rf"{w} step (\d+)", command.output)[1] for w in ("preempted at", "resumed at"))
     assert left == went_on and command.repeated() == []
     assert command.sizes() == [2, 1]
+
+
+READS_ON_A_DRAINING_NODE = """
+import sys
+import ray
+from vlmo_ray.config import DataConfig
+from vlmo_ray.data.manifest import load_manifest
+from vlmo_ray.data.order import Schedule
+from vlmo_ray.data.pipeline import PairStream
+
+node, data = sys.argv[1:]
+ray.init(log_to_driver=False)
+
+@ray.remote(num_cpus=2, label_selector={"ray.io/node-id": node})
+class Worker:
+    def begin(self):
+        shape = {"image_size": 16, "max_text_len": 12, "vocab_size": 30522, "schedule": Schedule(((60, 12),), 2)}
+        stream = PairStream(
+            load_manifest(data), DataConfig(group_steps=3), **shape, seed=1, start=0, stop=60, window_groups=1
+        )
+        self.batches = iter(stream)
+        next(self.batches)
+
+    def rest(self):
+        return sum(len(batch) for batch in self.batches)
+
+worker = Worker.remote()
+ray.get(worker.begin.remote())
+print("ready", flush=True)
+sys.stdin.readline()
+print(ray.get(worker.rest.remote(), timeout=50), flush=True)
+"""
+
+
+@raylets
+def test_a_worker_on_a_draining_node_still_gets_its_data(place):
+    """The node takes no tasks any more, and all but the first windows are still to be read."""
+    place.want_nodes(2)
+    node = place.running.pop()
+    script = [sys.executable, "-c", READS_ON_A_DRAINING_NODE, node, place.data]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    try:
+        with subprocess.Popen(script, env=place.environment, **pipes) as reader:
+            assert "ready" in iter(lambda: reader.stdout.readline().strip() or "ended", "ended")
+            place.nodes.drain(node, 60)
+            found, _ = reader.communicate("\n", timeout=60)
+        assert found.split()[-1:] == [str(59 * 12)]
+    finally:
+        place.nodes.kill(node)
 
 
 @raylets

@@ -110,9 +110,7 @@ class ClusterConfig:
     max_workers: int = 1
     gpus_per_worker: int = 1  # 0: train on CPUs, in float32
     cpus_per_worker: float = 1.0  # for training itself
-    data_cpus_per_worker: int = (
-        2  # tasks that read and decode at once, on the worker's node; reserved with it
-    )
+    data_cpus_per_worker: int = 2  # tasks that read and decode at once, reserved with the worker on its node
     strategy: Literal["ddp", "fsdp"] = "ddp"  # the model whole on every worker, or sharded layer by layer
     activation_checkpointing: bool = (
         False  # recompute each layer in the backward: less memory, a third more FLOPs

@@ -2,11 +2,15 @@
 
 import itertools
 import json
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from ray.exceptions import ActorDiedError
+from ray.train import ScalingConfig
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
+from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision
 
 from vlmo_ray.config import MODEL_SIZES, ClusterConfig
 from vlmo_ray.data.store import open_store
@@ -16,7 +20,7 @@ from vlmo_ray.recipes import recipe
 from vlmo_ray.train.launch import Node, Share, share
 from vlmo_ray.train.meters import Meters, read_metrics
 from vlmo_ray.train.optim import build_optimizer, decays, lr_at
-from vlmo_ray.train.trainer import CleanGroup
+from vlmo_ray.train.trainer import CleanGroup, LastingNodes
 
 
 @pytest.mark.parametrize("size", ["base", "base_plus"])
@@ -141,3 +145,15 @@ def test_what_has_started_is_ended_when_a_start_fails(monkeypatch, problem, want
     with pytest.raises(wanted):
         group._start()
     assert ended == [True]
+
+
+def test_running_workers_are_resized_to_more_and_never_to_fewer(monkeypatch):
+    policy = LastingNodes(ScalingConfig(num_workers=(1, 3), elastic_resize_monitor_interval_s=0.001))
+    group = SimpleNamespace(start_time=0.0, num_workers=2)
+    monkeypatch.setattr(policy, "_maybe_send_resource_request", lambda: None)
+    for count, wanted in ((1, NoopDecision), (2, NoopDecision), (3, ResizeDecision)):
+        monkeypatch.setattr(
+            policy, "_get_reserved_resources", lambda count=count: {"a": {"CPU": float(count)}}
+        )
+        time.sleep(0.01)
+        assert type(policy.make_decision_for_running_worker_group(group, None)) is wanted

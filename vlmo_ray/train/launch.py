@@ -120,9 +120,8 @@ def _worker(job: Job) -> dict:
         run.write(_RAY_RUN, get_train_context().train_run_context.run_id.encode())
 
     def notice() -> Notice:
-        going = (
-            ray.train.get_preemption_info() is not None
-        )  # a barrier: every worker calls, and all get the same
+        # a barrier: every worker calls, and all get the same
+        going = ray.train.get_preemption_info() is not None
         if rank == 0 and run.exists(_STOP):
             return Notice.STOP
         return Notice.PREEMPTED if going else Notice.NONE
