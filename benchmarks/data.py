@@ -1,6 +1,6 @@
 """Pairs per second from an S3 server to training batches, beside other loaders and what bounds them.
 
-    python benchmarks/data.py [--out FILE] [--plot FILE] [--peers DIR] [--pairs 6000] [--warm-up 32]
+    python benchmarks/data.py [--out FILE] [--plot FILE] [--peers DIR] [--repeats 3]
 
 SeaweedFS serves JPEGs made for the benchmark, on this machine; every candidate runs in a fresh process, takes one
 epoch from there and turns it into batches of uint8 images and token ids with the same decode function:
@@ -47,7 +47,7 @@ from vlmo_ray.data.decode import decode_train
 from vlmo_ray.data.local_s3 import local_s3
 from vlmo_ray.data.manifest import load_manifest
 from vlmo_ray.data.order import Schedule
-from vlmo_ray.data.pipeline import WINDOW_BYTES, WINDOW_ROWS, PairStream
+from vlmo_ray.data.pipeline import PairStream
 from vlmo_ray.data.prepare.shards import write_dataset
 from vlmo_ray.data.read import read_chunk
 from vlmo_ray.data.store import Store
@@ -56,7 +56,7 @@ from vlmo_ray.data.text import Tokenizer
 SIZE, TEXT_LEN, VOCABULARY, DATA = 224, 40, 30522, DataConfig()
 SHARD_BYTES = 16 << 20  # about a chunk of ours
 BUCKET, LIMIT_S = "bench", 900
-ROW_BYTES = 3 * SIZE**2 + 32 * TEXT_LEN
+AHEAD = 16  # batches that a loader may have ready
 RAY = "Ray's own"  # the processes of Ray that read and decode nothing
 
 
@@ -69,7 +69,8 @@ class Job:
     pairs: int
     batch: int
     processes: int
-    warm_up: int  # batches before the clocks start
+    begin: int = 0  # batches before the clocks start
+    end: int = 0  # batches before they stop
     rate: float = 0.0  # pairs/s that the consumer takes; 0: as they come
 
     @property
@@ -132,13 +133,17 @@ def ours(job: Job) -> Iterator[int]:
 
     quiet = {"include_dashboard": False, "logging_level": "ERROR", "log_to_driver": False}
     ray.init(address="local", num_cpus=job.processes, **quiet)
+    with stream(job) as batches:
+        for batch in batches:
+            assert batch.valid.all()
+            yield len(batch)
+
+
+def stream(job: Job) -> PairStream:
     shape = {"image_size": SIZE, "max_text_len": TEXT_LEN, "vocab_size": VOCABULARY}
     schedule = Schedule(((job.steps, job.batch),), slice_size=min(job.batch, 16))
     run = {"seed": 1, "schedule": schedule, "start": 0, "stop": job.steps, "tasks": job.processes}
-    with PairStream(load_manifest(job.data_set), DATA, **shape, **run) as stream:
-        for batch in stream:
-            assert batch.valid.all()
-            yield len(batch)
+    return PairStream(load_manifest(job.data_set), DATA, **shape, **run)
 
 
 def read_only(job: Job) -> Iterator[int]:
@@ -318,22 +323,22 @@ class Cpu:
 
 
 def measure(job: Job) -> dict:
-    """The run of one candidate; the clocks run from the last batch of the warm-up to the last batch."""
+    """The run of one candidate; the clocks run from the row that ends batch `begin` to the one that ends `end`."""
     cpu, rows, waits, looks = Cpu(), 0, [], []
-    batches, wanted = iter(READERS[job.name](job)), job.steps * job.batch
-    while rows < wanted:
-        asked = time.perf_counter()
-        if not (size := next(batches, 0)):
-            break
+    batches = iter(READERS[job.name](job))
+    asked = time.perf_counter()
+    while size := next(batches, 0):
         now = time.perf_counter()
         waits.append(now - asked)
-        rows += size
-        warm = rows >= job.warm_up * job.batch
-        if warm and (not looks or now - looks[-1][1] > 1 or rows >= wanted):  # to look takes milliseconds
+        before, rows = rows, rows + size
+        first, last = job.begin * job.batch, job.end * job.batch
+        due = not looks or now - looks[-1][1] > 1 or rows >= last  # to look takes 5 ms
+        if rows >= first and before < last and due:
             cpu.look()
             looks.append((rows, now, cpu.seconds()))
         if job.rate:
             time.sleep(size / job.rate)
+        asked = time.perf_counter()
     (warm_rows, began, before), (last_rows, ended, after) = looks[0], looks[-1]
     spent = {kind: seconds - before.get(kind, 0.0) for kind, seconds in after.items()}
     ray = spent.pop(RAY, 0.0)
@@ -422,12 +427,13 @@ class Bench:
 
 
 EXPLAINED = (
-    "CPU-seconds and wall-clock run from the last of the warm-up batches to the last batch. Counted is the "
-    "CPU time of the candidate's process and all below it (Ray Data's actors are Ray workers), with the share of each "
-    "kind; Ray's own servers (raylet, GCS, agents, monitors) are not in it: their CPU is given as a share of it. The "
-    "S3 server is in neither. A loader with batches ready when the clock starts is that much better off. decode-only "
-    "and read-only are one process each. Read amplification: bytes that came from the server, counted by a relay in "
-    "front of it with HTTP headers and the warm-up, over bytes of the JPEGs and captions in the batches."
+    "CPU-seconds and wall-clock run from batch {begin} to batch {end} of {steps}: ours starts to read a window at "
+    "about either, and every candidate goes on reading, so that what it has ready at the first is made up for at the "
+    "second. Counted is the CPU time of the candidate's process and all below it (Ray Data's actors are Ray workers), "
+    "with the share of each kind; Ray's own servers (raylet, GCS, agents, monitors) are not in it: their CPU is given "
+    "as a share of it. The S3 server is in neither. decode-only and read-only are one process each. Read "
+    "amplification: bytes that came from the server in the whole run, counted by a relay in front of it with HTTP "
+    "headers, over bytes of the JPEGs and captions in the batches."
 )
 
 
@@ -487,12 +493,7 @@ def waiting(run: dict, job: Job, file: str) -> str:
 
 def windows(job: Job) -> list[int]:
     """The batch at which each window of `PairStream` begins."""
-    starts, groups = [0], 1
-    rows = DATA.group_steps * job.batch
-    while (start := starts[-1] + groups * DATA.group_steps) < job.steps:
-        starts.append(start)
-        groups = max(1, min(2 * groups, WINDOW_ROWS // rows, WINDOW_BYTES // (rows * ROW_BYTES)))
-    return starts
+    return [window.steps.start for window in stream(job).windows()]
 
 
 def plot(waits: np.ndarray, starts: list[int], file: str) -> None:
@@ -521,10 +522,9 @@ def main() -> None:
     parser.add_argument("--out", default="")
     parser.add_argument("--plot", default="", help="a PNG of the waiting times")
     parser.add_argument("--peers", default="", help="a folder with the peers that are not installed")
-    parser.add_argument("--pairs", type=int, default=6000)
+    parser.add_argument("--pairs", type=int, default=7680)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--processes", type=int, default=2, help="that read and decode")
-    parser.add_argument("--warm-up", type=int, default=24, help="batches")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--wait-pairs", type=int, default=9600, help="that the steady consumer takes")
     parser.add_argument("--busy", type=float, default=0.6, help="its rate, as a share of what ours can give")
@@ -538,11 +538,6 @@ def main() -> None:
             WRITERS[job.name](job.files(), Path(given.write))
         print(json.dumps({} if given.write else measure(job)))
         return
-    if given.pairs < 2 * given.warm_up * given.batch:
-        parser.error(
-            f"--pairs must be at least {2 * given.warm_up} batches, of which {given.warm_up} warm up"
-        )
-
     with tempfile.TemporaryDirectory() as folder, local_s3(Path(folder, "s3"), (BUCKET,)) as env:
         bench = Bench(Relay(env["AWS_ENDPOINT_URL"]), env, given.peers)
         os.environ.update(env)
@@ -552,7 +547,7 @@ def main() -> None:
         f"{given.pairs:,} JPEGs of 500 x 375 pixels, with captions {mean / 1e3:.1f} kB on average, from SeaweedFS on "
         f"the same machine to uint8 batches of {given.batch} at {SIZE} pixels, official augmentation; reading "
         f"processes: {given.processes}; one epoch; repeats: {given.repeats} (medians); "
-        f"{given.warm_up} batches warm up; each candidate in a fresh process. {versions(given.peers)}.\n\n{text}",
+        f"each candidate in a fresh process. {versions(given.peers)}.\n\n{text}",
         given.out,
     )
 
@@ -564,12 +559,13 @@ def run_all(bench: Bench, folder: str, given: argparse.Namespace) -> tuple[float
     with ProcessPoolExecutor(given.processes) as pool:
         total = sum(pool.map(make_picture, files, chunksize=50)) + sum(len(caption(file)) for file in files)
     mean = total / given.pairs
-    jobs = {
-        name: Job(name, folder, given.pairs, given.batch, given.processes, given.warm_up)
-        for name in given.only
-    }
-    written = [name for name in WRITERS if name in jobs or (name == "ours" and "read-only" in jobs)]
-    unwritten = {name: bench.prepare(replace(jobs[given.only[0]], name=name)) for name in written}
+    base = Job("ours", folder, given.pairs, given.batch, given.processes)
+    written = [name for name in WRITERS if name in given.only or name == "ours"]
+    unwritten = {name: bench.prepare(replace(base, name=name)) for name in written}
+    starts = windows(base)
+    begin, end = starts[2], max(start for start in starts if start + AHEAD <= base.steps)
+    assert end > begin, f"{given.pairs} pairs are two windows and less than {AHEAD} batches: give more"
+    jobs = {name: replace(base, name=name, begin=begin, end=end) for name in given.only}
     results: dict[str, list[dict]] = {name: [] for name in jobs}
     for _ in range(given.repeats):
         for name, job in jobs.items():  # in turn, so that a disturbance meets all
@@ -579,7 +575,7 @@ def run_all(bench: Bench, folder: str, given: argparse.Namespace) -> tuple[float
     waited = ""
     if "ours" in figures:
         rate = given.busy * median(results["ours"], "measured", "wall")
-        job = replace(jobs["ours"], pairs=given.wait_pairs, warm_up=1, rate=rate)
+        job = replace(base, pairs=given.wait_pairs, begin=1, end=given.wait_pairs // given.batch, rate=rate)
         waited = waiting(bench.run(job), job, given.plot)
     ceiling = figures.get("decode-only", math.nan)
     head = [
@@ -592,7 +588,8 @@ def run_all(bench: Bench, folder: str, given: argparse.Namespace) -> tuple[float
         "counted",
     ]
     rows = [summary(job, results[name], ceiling) for name, job in jobs.items()]
-    return mean, "\n\n".join([table(head, rows), EXPLAINED, bars(figures), waited])
+    explained = EXPLAINED.format(begin=begin, end=end, steps=base.steps)
+    return mean, "\n\n".join([table(head, rows), explained, bars(figures), waited])
 
 
 if __name__ == "__main__":

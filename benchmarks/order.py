@@ -59,7 +59,7 @@ def measure(uri: str) -> dict:
                 steps - 1, (epoch * manifest.num_rows) // BATCH + 1 + chance.randrange(steps // epochs - 2)
             )
             began = time.perf_counter()
-            rows = order.part_rows(order.group(step), 0, 8)  # a part, as a data task gets it
+            rows = order.slice_rows(order.group(step), 0, 8)  # a part, as a data task gets it
             (again if i else first).append(time.perf_counter() - began)
             assert len(rows) == 8 * SLICE * len(order.group(step))
     return {

@@ -35,7 +35,7 @@ def rows_of(order: Order, num_workers: int = 1, start: int = 0, stop: int | None
         group = order.group(step)
         for rank in range(num_workers):
             share = deal(order.schedule.num_slices(step), num_workers, rank)
-            part = order.part_rows(group, *share, start=start, stop=stop)
+            part = order.slice_rows(group, *share, start=start, stop=stop)
             assert np.all(np.lexsort((part.position, part.step)) == np.arange(len(part)))
             columns = (part.step, part.position, part.epoch, part.chunk, part.row)
             for t, q, *row in zip(*(c.tolist() for c in columns), strict=True):
@@ -127,7 +127,7 @@ def test_a_worker_touches_few_chunks(order, num_workers):
     for step in range(order.schedule.total_steps):
         for rank in range(num_workers):
             share = deal(order.schedule.num_slices(step), num_workers, rank)
-            part = order.part_rows(order.group(step), *share)
+            part = order.slice_rows(order.group(step), *share)
             for epoch in np.unique(part.epoch):
                 mine = part.epoch == epoch
                 touched = len(np.unique(part.chunk[mine]))
@@ -204,7 +204,7 @@ def test_a_billion_rows_are_reached_in_a_second():
 
     order = Order(np.full(4_000_000, 250, dtype=np.int32), 1, Schedule(((200_000, 32768),), 256), 8)
     started = time.perf_counter()
-    part = order.part_rows(order.group(150_000), 0, 2)
+    part = order.slice_rows(order.group(150_000), 0, 2)
     elapsed = time.perf_counter() - started
     assert len(part) == 8 * 2 * 256
     assert elapsed < 5, elapsed  # measured 0.5 s; the bound leaves room for a busy machine

@@ -28,7 +28,7 @@ from vlmo_ray.data.manifest import Manifest, chunk_table, index_parquet, write_m
 from vlmo_ray.data.order import Order, Schedule
 from vlmo_ray.data.parts import EvalReader, TrainReader, make_part
 from vlmo_ray.data.pipeline import PairStream, eval_dataset
-from vlmo_ray.data.prefetch import Prefetch, user_error
+from vlmo_ray.data.prefetch import Overlapped, Prefetch, user_error
 from vlmo_ray.data.read import ShardError
 from vlmo_ray.data.store import Store
 from vlmo_ray.data.text import Tokenizer, mask_whole_words, normalise
@@ -107,7 +107,7 @@ def test_rows_are_what_order_decoder_and_tokenizer_say(manifest, wanted):
     first_row = np.cumsum(manifest.chunk_rows) - manifest.chunk_rows
     tokenizer = Tokenizer(SHAPE["max_text_len"])
     for step, batch in enumerate(wanted):
-        rows = order.part_rows(order.group(step), 0, SCHEDULE.num_slices(step), step, step + 1)
+        rows = order.slice_rows(order.group(step), 0, SCHEDULE.num_slices(step), step, step + 1)
         assert batch.position.tolist() == list(range(SCHEDULE.batch_size(step)))
         for q, (chunk, row) in enumerate(zip(rows.chunk, rows.row, strict=True)):
             i = int(first_row[chunk] + row)
@@ -134,7 +134,7 @@ def test_every_pair_once_per_epoch(manifest, wanted):
     order = Order(manifest.chunk_rows, 3, SCHEDULE, DATA.group_steps)
     seen = {}
     for step, batch in enumerate(wanted):
-        rows = order.part_rows(order.group(step), 0, SCHEDULE.num_slices(step), step, step + 1)
+        rows = order.slice_rows(order.group(step), 0, SCHEDULE.num_slices(step), step, step + 1)
         for epoch, name in zip(rows.epoch.tolist(), batch.ids, strict=True):
             seen.setdefault(epoch, []).append(name)
     everything = sorted(f"pair{i}" for i in range(NUM_ROWS))
@@ -159,14 +159,49 @@ def test_a_corrupt_record_is_masked_and_named(manifest, wanted):
 @pytest.mark.parametrize("num_workers", [2, 3, 5])
 def test_workers_and_parts_change_nothing(manifest, wanted, num_workers):
     """With 5 workers and 3 slices, some have no rows in the first phase."""
-    found = global_batches(manifest, num_workers, parts_per_group=num_workers - 1, window_groups=1)
+    found = global_batches(manifest, num_workers, part_rows=num_workers, window_groups=1)
     assert_equal(found, wanted)
 
 
 @pytest.mark.parametrize("start", [1, 5, 7, 11, 13])
 def test_resume_in_the_middle_of_a_group(manifest, wanted, start):
-    assert_equal(batches(manifest, start=start, num_workers=1, parts_per_group=2), wanted[start:])
+    assert_equal(batches(manifest, start=start, part_rows=9), wanted[start:])
     assert_equal(batches(manifest, stop=start), wanted[:start])
+
+
+def test_a_window_reads_small_chunks_once_and_shares_large_ones_out(manifest):
+    options = {"data": DATA, "schedule": Schedule(((24, 24),), 4), "seed": 3, "start": 2, "stop": 24} | SHAPE
+    for rank, num_workers, part_rows in [(0, 1, 20), (1, 2, 30), (0, 1, 2)]:
+        stream = PairStream(
+            manifest, rank=rank, num_workers=num_workers, part_rows=part_rows, window_groups=3, **options
+        )
+        for window in stream.windows():
+            sizes = [len(part) for part in window.parts]
+            assert sum(sizes) == len(window.steps) * 24 // num_workers
+            assert max(sizes) <= 1.5 * part_rows + 1
+            assert [part.step[0] for part in window.parts] == sorted(part.step[0] for part in window.parts)
+            chunks = [chunk for part in window.parts for chunk in part.chunks]
+            if part_rows > 2:
+                assert len(chunks) == len(set(chunks))
+                assert len(sizes) <= sum(sizes) / part_rows * 2 + 1
+            else:  # two epochs of a window's 72 pairs have rows of a chunk of 5 up to 10 times
+                assert len(chunks) > len(set(chunks)) and len(sizes) > len(set(chunks))
+
+
+def test_windows_grow_with_the_tasks(manifest):
+    def largest(image_size, tasks):
+        options = {"data": DataConfig(), "seed": 3} | SHAPE | {"image_size": image_size}
+        schedule = Schedule(((2000, 64),), 16)
+        stream = PairStream(manifest, schedule=schedule, start=0, stop=2000, tasks=tasks, **options)
+        windows = list(stream.windows())
+        assert [len(window.steps) for window in windows[:3]] == [8, 16, 32]
+        assert (
+            max(len(window.parts) for window in windows) >= 1.5 * tasks
+        )  # all have work until the next begins
+        return max(len(window.steps) for window in windows) * 64
+
+    assert largest(16, 1) == 4096 and largest(16, 16) == 8192
+    assert largest(224, 4) == 3072 and largest(224, 16) == 8192
 
 
 def test_a_missing_shard_stops_with_its_address(tmp_path):
@@ -176,26 +211,21 @@ def test_a_missing_shard_stops_with_its_address(tmp_path):
         batches(manifest)
 
 
-def test_prefetch_is_bounded_and_closes_its_source():
+def test_prefetch_takes_everything_and_closes_its_source():
     made, closed = [], threading.Event()
 
-    def source():
+    def source(n=3):
         try:
-            for i in range(100):
+            for i in range(n):
                 made.append(i)
                 yield i
         finally:
             closed.set()
 
-    ahead = Prefetch(source(), 3)
-    assert next(ahead) == 0
-    time.sleep(0.3)
-    assert len(made) <= 6
-    ahead.close()
-    assert closed.wait(5) and not ahead._thread.is_alive()
-    assert list(ahead) == []
+    ahead = Prefetch(source())
+    assert closed.wait(5) and made == [0, 1, 2] == list(ahead) and not ahead._thread.is_alive()
     closed.clear()
-    for _ in Prefetch(source(), 3):
+    for _ in Prefetch(source(10**9)):
         break  # the dropped iterator ends the thread
     assert closed.wait(5)
 
@@ -205,11 +235,58 @@ def test_prefetch_raises_the_error_of_its_source_after_what_came_before():
         yield 1
         raise UserError("the reason")
 
-    ahead = Prefetch(source(), 3)
+    ahead = Prefetch(source())
     assert next(ahead) == 1
     with pytest.raises(UserError, match="the reason"):
         next(ahead)
     assert list(ahead) == []
+
+
+def test_who_waits_long_is_told(monkeypatch, caplog):
+    go = threading.Event()
+    ahead = Prefetch(go.wait(30) for _ in range(1))
+    clock = iter(range(0, 10**6, 40))
+    monkeypatch.setattr("vlmo_ray.data.prefetch.time.monotonic", lambda: next(clock))
+    threading.Timer(2.5, go.set).start()
+    assert next(ahead)
+    assert caplog.messages[0].startswith("no data for 80 s: ")
+
+
+def test_overlapped_iterators_begin_when_two_things_hold():
+    """The one before is nearly done, and has been asked for."""
+    made, go = [], [threading.Event() for _ in range(4)]
+
+    def make(nearly_done):
+        i = len(made)
+        made.append(i)
+
+        def items():
+            yield i, 0
+            go[i].wait(30)
+            nearly_done()
+            yield i, 1
+
+        return items()
+
+    def eventually(count):
+        deadline = time.monotonic() + 5
+        while len(made) < count and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.1)
+        return len(made) == count
+
+    chain = Overlapped(make)
+    first = chain.next()
+    assert next(first) == (0, 0) and eventually(1)  # asked for, and not nearly done
+    go[1].set()
+    go[0].set()
+    assert eventually(2)  # the second is done, and not asked for
+    assert next(first) == (0, 1)
+    assert list(chain.next()) == [(1, 0), (1, 1)] and eventually(3)
+    third = chain.next()
+    threading.Timer(0.3, go[2].set).start()
+    chain.close()
+    assert eventually(3) and not third._thread.is_alive()
 
 
 def test_user_error_is_found_in_a_chain():
@@ -221,7 +298,7 @@ def test_user_error_is_found_in_a_chain():
 
 @pytest.mark.ray
 def test_ray_gives_the_same_batches(ray_cluster, manifest, wanted):
-    found = batches(manifest, in_process=False, parts_per_group=2, window_groups=2, tasks=2)
+    found = batches(manifest, in_process=False, part_rows=9, window_groups=2, tasks=2)
     assert_equal(found, wanted)
 
 
@@ -327,7 +404,7 @@ sys.exit(", ".join({"torch", "ray"} & set(sys.modules)) or None)
 """
     readers = TrainReader(manifest.uri, DATA, **SHAPE, seed=3), EvalReader(manifest.uri, 16, 12)
     order = Order(manifest.chunk_rows, 3, SCHEDULE, DATA.group_steps)
-    part = make_part(manifest, order.part_rows(order.group(0), 0, 1))
+    part = make_part(manifest, order.slice_rows(order.group(0), 0, 1))
     given = pickle.dumps((readers, part))
     done = subprocess.run([sys.executable, "-c", code], input=given, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr.decode()

@@ -19,7 +19,8 @@ group that belong to different epochs are dealt separately, so that an epoch hol
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 
 import numpy as np
@@ -106,6 +107,13 @@ class Rows:
     def __len__(self) -> int:
         return len(self.step)
 
+    def take(self, index: np.ndarray) -> Rows:
+        return Rows(*(getattr(self, f.name)[index] for f in fields(self)))
+
+    @classmethod
+    def concatenate(cls, pieces: Sequence[Rows]) -> Rows:
+        return cls(*(np.concatenate([getattr(piece, f.name) for piece in pieces]) for f in fields(cls)))
+
 
 @dataclass(frozen=True, eq=False)
 class Order:
@@ -146,7 +154,7 @@ class Order:
         is_last_phase = phase.stop == self.schedule.total_steps
         return range(first, last if is_last_phase else min(last, phase.stop))
 
-    def part_rows(self, group: range, first_slice: int, last_slice: int, start=0, stop=None) -> Rows:
+    def slice_rows(self, group: range, first_slice: int, last_slice: int, start=0, stop=None) -> Rows:
         """The rows of slices `[first_slice, last_slice)` in the steps of `group` that are in `[start, stop)`.
 
         How slices are put together to parts changes nothing: the rows of a slice are its own.

@@ -139,7 +139,7 @@ def _read(
     mask_chunks: bool = False,
 ) -> Columns:
     n = len(part)
-    image = np.full((n, 3, image_size, image_size), GREY, dtype=np.uint8)
+    image = np.empty((n, 3, image_size, image_size), dtype=np.uint8)
     text_ids = np.zeros((n, max_text_len), dtype=np.int32)
     text_ids[:, :2] = CLS_ID, SEP_ID
     text_mask = np.zeros((n, max_text_len), dtype=bool)
@@ -177,6 +177,7 @@ def _read(
                 image[i] = pixels
                 text_ids[i], text_mask[i], word[i] = encoded
     valid = np.array([not problem for problem in strings["problem"]], dtype=bool)
+    image[~valid] = GREY
     arrays = {"image": image, "text_ids": text_ids, "text_mask": text_mask, "word": word, "valid": valid}
     return arrays | strings
 

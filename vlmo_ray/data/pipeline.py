@@ -5,23 +5,23 @@ processes of the worker's node, under the CPUs that are reserved for the worker.
 would wait for ever where training workers have taken all; and of what is left over Ray Data 2.60 gives each pipeline
 its part by integer division, node by node: with many workers, nothing.)
 
-The work is cut into groups (of steps, see `order`), a group into parts (of neighbouring slices), and a part is one
-block. A dataset is built for a window of some groups at a time, so nothing grows with the size of the data set or the
-length of the run. A thread is one whole window ahead of the training, so that the start of a window costs it nothing.
+A dataset is built for a window of some groups of steps (see `order`) at a time, so nothing grows with the size of the
+data set or the length of the run. The rows of a window are cut into parts at the ends of chunks, so that a window reads
+a chunk once; a part is one block. The rows of a step come out of the blocks that have some of them.
 
-A window is read to its end as fast as it comes, and never left waiting for the training: as soon as finished blocks
-wait to be taken, Ray Data's executor (2.60) polls without a pause, in a thread of this process, and takes its core
-and its interpreter lock from the training.
+A window is read to its end as fast as it comes, by a thread, and never left waiting for the training: as soon as
+finished blocks wait to be taken, Ray Data's executor (2.60) polls without a pause, in a thread of this process, and
+takes its core and its interpreter lock from the training. The next window starts while the last tasks of this one
+run, but not before the training has come to this one, so that two of them are in memory.
 """
 
 from __future__ import annotations
 
 import logging
 import pickle
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,7 +30,7 @@ from vlmo_ray.config import DataConfig
 from vlmo_ray.data.manifest import Manifest
 from vlmo_ray.data.order import Order, Rows, Schedule, deal
 from vlmo_ray.data.parts import Columns, EvalReader, Part, TrainReader, make_part
-from vlmo_ray.data.prefetch import Prefetch
+from vlmo_ray.data.prefetch import Overlapped
 from vlmo_ray.data.read import ShardError
 
 if TYPE_CHECKING:  # both are slow to import, and a data task needs neither
@@ -38,15 +38,17 @@ if TYPE_CHECKING:  # both are slow to import, and a data task needs neither
 
     from vlmo_ray.data.batch import PairBatch
 
-PART_ROWS = 512  # a block costs Ray Data 25 ms, and a part reads about one chunk that it shares with the next
-WINDOW_ROWS = 4096  # of a worker; a window's start and end cost about half a second of data time
-WINDOW_BYTES = 256 << 20  # of decoded rows, unless one group has more
+PART_ROWS = 128, 512  # at least and at most, about; a block costs Ray Data 25 ms
+WINDOW_ROWS = 4096  # of a worker, and so much more for each 8 tasks more
+WINDOW_BYTES = 512 << 20  # of decoded rows, and so much more for each 4 tasks more; but always one group
 
 
 @dataclass(frozen=True)
-class _Group:
+class Window:
+    """What is read by one dataset."""
+
     steps: range
-    parts: list[Part]
+    parts: list[Part]  # in the order of their first steps
 
 
 @dataclass(frozen=True)
@@ -70,9 +72,8 @@ class PairStream:
     without slices gets batches of no rows. `num_workers` and `rank` change which rows come here, and nothing
     about a row. `tasks` read and decode at once. `in_process` does the same work without Ray, in the calling process.
 
-    The decoded rows of up to three windows are in memory at once: the one being trained on, the next, and the one
-    being read. A window has at least one group of steps: a run whose batches are too large for that sets
-    `data.group_steps` to 1.
+    The decoded rows of up to two windows are in memory at once: the one being trained on and the next. A window has at
+    least one group of steps: a run whose batches are too large for that sets `data.group_steps` to 1.
 
     A stream can be iterated once. Raises `ShardError` when a chunk cannot be read.
     """
@@ -91,7 +92,7 @@ class PairStream:
         stop: int,
         rank: int = 0,
         num_workers: int = 1,
-        parts_per_group: int | None = None,  # None: parts of about PART_ROWS rows
+        part_rows: int | None = None,  # None: two parts a task and window, within PART_ROWS
         window_groups: int | None = None,  # None: up to WINDOW_ROWS rows and WINDOW_BYTES
         tasks: int = 1,
         in_process: bool = False,
@@ -101,26 +102,22 @@ class PairStream:
         self._reader = TrainReader(manifest.uri, data, image_size, max_text_len, vocab_size, seed)
         self._order = Order(manifest.chunk_rows, seed, schedule, data.group_steps)
         self._steps, self._rank, self._num_workers = range(start, stop), rank, num_workers
-        self._parts_per_group, self._window_groups = parts_per_group, window_groups
+        self._part_rows, self._window_groups = part_rows, window_groups
         self._tasks, self._in_process = tasks, in_process
-        self._ahead: Prefetch | None = None
+        self._windows = self.windows()
+        self._ahead = Overlapped(self._read)
         self._open: Iterator[PairBatch] | None = None
 
     def __iter__(self) -> Iterator[PairBatch]:
         assert self._open is None, "a stream is iterated once: make another"
-        if self._in_process:
-            self._open = self._batches(self._windows())
-        else:
-            self._ahead = Prefetch(map(_read_whole, self._windows()), 1)
-            self._open = self._batches(self._ahead)
+        self._open = self._batches()
         return self._open
 
     def close(self) -> None:
-        """End the data tasks and the thread; also done at the end of a `with` block."""
+        """End the data tasks and the threads; also done at the end of a `with` block."""
         if self._open is not None:
             self._open.close()
-        if self._ahead is not None:
-            self._ahead.close()
+        self._ahead.close()
 
     def __enter__(self) -> PairStream:
         return self
@@ -128,52 +125,75 @@ class PairStream:
     def __exit__(self, *_) -> None:
         self.close()
 
-    def _windows(self) -> Iterator[tuple[list[_Group], Iterator[Columns]]]:
-        """Groups, with the blocks of all their parts in order; one group at first, to start soon, then ever more."""
-        groups, count = self._groups(), 1
-        while window := list(islice(groups, self._window_groups or count)):
-            yield window, self._run([part for group in window for part in group.parts])
-            rows = max(1, sum(len(part) for part in window[-1].parts))
-            count = max(1, min(2 * count, WINDOW_ROWS // rows, WINDOW_BYTES // (rows * self._row_bytes)))
+    def windows(self) -> Iterator[Window]:
+        """How the steps are cut: one group at first, to start soon, then ever more."""
+        step, stop, count = self._steps.start, self._steps.stop, 1
+        while step < stop:
+            first, groups = step, []
+            while step < stop and len(groups) < (self._window_groups or count):
+                group = self._order.group(step)
+                groups.append(self._order.slice_rows(group, *self._slices(step), step, stop))
+                step = min(group.stop, stop)
+            yield Window(range(first, step), self._cut_parts(Rows.concatenate(groups)))
+            rows = max(1, len(groups[-1]))
+            by_rows = WINDOW_ROWS * max(1, self._tasks / 8) / rows
+            by_bytes = WINDOW_BYTES * max(1, self._tasks / 4) / (rows * self._row_bytes)
+            count = max(1, int(min(2 * count, by_rows, by_bytes)))
 
-    def _batches(self, windows: Iterable[tuple[list[_Group], Iterator[Columns]]]) -> Iterator[PairBatch]:
+    def _batches(self) -> Iterator[PairBatch]:
         from vlmo_ray.data.batch import PairBatch
 
-        for window, blocks in windows:
-            for group in window:
-                for columns in _by_step(group, blocks):
-                    if columns is None:
-                        yield PairBatch.empty(self._reader.image_size, self._reader.max_text_len)
-                    else:
-                        yield PairBatch.from_numpy(columns)
+        while True:
+            blocks = self._read(lambda: None) if self._in_process else self._ahead.next()
+            window = next(blocks)
+            if window is None:
+                return
+            for step, pieces in _by_step(window, blocks):
+                first, last = self._slices(step)
+                if first == last:
+                    yield PairBatch.empty(self._reader.image_size, self._reader.max_text_len)
+                else:
+                    size = self._order.schedule.slice_size
+                    yield PairBatch.from_numpy(_together(pieces, range(first * size, last * size)))
 
-    def _groups(self) -> Iterator[_Group]:
-        step, stop = self._steps.start, self._steps.stop
-        while step < stop:
-            group = self._order.group(step)
-            first, last = self._slices(step)
-            count = self._num_parts(step)
-            parts = []
-            for i in range(count):
-                a, b = deal(last - first, count, i)
-                rows = self._order.part_rows(group, first + a, first + b, step, stop)
-                if len(rows):
-                    parts.append(make_part(self._manifest, rows))
-            yield _Group(range(step, min(group.stop, stop)), parts)
-            step = group.stop
+    def _read(self, nearly_done: Callable[[], None]) -> Iterator[Window | Columns | None]:
+        """The next window, then its blocks; None after the last window. Tells when only its last tasks are running."""
+        window = next(self._windows, None)
+        yield window
+        if window is None:
+            return
+        missing = sum(map(len, window.parts))
+        last = sum(map(len, window.parts[-self._tasks :]))
+        if missing <= last:
+            nearly_done()
+        for block in self._run(window.parts):
+            before, missing = missing, missing - len(block["step"])
+            if before > last >= missing:
+                nearly_done()
+            yield block
+
+    def _cut_parts(self, rows: Rows) -> list[Part]:
+        """Parts of about equal size: a small chunk is in one of them, a large one in some of its own."""
+        wanted = self._part_rows or min(PART_ROWS[1], max(PART_ROWS[0], len(rows) / (2 * self._tasks)))
+        # chunk after chunk as they come to be needed, and in a chunk step after step
+        _, first, chunk = np.unique(rows.chunk, return_index=True, return_inverse=True)
+        order = np.argsort(first[chunk], kind="stable")
+        sizes = np.bincount(chunk)[np.argsort(first)]
+        cuts, end = [0], 0
+        for size in sizes.tolist():
+            pieces = max(1, round(size / wanted))
+            for begin, stop in (deal(size, pieces, piece) for piece in range(pieces)):
+                if (
+                    end + (stop - begin) / 2 - cuts[-1] > wanted
+                ):  # nearer to what is wanted without this piece
+                    cuts.append(end)
+                end += stop - begin
+        chosen = [np.sort(part) for part in np.split(order, cuts[1:]) if len(part)]
+        parts = [make_part(self._manifest, rows.take(index)) for index in chosen]
+        return sorted(parts, key=lambda part: part.step[0])
 
     def _slices(self, step: int) -> tuple[int, int]:
         return deal(self._order.schedule.num_slices(step), self._num_workers, self._rank)
-
-    def _num_rows(self, step: int) -> int:
-        first, last = self._slices(step)
-        return (last - first) * self._order.schedule.slice_size
-
-    def _num_parts(self, step: int) -> int:
-        """Of the group that `step` is in."""
-        first, last = self._slices(step)
-        rows = self._num_rows(step) * len(self._order.group(step))
-        return max(1, min(last - first, self._parts_per_group or round(rows / PART_ROWS)))
 
     @property
     def _row_bytes(self) -> int:
@@ -212,46 +232,36 @@ class PairStream:
                 yield columns
 
 
-def _read_whole(window: tuple[list[_Group], Iterator[Columns]]) -> tuple[list[_Group], Iterator[Columns]]:
-    """The window with its blocks in memory. A shard's error stays behind the blocks that were read before it."""
-    groups, blocks = window
-    read, problem = [], None
-    try:
-        read.extend(blocks)
-    except ShardError as error:
-        problem = error
-
-    def replay() -> Iterator[Columns]:
-        while read:
-            yield read.pop(0)  # and let go
-        if problem is not None:
-            raise problem
-
-    return groups, replay()
-
-
-def _by_step(group: _Group, blocks: Iterator[Columns]) -> Iterator[Columns | None]:
-    """The columns of each step of a group, from the blocks of its parts; None where there are no rows.
-
-    The rows of a part are in the order of (step, position) and the positions of parts ascend within a step,
-    so the rows of a step are one range of each block.
-    """
-    missing = sum(len(part) for part in group.parts)
+def _by_step(window: Window, blocks: Iterator[Columns]) -> Iterator[tuple[int, list[Columns]]]:
+    """Each step of the window, with the pieces of blocks that have its rows."""
     pieces: list[Columns] = []
-    while missing:
-        pieces.append(next(blocks))
-        missing -= len(pieces[-1]["step"])
-        assert missing >= 0, "a block has rows of two groups"
-    for step in group.steps:
+    received = wanted = 0
+    parts = iter(window.parts)
+    part = next(parts, None)
+    for step in window.steps:
+        while part is not None and part.step[0] <= step:
+            wanted += len(part)
+            part = next(parts, None)
+        while received < wanted:  # Ray Data may cut a large block in several
+            pieces.append(next(blocks))
+            received += len(pieces[-1]["step"])
         ranges = [np.searchsorted(piece["step"], [step, step + 1]) for piece in pieces]
-        chosen = [(piece, a, b) for piece, (a, b) in zip(pieces, ranges, strict=True) if b > a]
-        if not chosen:
-            yield None
-            continue
-        # always a copy: the blocks are read-only, and a view of a few rows would keep all of a block alive
-        columns = {name: np.concatenate([piece[name][a:b] for piece, a, b in chosen]) for name in pieces[0]}
-        assert np.all(np.diff(columns["position"]) > 0)
-        yield columns
+        found = [(piece, a, b) for piece, (a, b) in zip(pieces, ranges, strict=True) if b > a]
+        yield step, [{name: column[a:b] for name, column in piece.items()} for piece, a, b in found]
+        pieces = [piece for piece in pieces if piece["step"][-1] > step]
+
+
+def _together(pieces: list[Columns], positions: range) -> Columns:
+    """The rows at `positions`, in order: always copies, as blocks are read-only, and would be kept alive by a view."""
+    places = [piece["position"] - positions.start for piece in pieces]
+    assert np.array_equal(np.sort(np.concatenate(places)), np.arange(len(positions)))
+    columns = {}
+    for name, column in pieces[0].items():
+        kind = np.result_type(*(piece[name] for piece in pieces))
+        columns[name] = np.empty((len(positions), *column.shape[1:]), kind)
+        for piece, at in zip(pieces, places, strict=True):
+            columns[name][at] = piece[name]
+    return columns
 
 
 def eval_dataset(

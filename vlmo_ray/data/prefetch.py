@@ -1,13 +1,18 @@
-"""A thread that keeps some items of an iterator ready."""
+"""Threads that keep the items of iterators ready."""
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
-from collections.abc import Generator, Iterator
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 from vlmo_ray.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 def user_error(error: BaseException | None) -> UserError | None:
@@ -24,13 +29,14 @@ def user_error(error: BaseException | None) -> UserError | None:
 
 
 class Prefetch(Iterator):
-    """The items of an iterator, made by a thread up to `depth` ahead; its errors are raised here.
+    """The items of an iterator, taken from it by a thread as fast as they come; its errors are raised here.
 
     `close` (or garbage collection) ends the thread after the item it is making; a generator is closed in it.
+    Who waits for a minute is told so in the log.
     """
 
-    def __init__(self, source: Iterator, depth: int):
-        self._queue: queue.Queue[tuple[str, Any]] = queue.Queue(max(1, depth))
+    def __init__(self, source: Iterator):
+        self._queue: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         self._stop = threading.Event()
         # no reference to self, so that dropping the iterator ends the thread; a daemon, so that a thread
         # that waits for Ray does not keep the interpreter from ending
@@ -40,10 +46,15 @@ class Prefetch(Iterator):
         self._thread.start()
 
     def __next__(self) -> Any:
+        began, told = time.monotonic(), 0
         while not self._stop.is_set():
             try:
                 kind, value = self._queue.get(timeout=1.0)
             except queue.Empty:
+                waited = int(time.monotonic() - began)
+                if waited // 60 > told:
+                    told = waited // 60
+                    logger.warning("no data for %d s: storage is slow, or no data task gets to run", waited)
                 continue
             if kind == "item":
                 return value
@@ -60,22 +71,55 @@ class Prefetch(Iterator):
         self._stop.set()
 
 
-def _fill(source: Iterator, results: queue.Queue, stop: threading.Event) -> None:
-    def put(kind: str, value: Any) -> None:
-        while not stop.is_set():
-            try:
-                return results.put((kind, value), timeout=0.2)
-            except queue.Full:
-                continue
-
+def _fill(source: Iterator, results: queue.SimpleQueue, stop: threading.Event) -> None:
     try:
         for item in source:
-            put("item", item)
             if stop.is_set():
                 break
-        put("end", None)
+            results.put(("item", item))
+        results.put(("end", None))
     except BaseException as error:  # whatever it is belongs to the consumer
-        put("error", error)
+        results.put(("error", error))
     finally:
         if isinstance(source, Generator):
             source.close()
+
+
+class Overlapped:
+    """Iterators one after the other, each run to its end by a `Prefetch`; two of them at most are kept.
+
+    `make(nearly_done)` makes the next one, which calls `nearly_done` once, before the last of its items. An iterator is
+    made when the one before has called that and has been asked for.
+    """
+
+    def __init__(self, make: Callable[[Callable[[], None]], Iterator]):
+        self._make, self._lock = make, threading.Lock()
+        self._kept: deque[Prefetch] = deque()
+        self._made = self._asked_for = self._nearly_done = 0
+        self._closed = False
+
+    def next(self) -> Prefetch:
+        """The next iterator, when the one before is used up."""
+        with self._lock:
+            self._make_if_due()
+            if self._asked_for:
+                self._kept.popleft()
+            self._asked_for += 1
+            self._make_if_due()
+            return self._kept[0]
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+        for prefetch in self._kept:
+            prefetch.close()
+
+    def _tell(self) -> None:
+        with self._lock:
+            self._nearly_done += 1
+            self._make_if_due()
+
+    def _make_if_due(self) -> None:
+        if self._made == self._asked_for == self._nearly_done and not self._closed:
+            self._made += 1
+            self._kept.append(Prefetch(self._make(self._tell)))
