@@ -201,7 +201,7 @@ def test_windows_grow_with_the_tasks(manifest):
         return max(len(window.steps) for window in windows) * 64
 
     assert largest(16, 1) == 4096 and largest(16, 16) == 8192
-    assert largest(224, 4) == 3072 and largest(224, 16) == 8192
+    assert largest(224, 4) == 2560 and largest(224, 16) == 8192
 
 
 def test_a_missing_shard_stops_with_its_address(tmp_path):
@@ -252,9 +252,8 @@ def test_who_waits_long_is_told(monkeypatch, caplog):
     assert caplog.messages[0].startswith("no data for 80 s: ")
 
 
-def test_overlapped_iterators_begin_when_two_things_hold():
-    """The one before is nearly done, and has been asked for."""
-    made, go = [], [threading.Event() for _ in range(4)]
+def test_overlapped_iterators_begin_when_the_one_before_is_nearly_done_and_few_wait():
+    made, go = [], [threading.Event() for _ in range(5)]
 
     def make(nearly_done):
         i = len(made)
@@ -268,7 +267,7 @@ def test_overlapped_iterators_begin_when_two_things_hold():
 
         return items()
 
-    def eventually(count):
+    def comes_to(count):
         deadline = time.monotonic() + 5
         while len(made) < count and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -277,16 +276,18 @@ def test_overlapped_iterators_begin_when_two_things_hold():
 
     chain = Overlapped(make)
     first = chain.next()
-    assert next(first) == (0, 0) and eventually(1)  # asked for, and not nearly done
+    assert next(first) == (0, 0) and comes_to(1)  # it is not nearly done
     go[1].set()
     go[0].set()
-    assert eventually(2)  # the second is done, and not asked for
-    assert next(first) == (0, 1)
-    assert list(chain.next()) == [(1, 0), (1, 1)] and eventually(3)
-    third = chain.next()
-    threading.Timer(0.3, go[2].set).start()
+    assert comes_to(3)  # the second was done at once
+    go[2].set()
+    assert comes_to(3)  # two wait
+    assert list(first) == [(0, 1)]
+    assert list(chain.next()) == [(1, 0), (1, 1)] and comes_to(4)
+    threading.Timer(0.3, go[3].set).start()
     chain.close()
-    assert eventually(3) and not third._thread.is_alive()
+    chain.next()
+    assert comes_to(4)
 
 
 def test_user_error_is_found_in_a_chain():

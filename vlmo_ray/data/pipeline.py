@@ -12,7 +12,7 @@ a chunk once; a part is one block. The rows of a step come out of the blocks tha
 A window is read to its end as fast as it comes, by a thread, and never left waiting for the training: as soon as
 finished blocks wait to be taken, Ray Data's executor (2.60) polls without a pause, in a thread of this process, and
 takes its core and its interpreter lock from the training. The next window starts while the last tasks of this one
-run, but not before the training has come to this one, so that two of them are in memory.
+run, until two are waiting for the training.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ if TYPE_CHECKING:  # both are slow to import, and a data task needs neither
 
 PART_ROWS = 128, 512  # at least and at most, about; a block costs Ray Data 25 ms
 WINDOW_ROWS = 4096  # of a worker, and so much more for each 8 tasks more
-WINDOW_BYTES = 512 << 20  # of decoded rows, and so much more for each 4 tasks more; but always one group
+WINDOW_BYTES = 384 << 20  # of decoded rows, and so much more for each 4 tasks more; but always one group
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,8 @@ class PairStream:
     without slices gets batches of no rows. `num_workers` and `rank` change which rows come here, and nothing
     about a row. `tasks` read and decode at once. `in_process` does the same work without Ray, in the calling process.
 
-    The decoded rows of up to two windows are in memory at once: the one being trained on and the next. A window has at
-    least one group of steps: a run whose batches are too large for that sets `data.group_steps` to 1.
+    The decoded rows of up to three windows are in memory at once: the one being trained on and the next two. A window
+    has at least one group of steps: a run whose batches are too large for that sets `data.group_steps` to 1.
 
     A stream can be iterated once. Raises `ShardError` when a chunk cannot be read.
     """

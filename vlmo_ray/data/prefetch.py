@@ -86,10 +86,10 @@ def _fill(source: Iterator, results: queue.SimpleQueue, stop: threading.Event) -
 
 
 class Overlapped:
-    """Iterators one after the other, each run to its end by a `Prefetch`; two of them at most are kept.
+    """Iterators one after the other, each run to its end by a `Prefetch`; three of them at most are kept.
 
-    `make(nearly_done)` makes the next one, which calls `nearly_done` once, before the last of its items. An iterator is
-    made when the one before has called that and has been asked for.
+    `make(nearly_done)` makes the next one, which calls `nearly_done` once, before the last of its items. That is when
+    the one after it is made, unless two are waiting to be asked for.
     """
 
     def __init__(self, make: Callable[[Callable[[], None]], Iterator]):
@@ -120,6 +120,6 @@ class Overlapped:
             self._make_if_due()
 
     def _make_if_due(self) -> None:
-        if self._made == self._asked_for == self._nearly_done and not self._closed:
+        if self._made == self._nearly_done and self._made - self._asked_for < 2 and not self._closed:
             self._made += 1
             self._kept.append(Prefetch(self._make(self._tell)))
