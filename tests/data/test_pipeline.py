@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -181,11 +182,30 @@ def test_a_window_reads_small_chunks_once_and_shares_large_ones_out(manifest):
             assert max(sizes) <= 1.5 * part_rows + 1
             assert [part.step[0] for part in window.parts] == sorted(part.step[0] for part in window.parts)
             chunks = [chunk for part in window.parts for chunk in part.chunks]
-            if part_rows > 2:
+            if part_rows > 2:  # chunks have 5 rows
                 assert len(chunks) == len(set(chunks))
                 assert len(sizes) <= sum(sizes) / part_rows * 2 + 1
             else:  # two epochs of a window's 72 pairs have rows of a chunk of 5 up to 10 times
                 assert len(chunks) > len(set(chunks)) and len(sizes) > len(set(chunks))
+
+
+def test_steps_without_rows(manifest):
+    """A worker beside a batch of one slice; windows without parts follow one another at once."""
+    for in_process in (True, False):
+        options = {"schedule": Schedule(((300, 16),), 16), "window_groups": 1, "in_process": in_process}
+        found = batches(manifest, stop=300, num_workers=2, rank=0, **options)
+        assert [len(batch) for batch in found] == [0] * 300
+
+
+def test_a_window_has_no_more_rows_than_it_may_when_batches_grow(manifest):
+    for phases, rank, num_workers in [([(100, 64), (40, 1024)], 0, 1), ([(3000, 16), (40, 2048)], 0, 2)]:
+        stream = PairStream(
+            manifest, DataConfig(), **SHAPE, seed=3, schedule=Schedule(tuple(phases), 16), start=0,
+            stop=phases[0][0] + 40, rank=rank, num_workers=num_workers,
+        )  # fmt: skip
+        sizes = [(len(window.steps), sum(map(len, window.parts))) for window in stream.windows()]
+        assert all(rows <= 4096 or steps <= 8 for steps, rows in sizes)
+        assert sum(steps for steps, _ in sizes) == stream._steps.stop
 
 
 def test_windows_grow_with_the_tasks(manifest):
@@ -223,7 +243,9 @@ def test_prefetch_takes_everything_and_closes_its_source():
             closed.set()
 
     ahead = Prefetch(source())
-    assert closed.wait(5) and made == [0, 1, 2] == list(ahead) and not ahead._thread.is_alive()
+    assert closed.wait(5) and made == [0, 1, 2] == list(ahead)
+    ahead._thread.join(5)
+    assert not ahead._thread.is_alive()
     closed.clear()
     for _ in Prefetch(source(10**9)):
         break  # the dropped iterator ends the thread
@@ -245,8 +267,9 @@ def test_prefetch_raises_the_error_of_its_source_after_what_came_before():
 def test_who_waits_long_is_told(monkeypatch, caplog):
     go = threading.Event()
     ahead = Prefetch(go.wait(30) for _ in range(1))
-    clock = iter(range(0, 10**6, 40))
-    monkeypatch.setattr("vlmo_ray.data.prefetch.time.monotonic", lambda: next(clock))
+    times = iter(range(0, 10**6, 40))
+    clock = types.SimpleNamespace(monotonic=lambda: next(times))
+    monkeypatch.setattr("vlmo_ray.data.prefetch.time", clock)
     threading.Timer(2.5, go.set).start()
     assert next(ahead)
     assert caplog.messages[0].startswith("no data for 80 s: ")
@@ -284,9 +307,9 @@ def test_overlapped_iterators_begin_when_the_one_before_is_nearly_done_and_few_w
     assert comes_to(3)  # two wait
     assert list(first) == [(0, 1)]
     assert list(chain.next()) == [(1, 0), (1, 1)] and comes_to(4)
+    chain.next()
     threading.Timer(0.3, go[3].set).start()
     chain.close()
-    chain.next()
     assert comes_to(4)
 
 

@@ -7,7 +7,8 @@ its part by integer division, node by node: with many workers, nothing.)
 
 A dataset is built for a window of some groups of steps (see `order`) at a time, so nothing grows with the size of the
 data set or the length of the run. The rows of a window are cut into parts at the ends of chunks, so that a window reads
-a chunk once; a part is one block. The rows of a step come out of the blocks that have some of them.
+a chunk once (a chunk of very many rows a few times). A part is one block, and the rows of a step come out of the blocks
+that have some of them.
 
 A window is read to its end as fast as it comes, by a thread, and never left waiting for the training: as soon as
 finished blocks wait to be taken, Ray Data's executor (2.60) polls without a pause, in a thread of this process, and
@@ -18,6 +19,7 @@ run, until two are waiting for the training.
 from __future__ import annotations
 
 import logging
+import math
 import pickle
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
@@ -70,7 +72,8 @@ class PairStream:
 
     Each item is the `PairBatch` of the rows of the worker's slices, in the order of positions; a worker
     without slices gets batches of no rows. `num_workers` and `rank` change which rows come here, and nothing
-    about a row. `tasks` read and decode at once. `in_process` does the same work without Ray, in the calling process.
+    about a row. `tasks` read and decode at once, and for a moment more where a window follows another.
+    `in_process` does the same work without Ray, in the calling process.
 
     The decoded rows of up to three windows are in memory at once: the one being trained on and the next two. A window
     has at least one group of steps: a run whose batches are too large for that sets `data.group_steps` to 1.
@@ -127,18 +130,23 @@ class PairStream:
 
     def windows(self) -> Iterator[Window]:
         """How the steps are cut: one group at first, to start soon, then ever more."""
-        step, stop, count = self._steps.start, self._steps.stop, 1
+        step, stop, count = self._steps.start, self._steps.stop, self._window_groups or 1
+        by_rows = WINDOW_ROWS * max(1, self._tasks / 8)
+        by_bytes = WINDOW_BYTES * max(1, self._tasks / 4) / self._row_bytes
+        most = math.inf if self._window_groups else min(by_rows, by_bytes)
         while step < stop:
-            first, groups = step, []
-            while step < stop and len(groups) < (self._window_groups or count):
+            begin, groups, total = step, [], 0
+            while step < stop and len(groups) < count:
                 group = self._order.group(step)
-                groups.append(self._order.slice_rows(group, *self._slices(step), step, stop))
-                step = min(group.stop, stop)
-            yield Window(range(first, step), self._cut_parts(Rows.concatenate(groups)))
-            rows = max(1, len(groups[-1]))
-            by_rows = WINDOW_ROWS * max(1, self._tasks / 8) / rows
-            by_bytes = WINDOW_BYTES * max(1, self._tasks / 4) / (rows * self._row_bytes)
-            count = max(1, int(min(2 * count, by_rows, by_bytes)))
+                first, last = self._slices(step)
+                end = min(group.stop, stop)
+                total += (last - first) * self._order.schedule.slice_size * (end - step)
+                if groups and total > most:
+                    break
+                groups.append(self._order.slice_rows(group, first, last, step, end))
+                step = end
+            yield Window(range(begin, step), self._cut_parts(Rows.concatenate(groups)))
+            count = self._window_groups or 2 * len(groups)
 
     def _batches(self) -> Iterator[PairBatch]:
         from vlmo_ray.data.batch import PairBatch
@@ -151,21 +159,24 @@ class PairStream:
             for step, pieces in _by_step(window, blocks):
                 first, last = self._slices(step)
                 if first == last:
-                    yield PairBatch.empty(self._reader.image_size, self._reader.max_text_len)
+                    batch = PairBatch.empty(self._reader.image_size, self._reader.max_text_len)
                 else:
                     size = self._order.schedule.slice_size
-                    yield PairBatch.from_numpy(_together(pieces, range(first * size, last * size)))
+                    batch = PairBatch.from_numpy(_together(pieces, range(first * size, last * size)))
+                del pieces  # they keep blocks in memory
+                yield batch
 
     def _read(self, nearly_done: Callable[[], None]) -> Iterator[Window | Columns | None]:
         """The next window, then its blocks; None after the last window. Tells when only its last tasks are running."""
         window = next(self._windows, None)
-        yield window
         if window is None:
+            yield None
             return
         missing = sum(map(len, window.parts))
         last = sum(map(len, window.parts[-self._tasks :]))
         if missing <= last:
             nearly_done()
+        yield window
         for block in self._run(window.parts):
             before, missing = missing, missing - len(block["step"])
             if before > last >= missing:
@@ -173,15 +184,16 @@ class PairStream:
             yield block
 
     def _cut_parts(self, rows: Rows) -> list[Part]:
-        """Parts of about equal size: a small chunk is in one of them, a large one in some of its own."""
-        wanted = self._part_rows or min(PART_ROWS[1], max(PART_ROWS[0], len(rows) / (2 * self._tasks)))
+        """Parts of about equal size: a chunk's rows are in one of them, unless they are far more than such a part."""
+        least, most = PART_ROWS
+        wanted = self._part_rows or min(most, max(least, len(rows) / (2 * self._tasks)))
         # chunk after chunk as they come to be needed, and in a chunk step after step
         _, first, chunk = np.unique(rows.chunk, return_index=True, return_inverse=True)
         order = np.argsort(first[chunk], kind="stable")
         sizes = np.bincount(chunk)[np.argsort(first)]
         cuts, end = [0], 0
         for size in sizes.tolist():
-            pieces = max(1, round(size / wanted))
+            pieces = math.ceil(size / min(2 * wanted, max(wanted, most)))
             for begin, stop in (deal(size, pieces, piece) for piece in range(pieces)):
                 if (
                     end + (stop - begin) / 2 - cuts[-1] > wanted
@@ -246,9 +258,14 @@ def _by_step(window: Window, blocks: Iterator[Columns]) -> Iterator[tuple[int, l
             pieces.append(next(blocks))
             received += len(pieces[-1]["step"])
         ranges = [np.searchsorted(piece["step"], [step, step + 1]) for piece in pieces]
-        found = [(piece, a, b) for piece, (a, b) in zip(pieces, ranges, strict=True) if b > a]
-        yield step, [{name: column[a:b] for name, column in piece.items()} for piece, a, b in found]
+        found = [
+            {name: column[a:b] for name, column in piece.items()}
+            for piece, (a, b) in zip(pieces, ranges, strict=True)
+            if b > a
+        ]
         pieces = [piece for piece in pieces if piece["step"][-1] > step]
+        yield step, found
+        del found  # it keeps blocks in memory
 
 
 def _together(pieces: list[Columns], positions: range) -> Columns:

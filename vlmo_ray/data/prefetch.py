@@ -101,6 +101,7 @@ class Overlapped:
     def next(self) -> Prefetch:
         """The next iterator, when the one before is used up."""
         with self._lock:
+            assert not self._closed
             self._make_if_due()
             if self._asked_for:
                 self._kept.popleft()
@@ -108,11 +109,14 @@ class Overlapped:
             self._make_if_due()
             return self._kept[0]
 
-    def close(self) -> None:
+    def close(self, wait_s: float = 10.0) -> None:
         with self._lock:
             self._closed = True
+        until = time.monotonic() + wait_s
         for prefetch in self._kept:
-            prefetch.close()
+            prefetch.close(0)  # all are told before any is waited for
+        for prefetch in self._kept:
+            prefetch.close(max(0.0, until - time.monotonic()))
 
     def _tell(self) -> None:
         with self._lock:
