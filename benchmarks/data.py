@@ -324,12 +324,13 @@ class Cpu:
         if pid == os.getpid():
             return "main process"
         try:
-            command = Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+            words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
         except OSError:  # it has ended
-            command = ""
-        if "default_worker.py" in command or (command.startswith("ray::") and "Agent" not in command):
+            words = [""]
+        starting = any(word.endswith("/default_worker.py") for word in words)  # it gets a title later
+        if starting or (words[0].startswith("ray::") and "Agent" not in words[0]):
             return "Ray worker"
-        return RAY if "/ray/" in command or "Agent" in command else "subprocess"
+        return RAY if "Agent" in words[0] or any("/ray/" in word for word in words) else "subprocess"
 
     def seconds(self) -> dict[str, float]:
         """Of each kind of process."""
@@ -444,13 +445,13 @@ class Bench:
 
 
 EXPLAINED = (
-    "CPU-seconds and wall-clock run from batch {begin} to batch {end} of {steps}: ours starts to read a window at "
-    "about either, and every candidate goes on reading, so that what it has ready at the first is made up for at the "
-    "second. Counted is the CPU time of the candidate's process and all below it (Ray Data's actors are Ray workers), "
-    "with the share of each kind; Ray's own servers (raylet, GCS, agents, monitors) are not in it: their CPU is given "
-    "as a share of it. The S3 server is in neither. read-only is one process. Read "
-    "amplification: bytes that came from the server in the whole run, counted by a relay in front of it with HTTP "
-    "headers, over bytes of the JPEGs and captions in the batches."
+    "CPU-seconds and wall-clock run from batch {begin} to batch {end} of {steps}, in the steady state: at either, "
+    "the first batch of a window of full size comes from ours, and every candidate goes on reading, so that what it "
+    "has ready at the first is made up for at the second. Counted is the CPU time of the candidate's process and all "
+    "below it (Ray Data's actors are Ray workers), with the share of each kind; Ray's own servers (raylet, GCS, "
+    "agents, monitors) are not in it: their CPU is given as a share of it. The S3 server is in neither. read-only is "
+    "one process. Read amplification: bytes that came from the server in the whole run, counted by a relay in front "
+    "of it with HTTP headers, over bytes of the JPEGs and captions in the batches."
 )
 
 
@@ -505,12 +506,12 @@ def waiting(run: dict, job: Job, file: str) -> str:
     if file:
         plot(waits, starts, file)
     return (
-        f"A consumer that takes {job.rate:,.0f} pairs/s ({len(waits)} batches, several epochs) waits "
+        f"A consumer that takes {job.rate:,.0f} pairs/s ({len(waits)} batches) waits "
         f"{100 * share:.2f} % of its time, {1e3 * steady.max():,.0f} ms at most for one batch and "
         f"{1e3 * np.median(steady):.2f} ms in the median; {np.sum(steady > 0.1)} of {len(steady)} batches were waited "
         f"for longer than 0.1 s. Left out are the first two windows, of {starts[2]} batches: {waits[0]:.1f} s for the "
-        f"first batch, {waits[starts[1]]:.1f} s for the first of the second window. From then on {len(starts) - 2} "
-        f"windows of {starts[-1] - starts[-2]} batches."
+        f"first batch, {waits[starts[1]]:.1f} s for the first of the second window. From then on "
+        f"windows of up to {max(np.diff(starts))} batches."
         + (f" Every batch: {Path(file).name}." if file else "")
     )
 
@@ -546,11 +547,11 @@ def main() -> None:
     parser.add_argument("--out", default="")
     parser.add_argument("--plot", default="", help="a PNG of the waiting times")
     parser.add_argument("--peers", default="", help="a folder with the peers that are not installed")
-    parser.add_argument("--pairs", type=int, default=7680)
+    parser.add_argument("--pairs", type=int, default=16384)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--processes", type=int, default=2, help="that read and decode")
     parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--wait-pairs", type=int, default=9600, help="that the steady consumer takes")
+    parser.add_argument("--wait-pairs", type=int, default=8704, help="that the steady consumer takes")
     parser.add_argument("--busy", type=float, default=0.6, help="its rate, as a share of what ours can give")
     parser.add_argument("--only", nargs="*", default=list(READERS), choices=list(READERS))
     parser.add_argument("--job", help=argparse.SUPPRESS)  # these two: in a candidate's own process
@@ -588,8 +589,12 @@ def run_all(bench: Bench, folder: str, given: argparse.Namespace) -> tuple[float
     written = [name for name in WRITERS if name in given.only or name == "ours"]
     unwritten = {name: bench.prepare(replace(base, name=name)) for name in written}
     starts = windows(base)
-    begin, end = starts[2], max(start for start in starts if start + AHEAD <= base.steps)
-    assert end > begin, f"{given.pairs} pairs are two windows and less than {AHEAD} batches: give more"
+    sizes = np.diff([*starts, base.steps])
+    full = [start for start, size in zip(starts, sizes, strict=True) if size == max(sizes)]
+    begin, end = full[0], full[-1]
+    assert end > begin and end + AHEAD <= base.steps, (
+        f"{given.pairs} pairs are less than two full windows: give more"
+    )
     jobs = {name: replace(base, name=name, begin=begin, end=end) for name in given.only}
     results: dict[str, list[dict]] = {name: [] for name in jobs}
     for _ in range(given.repeats):
