@@ -101,7 +101,6 @@ def _worker(job: Job) -> dict:
     import ray.exceptions
     import ray.train
     import torch
-    from ray.train.v2._internal.execution.context import get_train_context
 
     context = ray.train.get_context()
     device = ray.train.torch.get_device()
@@ -116,8 +115,6 @@ def _worker(job: Job) -> dict:
     )
 
     rank, run = context.get_world_rank(), Store(job.run, job.config.data.patience_s)
-    if rank == 0:
-        run.write(_RAY_RUN, get_train_context().train_run_context.run_id.encode())
 
     def notice() -> Notice:
         # a barrier: every worker calls, and all get the same
@@ -163,7 +160,7 @@ def pretrain(config: Config, data: str, storage: str, name: str | None = None) -
             flush=True,
         )
         job = Job(config, data, run.uri, manifest.fingerprint, data_tasks=each.data_tasks)
-        outcome = _fit(job, each.cpus, storage_root, name)
+        outcome = _fit(job, each.cpus, storage_root, name, run)
     if outcome["stopped"]:
         raise UserError(f"run {name!r} stopped at {outcome['stopped']}")
     return run
@@ -202,7 +199,7 @@ def schedule_rows(config: Config) -> int:
     return sum(phase.steps * phase.global_batch for phase in config.phases)
 
 
-def _fit(job: Job, cpus: float, storage: Store, name: str) -> dict:
+def _fit(job: Job, cpus: float, storage: Store, name: str, run: Store) -> dict:
     cluster = job.config.cluster
     # How long Ray Train waits for the resources of the size it has decided on before it looks again. It reads the
     # environment, and carries this variable on to its controller.
@@ -236,6 +233,8 @@ def _fit(job: Job, cpus: float, storage: Store, name: str) -> dict:
             callbacks=[LostStartsCleanUp()],
         ),
     )
+    # before anything is reserved under it, as this process may be killed at any time
+    run.write(_RAY_RUN, trainer.train_run_context.run_id.encode())
     try:
         return trainer.fit().return_value
     except TrainingFailedError as error:
