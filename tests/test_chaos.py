@@ -41,7 +41,7 @@ from vlmo_ray.train.meters import read_metrics
 pytestmark = pytest.mark.slow
 raylets = pytest.mark.chaos
 
-STEPS = 120
+STEPS = 100
 CONFIG = config_of(STEPS)
 
 
