@@ -177,6 +177,7 @@ def test_the_driver_is_stopped_and_killed_and_the_command_run_again(place, comma
     command.wait_for(lambda: "Requesting resources" in command.output, "a reservation")
     command.process.kill()  # before it has workers
     command.process.wait()
+    assert not re.search(r"worker \d+ of \d+: process", command.output)
     command.lines.clear()
     command.start()
     # in less than the 180 s that Ray would wait for the reservations of the dead
