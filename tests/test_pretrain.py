@@ -99,6 +99,37 @@ def test_a_killed_worker_leaves_no_trace(ray_cluster, bucket, scenes, tmp_path):
         pretrain(dataclasses.replace(CONFIG, seed=5), scenes, storage)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_a_run_that_waits_for_nodes_ends_on_request(ray_cluster, scenes, tmp_path, number):
+    import ray
+    from ray.train import ScalingConfig
+    from ray.train.v2._internal.execution.scaling_policy.autoscaling_coordinator_client import (
+        TrainAutoscalingCoordinatorClient,
+    )
+
+    waits = dataclasses.replace(SMALL, cluster=dataclasses.replace(SMALL.cluster, min_workers=1))
+    other = TrainAutoscalingCoordinatorClient("train-other")  # has all of the cluster
+    other.send_resource_request(ScalingConfig(num_workers=2, resources_per_worker={"CPU": 1.0}), 2)
+    name = tmp_path / "runs" / "small" / "ray_run"  # of what Ray Train reserves; there before it is reserved
+
+    def ask() -> None:
+        while not name.exists():
+            time.sleep(0.1)
+        time.sleep(5)  # most of which it waits
+        os.kill(os.getpid(), number)
+
+    asker = threading.Thread(target=ask, daemon=True)
+    asker.start()
+    try:
+        with pytest.raises(UserError, match="'small' ended on request while it had no workers"):
+            pretrain(waits, scenes, str(tmp_path / "runs"))
+        reserved = other._autoscaling_coordinator.get_reserved_resources.remote
+        assert ray.get(reserved("train-other")) and not ray.get(reserved(f"train-{name.read_text()}"))
+    finally:
+        other.cancel_resource_request()
+        asker.join()
+
+
 def test_a_sharded_run_equals_one_process(ray_cluster, scenes, tmp_path):
     cluster = dataclasses.replace(SMALL.cluster, strategy="fsdp", activation_checkpointing=True)
     run = pretrain(

@@ -226,3 +226,5 @@ def main() -> None:
     except UserError as error:
         print(f"vlmo: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,5 +1,6 @@
 """The small parts of training: parameter groups, learning rate, meters, and how a cluster's CPUs are shared."""
 
+import asyncio
 import itertools
 import json
 import time
@@ -10,6 +11,14 @@ import torch
 from ray.exceptions import ActorDiedError
 from ray.train import ScalingConfig
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
+from ray.train.v2._internal.execution.controller import TrainController
+from ray.train.v2._internal.execution.controller.state import (
+    FinishedState,
+    InitializingState,
+    ReschedulingState,
+    RestartingState,
+    SchedulingState,
+)
 from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision
 
 from vlmo_ray.config import MODEL_SIZES, ClusterConfig
@@ -17,10 +26,11 @@ from vlmo_ray.data.store import open_store
 from vlmo_ray.errors import UserError
 from vlmo_ray.model.vlmo import VLMo
 from vlmo_ray.recipes import recipe
+from vlmo_ray.train import trainer
 from vlmo_ray.train.launch import Node, Share, share
 from vlmo_ray.train.meters import Meters, read_metrics
 from vlmo_ray.train.optim import build_optimizer, decays, lr_at
-from vlmo_ray.train.trainer import CleanGroup, LastingNodes
+from vlmo_ray.train.trainer import CleanGroup, Controller, LastingNodes
 
 
 @pytest.mark.parametrize("size", ["base", "base_plus"])
@@ -145,6 +155,28 @@ def test_what_has_started_is_ended_when_a_start_fails(monkeypatch, problem, want
     with pytest.raises(wanted):
         group._start()
     assert ended == [True]
+
+
+@pytest.mark.parametrize(
+    "begins", [InitializingState(), ReschedulingState(ValueError()), RestartingState(None)]
+)
+def test_a_controller_rests_while_it_waits_and_then_ends_if_asked(monkeypatch, begins):
+    controller, rested, asked = Controller.__new__(Controller), [], [False, False, True]
+    controller._state, controller._run_attempt_id = begins, "first"
+    controller._asked_to_end = lambda: asked.pop(0)
+    goes_on = [controller._state, SchedulingState(None)]
+
+    async def step(controller):
+        return SimpleNamespace(next_state=goes_on.pop(0))
+
+    async def rest(seconds):
+        rested.append(seconds)
+
+    monkeypatch.setattr(TrainController, "_step", step)
+    monkeypatch.setattr(trainer.asyncio, "sleep", rest)
+    assert asyncio.run(controller._step()).next_state is begins and rested == [0.5]
+    assert isinstance(asyncio.run(controller._step()).next_state, SchedulingState) and rested == [0.5]
+    assert isinstance(asyncio.run(controller._step()).next_state.next_state, FinishedState)
 
 
 def test_running_workers_are_resized_to_more_and_never_to_fewer(monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import os
 import signal
@@ -143,7 +144,7 @@ def pretrain(config: Config, data: str, storage: str, name: str | None = None) -
     check_shards(manifest, open_store(data))
     storage_root = open_store(storage, create=True)
     run = open_store(f"{storage.rstrip('/')}/{name}", create=True, patience_s=config.data.patience_s)
-    with lease(run), ray_session(dashboard=True), _stop_on_sigterm(run):  # Ray sets a handler of its own
+    with lease(run), ray_session(dashboard=True), _stop_on_signals(run):  # Ray sets handlers of its own
         state = Checkpoints(run).newest()
         if state is not None:
             state.continue_with(config, manifest.fingerprint)
@@ -161,33 +162,43 @@ def pretrain(config: Config, data: str, storage: str, name: str | None = None) -
         )
         job = Job(config, data, run.uri, manifest.fingerprint, data_tasks=each.data_tasks)
         outcome = _fit(job, each.cpus, storage_root, name, run)
+    if outcome is None:
+        raise UserError(
+            f"run {name!r} ended on request while it had no workers; the same command goes on from its newest "
+            "checkpoint"
+        )
     if outcome["stopped"]:
         raise UserError(f"run {name!r} stopped at {outcome['stopped']}")
     return run
 
 
 @contextlib.contextmanager
-def _stop_on_sigterm(run: Store) -> Iterator[None]:
-    """A first SIGTERM asks the workers to save and end; a second one ends this process."""
+def _stop_on_signals(run: Store) -> Iterator[None]:
+    """A first SIGTERM or SIGINT (Ctrl-C) asks the run to save and end; a second one ends this process."""
     run.delete(_STOP)
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def ask(*_) -> None:
-        signal.signal(signal.SIGTERM, before)
-        print("SIGTERM: the workers save and end; a second one ends them at once", flush=True)
+    def ask(number: int, _) -> None:
+        restore()
+        name = signal.Signals(number).name
+        print(f"{name}: the workers save and end; a second one ends them at once", flush=True)
         threading.Thread(target=run.write, args=(_STOP, b""), daemon=True).start()
 
-    before = signal.signal(signal.SIGTERM, ask)
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        restore()
 
 
 def _release(run: Store) -> None:
-    """Gives back what an earlier driver of this run, killed, still has reserved; else Ray waits 180 s for it."""
+    """Gives back what a driver of this run that did not end by itself has reserved; else Ray waits 180 s for it."""
     from ray.train.v2._internal.execution.scaling_policy import autoscaling_coordinator_client as coordinator
 
     if run.exists(_RAY_RUN):
@@ -199,7 +210,7 @@ def schedule_rows(config: Config) -> int:
     return sum(phase.steps * phase.global_batch for phase in config.phases)
 
 
-def _fit(job: Job, cpus: float, storage: Store, name: str, run: Store) -> dict:
+def _fit(job: Job, cpus: float, storage: Store, name: str, run: Store) -> dict | None:
     cluster = job.config.cluster
     # How long Ray Train waits for the resources of the size it has decided on before it looks again. It reads the
     # environment, and carries this variable on to its controller.
@@ -211,13 +222,14 @@ def _fit(job: Job, cpus: float, storage: Store, name: str, run: Store) -> dict:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.v2.api.exceptions import TrainingFailedError
 
-    from vlmo_ray.train.trainer import LostStartsCleanUp, Trainer
+    from vlmo_ray.train.trainer import Trainer
 
     elastic = cluster.min_workers < cluster.max_workers
     resources = {"CPU": cpus} | ({"GPU": cluster.gpus_per_worker} if cluster.gpus_per_worker else {})
     trainer = Trainer(
         _worker,
         train_loop_config=job,
+        asked_to_end=functools.partial(run.exists, _STOP),
         scaling_config=ScalingConfig(
             num_workers=(cluster.min_workers, cluster.max_workers) if elastic else cluster.max_workers,
             use_gpu=cluster.gpus_per_worker > 0,
@@ -230,7 +242,6 @@ def _fit(job: Job, cpus: float, storage: Store, name: str, run: Store) -> dict:
             storage_path=storage.root,
             storage_filesystem=storage.fs,
             failure_config=FailureConfig(max_failures=cluster.max_failures),
-            callbacks=[LostStartsCleanUp()],
         ),
     )
     # before anything is reserved under it, as this process may be killed at any time
@@ -240,4 +251,7 @@ def _fit(job: Job, cpus: float, storage: Store, name: str, run: Store) -> dict:
     except TrainingFailedError as error:
         if found := user_error(error):
             raise found from error
+        raise
+    except (KeyboardInterrupt, SystemExit):  # a second signal
+        _release(run)
         raise

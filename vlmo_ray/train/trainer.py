@@ -2,19 +2,30 @@
 
 What it does by itself: it sizes an elastic run by a list of nodes that is up to 20 s old and that includes nodes about
 to go, so that after a lost node, or after a notice, it tries to start at the old size until that list is renewed (for a
-notice of two minutes, two minutes); and a worker that is lost while its group is starting ends the run.
+notice of two minutes, two minutes); a worker that is lost while its group is starting ends the run; and while an
+elastic run waits for nodes, its controller keeps a CPU busy and answers nobody.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
+from collections.abc import Callable
+from unittest import mock
 
 import ray
 from ray.exceptions import RayActorError
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
-from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.controller import TrainController
+from ray.train.v2._internal.execution.controller.controller import TrainControllerLoopIterationResult
+from ray.train.v2._internal.execution.controller.state import (
+    FinishedState,
+    InitializingState,
+    ReschedulingState,
+    RestartingState,
+    ShuttingDownState,
+)
 from ray.train.v2._internal.execution.scaling_policy import (
     ElasticScalingPolicy,
     NoopDecision,
@@ -23,17 +34,34 @@ from ray.train.v2._internal.execution.scaling_policy import (
     ScalingPolicy,
 )
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
+from ray.train.v2.api import data_parallel_trainer
+
+_WAITING = (InitializingState, RestartingState, ReschedulingState)
+_PAUSE_S = 0.5
 
 logger = logging.getLogger(__name__)
 
 
 class Trainer(TorchTrainer):
-    """Where the number of workers is a range, with `LastingNodes`."""
+    """With `Controller`, and where the number of workers is a range, with `LastingNodes`.
+
+    `asked_to_end` is called in the controller: whether a run that waits for nodes shall end, its result then None.
+    Signals are the caller's.
+    """
+
+    def __init__(self, *args, asked_to_end: Callable[[], bool], **others):
+        super().__init__(*args, **others)
+        self._asked_to_end = asked_to_end
 
     def _initialize_and_run_controller(self, *, scaling_policy: ScalingPolicy, **others):
         if isinstance(scaling_policy, ElasticScalingPolicy):
             scaling_policy = LastingNodes(self.scaling_config)
-        return super()._initialize_and_run_controller(scaling_policy=scaling_policy, **others)
+        others |= {"scaling_policy": scaling_policy, "asked_to_end": self._asked_to_end}
+        with mock.patch.object(data_parallel_trainer, "TrainController", Controller):
+            return super()._initialize_and_run_controller(**others)
+
+    def _register_sigint_handler(self, controller) -> None:
+        """Ray Train's ends the workers at once, and the driver as if the run were complete."""
 
 
 class LastingNodes(ElasticScalingPolicy):
@@ -82,11 +110,29 @@ class CleanGroup(WorkerGroup):
             raise
 
 
-class LostStartsCleanUp(ControllerCallback):
-    """In `RunConfig.callbacks`: the run's controller makes its worker groups as `CleanGroup`."""
+class Controller(TrainController):
+    """Makes worker groups as `CleanGroup`; while it waits for nodes it rests in between, and ends if asked to."""
 
-    def after_controller_start(self, train_run_context) -> None:
-        TrainController.worker_group_cls = CleanGroup
+    worker_group_cls = CleanGroup
+
+    def __init__(self, *, asked_to_end: Callable[[], bool], **others):
+        super().__init__(**others)
+        self._asked_to_end = asked_to_end
+
+    async def _step(self) -> TrainControllerLoopIterationResult:
+        state = self.get_state()
+        if not isinstance(state, _WAITING):
+            return await super()._step()
+        if await asyncio.to_thread(self._asked_to_end):
+            return TrainControllerLoopIterationResult(
+                run_attempt_id=self._get_run_attempt_id(),
+                previous_state=state,
+                next_state=ShuttingDownState(next_state=FinishedState()),
+            )
+        result = await super()._step()
+        if result.next_state is state:
+            await asyncio.sleep(_PAUSE_S)
+        return result
 
 
 def lasting_nodes() -> set[str]:
