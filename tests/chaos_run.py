@@ -224,6 +224,16 @@ class Command:
         found = audit(self.run.uri, self.place.data)
         assert found.clean, found.sentences()
 
+    def resumed_where_ended(self) -> int:
+        """How often workers ended to be started again by others, each time with no step in between."""
+        ends = list(re.finditer(r"to start again, ended at step (\d+)", self.output))
+        ends = [
+            end for i, end in enumerate(ends) if i == 0 or end[1] != ends[i - 1][1]
+        ]  # each worker says so
+        for end in ends:
+            assert re.search(r"resumed at step (\d+)", self.output[end.end() :])[1] == end[1]
+        return len(ends)
+
     def repeated(self) -> list[int]:
         return read_metrics(self.run)[1]
 

@@ -85,8 +85,9 @@ class Round:
         run, workers = self.command.run, [pid for pid in self.command.workers() if alive(pid)]
         for pid in workers:  # or a newer one might be there before it is damaged
             os.kill(pid, signal.SIGSTOP)
-        folder = name_of(Checkpoints(run).newest().step)
-        name = max(name for name in run.list(f"{folder}/") if name.endswith(".distcp"))
+        state = Checkpoints(run).newest()
+        folder = name_of(state.step)
+        name = max(name for name in run.list(f"{folder}/{state.attempt}/") if name.endswith(".distcp"))
         data = bytearray(run.read(name))
         data[self.chance.randrange(len(data))] ^= 1
         run.write(name, bytes(data))

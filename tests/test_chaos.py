@@ -21,16 +21,22 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import torch
 from chaos_run import EVERY, Command, Place, chaos_place, config_of
 from PIL import Image
+from safetensors.torch import load
 from small_run import job
 
 from vlmo_ray.config import Phase
+from vlmo_ray.data.manifest import chunk_table, index_parquet, load_manifest, write_manifest
 from vlmo_ray.data.prepare.shards import write_dataset
 from vlmo_ray.data.read import read_chunk
 from vlmo_ray.data.scenes.records import records
@@ -94,6 +100,7 @@ def test_nodes_come_and_go(place, command):
     command.wait_for_workers(2)
     command.finish()
     assert [size for size in command.sizes() if size != 2] == [1, 3] and command.sizes()[-1] == 2
+    assert command.resumed_where_ended() >= 1  # from 1 to 3, perhaps by way of 2
 
 
 @raylets
@@ -107,8 +114,7 @@ def test_a_node_is_drained_with_notice(place, command):
         command.finish()
     finally:
         place.nodes.kill(node)
-    left, went_on = (re.search(rf"{w} step (\d+)", command.output)[1] for w in ("preempted at", "resumed at"))
-    assert left == went_on and command.repeated() == []
+    assert command.resumed_where_ended() == 1 and command.repeated() == []
     assert command.sizes() == [2, 1]
 
 
@@ -209,34 +215,65 @@ def test_storage_is_busy_slow_cut_off_and_away(place, command):
     assert command.repeated() == []
 
 
-def test_damaged_records_and_shards_are_masked_to_the_row(tmp_path, monkeypatch):
-    """A truncated shard, a flipped byte in a page, a corrupt JPEG, a caption that is not text, 100 megapixels."""
+def store_bytes_as_caption(data: Path, shard: str, row: int, caption: bytes) -> None:
+    """Rewrites a shard with a caption that need not be UTF-8, and the manifest for it."""
+    table = pq.read_table(data / shard)
+    texts = table["text"].cast(pa.binary()).to_pylist()
+    texts[row] = caption
+    _, offsets, content = pa.array(texts, pa.binary()).buffers()
+    unchecked = pa.StringArray.from_buffers(len(texts), offsets, content)
+    table = table.set_column(table.schema.get_field_index("text"), "text", unchecked)
+    pq.write_table(table, data / shard, row_group_size=10, write_page_checksum=True)
+    chunks = index_parquet(Store(str(data)), load_manifest(str(data)).shards)
+    write_manifest(str(data), "parquet", chunk_table(chunks))
+
+
+def test_damaged_records_and_shards_are_masked_to_the_row(tmp_path, monkeypatch, capsys):
+    """A corrupt JPEG, bytes for a caption, a blank one, 100 megapixels, a truncated shard, a flipped byte in a page."""
     monkeypatch.setitem(read_chunk.__kwdefaults__, "wait_s", 0.01)  # before a shard is tried again
     rows = list(records(7, 120, image_size=16))
-    rows[3]["image"] = rows[3]["image"][:40]
-    rows[31]["text"] = b"\xff\xfe".decode("latin-1") * 2 + "\x00"
-    huge = io.BytesIO()
+    jpeg, huge = io.BytesIO(), io.BytesIO()
+    Image.open(io.BytesIO(rows[3]["image"])).save(jpeg, "JPEG")
+    rows[3]["image"] = jpeg.getvalue()[:-100]
+    rows[33]["text"] = "  "
     Image.new("L", (10_000, 10_000)).save(huge, "PNG")
     rows[52]["image"] = huge.getvalue()
-    rows[33]["text"] = "  "
-    data = str(tmp_path / "data")
+    folder, data = tmp_path / "data", str(tmp_path / "data")
     write_dataset(data, rows, rows_per_group=10, groups_per_shard=2)
-    shards = sorted(path for path in Path(data).rglob("*.parquet") if path.name != "manifest.parquet")
-    shards[4].write_bytes(shards[4].read_bytes()[:-400])  # both of its groups
-    flipped = bytearray(shards[5].read_bytes())
-    flipped[300] ^= 1  # in the first of two groups
-    shards[5].write_bytes(flipped)
+    store_bytes_as_caption(folder, "00001.parquet", 11, b"a caption \xff\xfe")  # row 31
+    cut, flipped = folder / "00004.parquet", folder / "00005.parquet"
+    cut.write_bytes(cut.read_bytes()[:-400])  # both of its groups, as it has no footer
+    content = bytearray(flipped.read_bytes())
+    content[300] ^= 1  # in the first of two groups
+    flipped.write_bytes(content)
     config = dataclasses.replace(
         CONFIG, phases=(Phase(20, 12),), data=dataclasses.replace(CONFIG.data, bad_shards="mask")
     )
     outcome = train(job(data, tmp_path / "run", config))  # two epochs
     assert outcome.step == 20, outcome
+
+    reasons = {
+        f"{data}/00000.parquet#0:3": "damaged image: ",
+        f"{data}/00001.parquet#1:1": "the column 'text' is not UTF-8",
+        f"{data}/00001.parquet#1:3": "there is no caption",
+        f"{data}/00002.parquet#1:2": "image of 10000 x 10000 pixels",
+    }
+    chunks = {f"{cut}#0": "Parquet magic bytes", f"{cut}#1": "Parquet magic", f"{flipped}#0": "the checksum"}
+    for chunk, reason in chunks.items():
+        reasons |= {f"{chunk}:{row}": f"its chunk is masked: {chunk}: {reason}" for row in range(10)}
+    printed = re.findall(r"^masked a pair: (\S+): (.*)$", capsys.readouterr().out, re.MULTILINE)
+    assert Counter(address for address, _ in printed) == Counter(2 * list(reasons))  # once an epoch
+    for address, reason in printed:
+        assert reason.startswith(reasons[address]), (address, reason)
+
     found = audit(str(tmp_path / "run"), data)
+    masked = {rows[i]["id"] for i in (3, 31, 33, 52)} | {a for a in reasons if a.rpartition(":")[0] in chunks}
     assert found.clean and [epoch.complete for epoch in found.epochs] == [True, True]
-    assert len({epoch.masked for epoch in found.epochs}) == 1 and 30 < found.epochs[0].masked <= 34
+    for epoch in found.epochs:
+        assert epoch.masked == len(masked) and set(epoch.masked_ids) == masked
 
     stopped = train(job(data, tmp_path / "strict", dataclasses.replace(config, data=CONFIG.data)))
-    assert shards[4].name in stopped.stopped or shards[5].name in stopped.stopped
+    assert cut.name in stopped.stopped or flipped.name in stopped.stopped
 
 
 @contextlib.contextmanager
@@ -289,9 +326,11 @@ def test_the_disk_is_full_while_checkpoints_are_written(scenes, tmp_path, monkey
         assert train(job(scenes, tmp_path / "run", config), notice=notice).step == 40
     printed = capsys.readouterr().out
     assert printed.count(f"MB are free in {folder}") == printed.count("the run goes on") == 2, printed
-    curves = [
-        [m["loss"] for m in read_metrics(Store(str(tmp_path / run)))[0]] for run in ("run", "undisturbed")
-    ]
-    np.testing.assert_allclose(*curves, rtol=1e-9)
+    runs = [Store(str(tmp_path / run)) for run in ("run", "undisturbed")]
+    np.testing.assert_allclose(*([m["loss"] for m in read_metrics(run)[0]] for run in runs), rtol=1e-9)
+    found, wanted = (load(run.read("model/model.safetensors")) for run in runs)
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=0.0)
+    audited = audit(runs[0].uri, scenes)
+    assert audited.clean, audited.sentences()
     shutil.rmtree(tmp_path / "run" / "checkpoint-00000040")
     assert Checkpoints(Store(str(tmp_path / "run"))).newest().step == 35

@@ -101,6 +101,7 @@ def pretrain(
     storage: str = "runs",
     name: str = "",
     settings: Settings = (),
+    accept_changes: bool = False,
 ) -> None:
     """Pre-train a recipe; a run of the same name goes on where it stopped.
 
@@ -110,6 +111,7 @@ def pretrain(
         storage: where runs are kept, `s3://bucket/prefix` or a folder that all nodes see.
         name: of the run; default: the recipe's.
         settings: change a field, for example `--set seed=2`; may be repeated.
+        accept_changes: go on although data or settings are not those of the run's newest checkpoint.
     """
     from vlmo_ray.recipes import recipe as named
     from vlmo_ray.settings import override
@@ -117,7 +119,7 @@ def pretrain(
     config = override(named(recipe), list(settings))
     from vlmo_ray.train import launch  # torch and Ray, seconds: only once the recipe stands
 
-    run = launch.pretrain(config, data, storage, name or None)
+    run = launch.pretrain(config, data, storage, name or None, accept_changes)
     print(f"done: {run.uri} holds the metrics, the checkpoints and the final weights (model/)")
 
 
@@ -183,7 +185,7 @@ def export(run: Positional[str], out: Positional[str]) -> None:
 
 
 def audit(run: Positional[str], data: str, json_output: bool = False) -> None:
-    """Prove that every pair was consumed once an epoch, or name what was not; exit code 1 for the latter.
+    """Prove that every pair was consumed once an epoch, or name what was not (exit code 1); masked ones are named too.
 
     Args:
         run: a run that was trained with `--set audit=true`.

@@ -61,7 +61,7 @@ class DataConfig:
     mlm_probability: float = 0.15
     group_steps: int = 8  # rows are shuffled within the batches of this many consecutive steps
     bad_shards: Literal["stop", "mask"] = (
-        "stop"  # a chunk that cannot be read ends the run, or all its rows are masked
+        "stop"  # a damaged or missing chunk ends the run, or its rows are masked; without access, it always ends
     )
     patience_s: float = 600.0  # how long storage may be busy or away before the run stops
 

@@ -12,8 +12,9 @@ from sources import tar_of
 
 from vlmo_ray.data.manifest import Chunk, Manifest, chunk_table, index_parquet, index_tar, write_manifest
 from vlmo_ray.data.prepare.shards import write_dataset
-from vlmo_ray.data.read import Record, ShardError, read_chunk
+from vlmo_ray.data.read import DamagedShard, Record, ShardError, read_chunk
 from vlmo_ray.data.store import Store
+from vlmo_ray.errors import UserError
 
 
 def read_all(manifest: Manifest) -> list[Record]:
@@ -22,9 +23,9 @@ def read_all(manifest: Manifest) -> list[Record]:
 
 
 def fails(chunk: Chunk, uri: str, match: str, **options) -> None:
-    with pytest.raises(ShardError, match=match) as caught:
+    with pytest.raises(DamagedShard, match=match) as caught:
         read_chunk(Store(uri), chunk, **{"retries": 0} | options)
-    assert f"{uri}/{chunk.shard}#{chunk.index}" in str(caught.value)
+    assert str(caught.value).startswith(f"{uri}/{chunk.shard}#{chunk.index}: ")
 
 
 @pytest.mark.parametrize("place", ["folder", "bucket"])
@@ -104,19 +105,58 @@ def test_missing_cut_and_replaced_shards(tmp_path):
 def test_a_passing_fault_is_tried_again(tmp_path, monkeypatch):
     uri = str(tmp_path)
     chunk = write_dataset(uri, make_records(3)).chunk(0)
-    calls, read = [], Store.read
+    calls, patiently = [], Store.patiently
 
     def flaky(self, *args):
         calls.append(args)
         if len(calls) == 1:
             raise OSError("503 slow down")
-        data = read(self, *args)
+        data = patiently(self, *args)
         return data[:-1] + bytes([data[-1] ^ 1]) if len(calls) == 2 else data
 
-    monkeypatch.setattr(Store, "read", flaky)
+    monkeypatch.setattr(Store, "patiently", flaky)
     assert len(read_chunk(Store(uri), chunk, retries=2, wait_s=0.001)) == 3
     calls.clear()
     fails(chunk, uri, r"checksum is wrong.* \(tried 2 times\)", retries=1, wait_s=0.001)
+
+
+def test_damaged_footers(tmp_path):
+    uri = str(tmp_path)
+    manifest = write_dataset(uri, make_records(12), 4)
+    path, chunk = tmp_path / "00000.parquet", manifest.chunk(2)
+    data = path.read_bytes()
+    begin = len(data) - int.from_bytes(data[-8:-4], "little") - 8
+    size = (1 << 31).to_bytes(4, "little")
+    for damaged in (data[:begin], data[:-1], data[:-8] + size + data[-4:], data[:begin] + data[begin + 9 :]):
+        path.write_bytes(damaged)
+        fails(chunk, uri, "Parquet|thrift|footer")
+
+
+def test_a_footer_longer_than_is_read_at_first(tmp_path, monkeypatch):
+    manifest = write_dataset(str(tmp_path), make_records(12), 4)
+    monkeypatch.setattr("vlmo_ray.data.read._TAIL_BYTES", 100)
+    assert len(read_all(manifest)) == 12
+
+
+def test_no_access_is_no_damage(tmp_path, monkeypatch):
+    def refused(message: str) -> None:
+        with pytest.raises(ShardError, match=message) as caught:
+            read_chunk(store, chunk, retries=1, wait_s=0.001)
+        assert not isinstance(caught.value, DamagedShard)
+        assert str(caught.value).startswith(f"{store.uri}/00000.parquet#0: ")
+
+    store = Store(str(tmp_path / "set"))
+    chunk = write_dataset(store.uri, make_records(3)).chunk(0)
+    (tmp_path / "set").rename(tmp_path / "elsewhere")
+    refused(f"neither the shard nor {store.uri}/manifest.parquet exists")
+    (tmp_path / "set").mkdir()  # a mount point
+    refused("check the bucket or the mount")
+
+    def expired(self, *args):
+        raise UserError("the session token has expired")
+
+    monkeypatch.setattr(Store, "patiently", expired)
+    refused(r"token has expired \(tried 2 times\)")
 
 
 def test_webdataset(tmp_path):

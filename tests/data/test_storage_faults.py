@@ -1,13 +1,23 @@
-"""Storage that answers 503, stalls, hangs up in mid-body or is away makes reads and writes slower, and that is all."""
+"""Storage that answers 503, stalls, hangs up in mid-body or is away makes reads and writes slower, and that is all.
 
+When it stays away, or refuses, nothing is masked: that is for what is wrong with a shard itself.
+"""
+
+import dataclasses
 import hashlib
+import re
 import threading
 import time
 
+import numpy as np
 import pytest
+from botocore.exceptions import ClientError
 from faulty_s3 import faulty_s3
 
-from vlmo_ray.data.manifest import load_manifest
+from vlmo_ray.config import DataConfig
+from vlmo_ray.data.manifest import Manifest, load_manifest
+from vlmo_ray.data.order import Rows
+from vlmo_ray.data.parts import Columns, TrainReader, make_part
 from vlmo_ray.data.prepare.shards import write_dataset
 from vlmo_ray.data.read import ShardError, read_chunk
 from vlmo_ray.data.s3 import StorageBusy
@@ -71,3 +81,89 @@ def test_what_does_not_pass_is_not_waited_for(faults, bucket):
     with pytest.raises(FileNotFoundError):
         Store(bucket, patience_s=60).read("nothing")
     assert time.monotonic() - began < 5
+
+
+def read_masking(manifest: Manifest, chunk: int) -> Columns:
+    """The rows of a chunk, as training has them with `data.bad_shards` "mask"."""
+    row = np.arange(manifest.chunk_rows[chunk])
+    zero = np.zeros_like(row)
+    rows = Rows(step=zero, position=row, epoch=zero, chunk=zero + chunk, row=row)
+    data = DataConfig(bad_shards="mask", patience_s=1)
+    reader = TrainReader(manifest.uri, data, image_size=16, max_text_len=12, vocab_size=30522, seed=1)
+    return reader(make_part(manifest, rows))
+
+
+@pytest.fixture
+def ten_a_chunk(faults, bucket, monkeypatch) -> Manifest:
+    """Two chunks in one shard, behind the proxy; retries come soon."""
+    monkeypatch.setitem(read_chunk.__kwdefaults__, "wait_s", 0.01)
+    return write_dataset(bucket, records(1, 20, image_size=16), rows_per_group=10)
+
+
+@pytest.mark.parametrize(
+    "what, sentence",
+    [
+        ("away", r"cannot reach .* \(tried for 1 s\)"),
+        ("busy", r"too busy or out of order .* \(tried for 1 s\)"),
+        ("wrong secret", "denies access; check the keys"),
+        ("expired token", "the session token has expired"),
+        ("no bucket", "neither the shard nor s3://no-such-bucket/data/manifest.parquet exists"),
+    ],
+)
+def test_without_access_nothing_is_masked(ten_a_chunk, faults, monkeypatch, what, sentence):
+    manifest = ten_a_chunk
+    match what:
+        case "away":
+            faults.away = True
+        case "busy":
+            faults.busy = 1.0
+        case "wrong secret":
+            monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "not this")
+        case "expired token":
+
+            def expired(store):
+                raise ClientError({"Error": {"Code": "ExpiredToken"}}, "GetObject")
+
+            monkeypatch.setattr(Store, "fs", property(expired))
+        case "no bucket":
+            manifest = dataclasses.replace(manifest, uri="s3://no-such-bucket/data")
+    with pytest.raises(ShardError, match=f"^{manifest.uri}/00000.parquet#1: .*{sentence}"):
+        read_masking(manifest, 1)
+
+
+@pytest.mark.parametrize(
+    "what, reason, others",
+    [
+        ("missing", "the shard does not exist", 0),
+        ("flipped byte", "the checksum is wrong", 10),
+        ("ends in the chunk", "the shard ends .* bytes before the chunk does", 0),
+        ("ends before the chunk", "the shard ends .* bytes before the chunk does", 0),
+        ("damaged footer", "Couldn't deserialize thrift", 0),
+        ("empty", "the shard ends", 0),
+    ],
+)
+def test_what_is_wrong_with_a_shard_is_masked(ten_a_chunk, what, reason, others):
+    store, chunk = Store(ten_a_chunk.uri), ten_a_chunk.chunk(1)
+    data = bytearray(store.read(chunk.shard))
+    match what:
+        case "missing":
+            store.delete(chunk.shard)
+        case "flipped byte":
+            data[chunk.offset + 100] ^= 1
+        case "ends in the chunk":
+            del data[chunk.offset + 100 :]
+        case "ends before the chunk":
+            del data[chunk.offset - 100 :]
+        case "damaged footer":
+            end = chunk.offset + chunk.bytes
+            data[end : end + 50] = bytes(range(100, 150))
+        case "empty":
+            data.clear()
+    if what != "missing":
+        store.write(chunk.shard, bytes(data))
+    columns = read_masking(ten_a_chunk, 1)
+    assert not columns["valid"].any()
+    for row, (name, problem) in enumerate(zip(columns["id"], columns["problem"], strict=True)):
+        assert name == f"{store.uri}/00000.parquet#1:{row}"
+        assert re.match(rf"{name}: its chunk is masked: .*({reason})", problem), problem
+    assert read_masking(ten_a_chunk, 0)["valid"].sum() == others

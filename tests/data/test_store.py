@@ -5,6 +5,8 @@ from __future__ import annotations
 import http.server
 import os
 import pickle
+import re
+import resource
 import socket
 import threading
 import time
@@ -172,3 +174,19 @@ def test_missing_server_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.executable", str(tmp_path / "python"))
     with pytest.raises(UserError, match=r"pip install 'vlmo-ray\[demo\]'"), local_s3(tmp_path / "s3"):
         pass
+
+
+def test_a_full_disk_is_told_with_the_address(tmp_path):
+    """No file of this process may be larger than 1 kB for a moment, as when the disk is full."""
+    source = tmp_path / "source"
+    source.write_bytes(bytes(100_000))
+    store = Store(str(tmp_path / "store"))
+    free = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, free[1]))
+    try:
+        for attempt in (lambda: store.upload(source, "large"), lambda: store.write("large", bytes(100_000))):
+            with pytest.raises(UserError, match=re.escape(store.address("large"))):
+                attempt()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, free)
+    assert store.list() == []

@@ -13,6 +13,11 @@ import pytest
 from small_run import SMALL, job, train_on
 
 from vlmo_ray.config import Phase
+from vlmo_ray.data.manifest import chunk_table, write_manifest
+from vlmo_ray.data.prepare.shards import write_shards
+from vlmo_ray.data.read import ShardError
+from vlmo_ray.data.scenes.records import records
+from vlmo_ray.data.store import Store
 from vlmo_ray.errors import UserError
 from vlmo_ray.train.audit import audit
 from vlmo_ray.train.loop import Notice, train
@@ -37,7 +42,7 @@ def run(scenes, tmp_path_factory) -> Path:
     config = dataclasses.replace(CONFIG, cluster=dataclasses.replace(CONFIG.cluster, notice_every=1))
     assert train(job(scenes, folder, config), notice=notice_once(7)).step == 7
     assert train(job(scenes, folder, config), notice=notice_once(6)).step == 13
-    next((folder / "checkpoint-00000013").glob("*.distcp")).unlink()
+    next((folder / "checkpoint-00000013").rglob("*.distcp")).unlink()
     assert train(job(scenes, folder, config)).step == 20
     return folder
 
@@ -46,6 +51,7 @@ def test_a_run_with_repeated_steps_is_clean(run, scenes):
     assert len(list((run / "audit").iterdir())) == 3
     found = audit(str(run), scenes)
     assert found.clean and found.steps == 20 and not found.problems
+    assert found.sentences() == ["20 committed steps: every pair was consumed once an epoch"]
     rows = [epoch.rows for epoch in found.epochs]
     assert sum(rows) == 160 and len(rows) > 1 and all(epoch.complete for epoch in found.epochs[:-1])
 
@@ -95,6 +101,42 @@ def test_what_is_wrong_is_named(run, scenes, change, words):
     finally:
         for file, content in undo.items():
             file.write_bytes(content)
+
+
+def test_masked_pairs_are_named(tmp_path, monkeypatch):
+    """A blank caption, a record without an id, and a shard that is away for as long as the run lasts."""
+    rows = list(records(4, 40, image_size=16))
+    rows[3]["text"], rows[5]["id"] = " ", None
+    data, run = tmp_path / "data", tmp_path / "run"
+    chunks = write_shards(Store(str(data)), rows, "{}.parquet", rows_per_group=7, groups_per_shard=3)
+    write_manifest(str(data), "parquet", chunk_table(chunks))
+    (data / "1.parquet").rename(tmp_path / "elsewhere")
+    config = dataclasses.replace(CONFIG, phases=(Phase(10, 8),))
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, bad_shards="mask"))
+    assert train(job(str(data), run, config)).step == 10  # two epochs
+
+    found = audit(str(run), str(data))
+    alone = {rows[3]["id"], f"{data}/0.parquet#0:5"}
+    addresses = {f"{data}/1.parquet#{c.index}:{row}" for c in chunks[3:] for row in range(c.rows)}
+    assert found.clean and [epoch.masked for epoch in found.epochs] == [21, 21]
+    assert all(set(epoch.masked_ids) == alone | addresses for epoch in found.epochs)
+    first, second, verdict = found.sentences()
+    assert first == f"epoch 0, masked: {', '.join(found.epochs[0].masked_ids[:10])} and 11 more"
+    assert second.startswith("epoch 1, masked: ")
+    assert verdict == "10 committed steps: every pair was consumed once an epoch, 42 of them masked"
+
+    (tmp_path / "elsewhere").rename(data / "1.parquet")
+    repaired = audit(str(run), str(data))
+    assert repaired.clean
+    ids = {row["id"] for row in rows[21:]}
+    assert all(set(epoch.masked_ids) == alone | ids for epoch in repaired.epochs)
+
+    def refused(*args):
+        raise ShardError("access denied")
+
+    monkeypatch.setattr("vlmo_ray.data.parts.read_chunk", refused)
+    with pytest.raises(ShardError, match="access denied"):
+        audit(str(run), str(data))
 
 
 def test_the_command_proves_it(run, scenes):

@@ -6,8 +6,10 @@ Every disturbed run ends as the undisturbed one.
 import contextlib
 import dataclasses
 import errno
+import json
 import shutil
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +19,10 @@ from faulty_s3 import faulty_s3
 from safetensors.torch import load_file
 from small_run import SMALL, begin_at, job, train_on
 
+from vlmo_ray.config import Phase
 from vlmo_ray.data.store import Store
 from vlmo_ray.errors import UserError
-from vlmo_ray.train.checkpoint import STATE
+from vlmo_ray.train.checkpoint import STATE, _sealed, parse_state
 from vlmo_ray.train.checkpoints import Checkpoints
 from vlmo_ray.train.loop import Notice, train
 from vlmo_ray.train.meters import read_metrics
@@ -64,16 +67,39 @@ def names(run) -> list[int]:
     return [int(path.name[-8:]) for path in sorted(Path(run).glob("checkpoint-*"))]
 
 
-def test_a_state_without_all_its_files_is_not_there(half, scenes, undisturbed):
+def test_a_state_without_all_its_files_is_not_there(half, scenes, undisturbed, capsys):
     newest = half / "checkpoint-00000006"
-    next(newest.glob("*.distcp")).unlink()
+    next(newest.rglob("*.distcp")).unlink()
     assert Checkpoints(Store(str(half))).newest().step == 4
     assert train(job(scenes, half, CONFIG)).step == 10
+    told = "checkpoint-00000006 is not complete and passed over: some of its files are missing or short"
+    assert told in capsys.readouterr().out
     assert_same(half, undisturbed, since=4)
 
 
+def test_a_run_that_lost_its_checkpoints_is_not_started_afresh(undisturbed, scenes, tmp_path):
+    shutil.copytree(undisturbed, tmp_path / "run")
+    for file in (tmp_path / "run").rglob("*.distcp"):
+        file.unlink()
+    for _ in range(2):
+        outcome = train(job(scenes, tmp_path / "run", CONFIG))
+        assert "no checkpoint of" in outcome.stopped and "checkpoint-00000010" in outcome.stopped
+    for folder in (tmp_path / "run").glob("checkpoint-*"):
+        shutil.rmtree(folder)
+    assert "all are gone" in train(job(scenes, tmp_path / "run", CONFIG)).stopped
+
+
+def test_the_files_of_two_attempts_are_no_checkpoint(undisturbed, scenes, half):
+    """One died before its state arrived, and the other after its state and before the rest of its files."""
+    newest = half / "checkpoint-00000006"
+    state, files = parse_state((newest / STATE).read_text())
+    other = dataclasses.replace(state, attempts=[*state.attempts, (4, "other")])
+    (newest / STATE).write_text(_sealed(other.state_dict() | {"files": files}))
+    assert Checkpoints(Store(str(half))).newest().step == 4
+
+
 def test_a_half_written_file_is_not_there(half):
-    file = next((half / "checkpoint-00000006").glob("*.distcp"))
+    file = next((half / "checkpoint-00000006").rglob("*.distcp"))
     file.write_bytes(file.read_bytes()[:-100])
     assert Checkpoints(Store(str(half))).newest().step == 4
 
@@ -90,7 +116,7 @@ def flip(file: Path) -> None:
 
 
 def test_a_flipped_bit_is_named_and_the_one_before_taken(half, scenes, undisturbed, capsys):
-    file = next((half / "checkpoint-00000006").glob("*.distcp"))
+    file = next((half / "checkpoint-00000006").rglob("*.distcp"))
     flip(file)
     assert train(job(scenes, half, CONFIG)).step == 10
     printed = capsys.readouterr().out
@@ -103,7 +129,7 @@ def test_a_flipped_bit_is_named_and_the_one_before_taken(half, scenes, undisturb
 
 @pytest.mark.slow
 def test_two_workers_agree_on_the_checkpoint_before(half, scenes, undisturbed):
-    flip(next((half / "checkpoint-00000006").glob("*.distcp")))
+    flip(next((half / "checkpoint-00000006").rglob("*.distcp")))
     outcomes = train_on(2, job(scenes, half, CONFIG))
     assert [outcome.step for outcome in outcomes] == [10, 10], outcomes
     np.testing.assert_allclose(curve(half), curve(undisturbed)[4:], rtol=1e-9)
@@ -111,7 +137,7 @@ def test_two_workers_agree_on_the_checkpoint_before(half, scenes, undisturbed):
 
 def test_without_a_whole_checkpoint_nothing_is_started_afresh(half, scenes):
     for step in (2, 4, 6):
-        flip(next((half / f"checkpoint-{step:08d}").glob("*.distcp")))
+        flip(next((half / f"checkpoint-{step:08d}").rglob("*.distcp")))
     for _ in range(2):  # nor at the second try
         outcome = train(job(scenes, half, CONFIG))
         assert "no checkpoint of" in outcome.stopped and "give another --name" in outcome.stopped
@@ -120,9 +146,21 @@ def test_without_a_whole_checkpoint_nothing_is_started_afresh(half, scenes):
         load(half)
 
 
-def test_an_unreadable_state_is_passed_over(half, scenes, undisturbed):
-    (half / "checkpoint-00000006" / STATE).write_text("{")
+@pytest.mark.parametrize(
+    "damage, told",
+    [
+        (lambda text: "{", "cannot be read"),
+        (lambda text: text.replace('"step": 6,', '"step": 7,'), "its checksum does not match"),
+        (lambda text: _sealed(dict(list(json.loads(text).items())[1:]) | {"step": 7}), "it is of step 7"),
+    ],
+)
+def test_a_damaged_state_is_passed_over(half, capsys, damage, told):
+    state = half / "checkpoint-00000006" / STATE
+    before = state.read_text()
+    state.write_text(damage(before))
+    assert state.read_text() != before
     assert Checkpoints(Store(str(half))).newest().step == 4
+    assert told in capsys.readouterr().out
 
 
 def test_the_newest_and_every_kth_are_kept(scenes, tmp_path):
@@ -132,7 +170,7 @@ def test_the_newest_and_every_kth_are_kept(scenes, tmp_path):
 
 
 def test_nothing_is_retired_for_an_incomplete_one(half):
-    next((half / "checkpoint-00000006").glob("*.distcp")).unlink()
+    next((half / "checkpoint-00000006").rglob("*.distcp")).unlink()
     Checkpoints(Store(str(half)), keep=1, keeper=True).retire()
     assert names(half) == [4, 6]  # 6 may yet arrive
 
@@ -189,11 +227,11 @@ def notice_at(step: int, notice: Notice):
     return ask
 
 
-@pytest.mark.parametrize("notice", [Notice.STOP, Notice.PREEMPTED])
+@pytest.mark.parametrize("notice", [Notice.STOP, Notice.PREEMPTED, Notice.RESIZE])
 def test_a_notice_saves_and_ends_without_a_step_repeated(scenes, undisturbed, tmp_path, notice):
     config = dataclasses.replace(CONFIG, cluster=dataclasses.replace(CONFIG.cluster, notice_every=1))
     outcome = train(job(scenes, tmp_path, config), notice=notice_at(5, notice))
-    assert outcome.step == 5 and outcome.preempted == (notice is Notice.PREEMPTED)
+    assert outcome.step == 5 and outcome.again == (notice is not Notice.STOP)
     assert outcome.stopped.startswith("step 5: saved")
     assert names(tmp_path) == [2, 4, 5]
     assert train(job(scenes, tmp_path, config)).step == 10
@@ -221,6 +259,37 @@ def test_storage_that_fails_slows_a_run_and_changes_nothing(
         faults.busy = faults.cut = faults.slow = 0.0
         assert min(faults.struck[kind] for kind in ("busy", "cut", "slow", "away")) > 0
         np.testing.assert_allclose(curve(f"{bucket}/run"), curve(undisturbed), rtol=1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2])
+def test_storage_that_stays_away_ends_the_run_with_its_address(
+    scenes, s3_server, bucket, tmp_path, monkeypatch, world
+):
+    """Only the run is there; it is away from some step on, for longer than the patience."""
+    with faulty_s3(s3_server["AWS_ENDPOINT_URL"]) as (endpoint, faults):
+        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+        config = dataclasses.replace(
+            CONFIG,
+            phases=(Phase(400, 8),),
+            checkpoint_every=10,
+            data=dataclasses.replace(CONFIG.data, patience_s=1),
+        )
+        run = Store(f"{bucket}/run")
+
+        def away() -> None:
+            while not run.list("checkpoint-"):
+                time.sleep(0.05)
+            faults.away = True
+
+        watcher = threading.Thread(target=away, daemon=True)
+        watcher.start()
+        outcomes = train_on(world, job(scenes, run.uri, config))
+        watcher.join()
+        faults.away = False
+    assert all(outcome == outcomes[0] for outcome in outcomes)
+    assert 10 <= outcomes[0].step < 400 and f"{run.uri}/" in outcomes[0].stopped, outcomes
+    assert "(tried for 1 s)" in outcomes[0].stopped and not outcomes[0].again
 
 
 @pytest.mark.slow

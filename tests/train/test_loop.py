@@ -72,8 +72,16 @@ def test_other_data_or_settings_are_refused(scenes, undisturbed, tmp_path):
         train(job(scenes, tmp_path / "a", seed=2))
     other = str(tmp_path / "other")
     write_dataset(other, records(5, 60, image_size=16), rows_per_group=7)
-    with pytest.raises(UserError, match="belongs to other data"):
+    with pytest.raises(
+        UserError, match=r"other settings: data: fingerprint .* go on with them by --accept-changes"
+    ):
         train(job(other, tmp_path / "b"))
+    accepted = dataclasses.replace(job(other, tmp_path / "b", seed=2), accept_changes=True)
+    assert train(accepted).step == 10
+    assert [m["step"] for m in read_metrics(Store(str(tmp_path / "b")))[0]] == [9, 10]
+    wider = dataclasses.replace(SMALL.model, width=48)
+    with pytest.raises(UserError, match=r"model\.width: 24 -> 48.*afresh$"):
+        train(dataclasses.replace(job(scenes, tmp_path / "a", model=wider), accept_changes=True))
     assert train(job(scenes, tmp_path / "c", log_every=1, micro_batch=2)).step == 10
 
 

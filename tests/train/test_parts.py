@@ -3,13 +3,14 @@
 import asyncio
 import itertools
 import json
+import pickle
 import time
 from types import SimpleNamespace
 
 import pytest
 import torch
-from ray.exceptions import ActorDiedError
-from ray.train import ScalingConfig
+from ray.exceptions import ActorDiedError, RayTaskError
+from ray.train import ControllerError, ScalingConfig, WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.controller.state import (
@@ -19,7 +20,7 @@ from ray.train.v2._internal.execution.controller.state import (
     RestartingState,
     SchedulingState,
 )
-from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision
+from ray.train.v2._internal.execution.scaling_policy import NoopDecision
 
 from vlmo_ray.config import MODEL_SIZES, ClusterConfig
 from vlmo_ray.data.store import open_store
@@ -27,7 +28,7 @@ from vlmo_ray.errors import UserError
 from vlmo_ray.model.vlmo import VLMo
 from vlmo_ray.recipes import recipe
 from vlmo_ray.train import trainer
-from vlmo_ray.train.launch import Node, Share, share
+from vlmo_ray.train.launch import Node, Share, first_user_error, share
 from vlmo_ray.train.meters import Meters, read_metrics
 from vlmo_ray.train.optim import build_optimizer, decays, lr_at
 from vlmo_ray.train.trainer import CleanGroup, Controller, LastingNodes
@@ -74,11 +75,11 @@ def test_meters_write_segments_and_a_repeated_step_counts_once(tmp_path, capsys)
         first.add(FIGURES | {"step": step, "masked_pairs": 0.0})
         if step == 2:
             first.close_segment()
-    first.close()
+    first.flush()
     second = Meters(store, total_steps=6, log_every=2)
     for step in (3, 4, 5, 6):
         second.add(FIGURES | {"step": step, "loss": 2.0, "masked_pairs": 1.0})
-    second.close()
+    second.flush()
     metrics, repeated = read_metrics(store)
     assert [(m["step"], m["loss"]) for m in metrics] == [
         (1, 1.0),
@@ -141,9 +142,16 @@ def test_what_the_cluster_cannot_give_is_refused(cluster, cpus, gpus, words):
 
 
 @pytest.mark.parametrize(
-    "problem, wanted", [(ActorDiedError(), WorkerGroupStartupFailedError), (ValueError(), ValueError)]
+    "problem, wanted",
+    [
+        (ActorDiedError(), [WorkerGroupStartupFailedError] * 5),
+        # the connection to a lost worker, or something that comes every time
+        (RayTaskError("start", "", ValueError()), [WorkerGroupStartupFailedError] * 3 + [RayTaskError]),
+        (ValueError(), [ValueError]),
+    ],
 )
 def test_what_has_started_is_ended_when_a_start_fails(monkeypatch, problem, wanted):
+    monkeypatch.setattr(CleanGroup, "_failed", 0)
     group, ended = CleanGroup.__new__(CleanGroup), []
 
     def start(group):
@@ -152,9 +160,11 @@ def test_what_has_started_is_ended_when_a_start_fails(monkeypatch, problem, want
     monkeypatch.setattr(CleanGroup.__base__, "_start", start)
     monkeypatch.setattr(CleanGroup, "has_started", lambda group: not ended)
     monkeypatch.setattr(CleanGroup, "abort", lambda group: ended.append(True))
-    with pytest.raises(wanted):
-        group._start()
-    assert ended == [True]
+    for kind in wanted:
+        ended.clear()
+        with pytest.raises(kind):
+            group._start()
+        assert ended == [True]
 
 
 @pytest.mark.parametrize(
@@ -179,13 +189,30 @@ def test_a_controller_rests_while_it_waits_and_then_ends_if_asked(monkeypatch, b
     assert isinstance(asyncio.run(controller._step()).next_state.next_state, FinishedState)
 
 
-def test_running_workers_are_resized_to_more_and_never_to_fewer(monkeypatch):
-    policy = LastingNodes(ScalingConfig(num_workers=(1, 3), elastic_resize_monitor_interval_s=0.001))
+def test_running_workers_are_asked_to_make_room_for_more_and_never_ended(monkeypatch):
+    config, asked = ScalingConfig(num_workers=(1, 3), elastic_resize_monitor_interval_s=0.001), []
+    policy = LastingNodes(config, lambda: asked.append(True))
     group = SimpleNamespace(start_time=0.0, num_workers=2)
     monkeypatch.setattr(policy, "_maybe_send_resource_request", lambda: None)
-    for count, wanted in ((1, NoopDecision), (2, NoopDecision), (3, ResizeDecision)):
+    for count, wanted in ((1, []), (2, []), (3, [True])):
         monkeypatch.setattr(
             policy, "_get_reserved_resources", lambda count=count: {"a": {"CPU": float(count)}}
         )
         time.sleep(0.01)
-        assert type(policy.make_decision_for_running_worker_group(group, None)) is wanted
+        decision = policy.make_decision_for_running_worker_group(group, None)
+        assert isinstance(decision, NoopDecision) and asked == wanted
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ControllerError(UserError("s3://bucket/run: it is away")),
+        WorkerGroupError(
+            "rank 1",
+            {0: ValueError(), 1: RayTaskError("train", "", UserError("s3://bucket/run: it is away"))},
+        ),
+    ],
+)
+def test_what_the_user_can_mend_is_found_in_ray_trains_errors(error):
+    assert str(first_user_error(pickle.loads(pickle.dumps(error)))) == "s3://bucket/run: it is away"
+    assert first_user_error(ControllerError(ValueError("another"))) is None

@@ -16,7 +16,7 @@ from vlmo_ray.config import DataConfig
 from vlmo_ray.data.decode import DecodeError, decode_eval, decode_train
 from vlmo_ray.data.manifest import Chunk, Manifest
 from vlmo_ray.data.order import Rows
-from vlmo_ray.data.read import Record, ShardError, read_chunk
+from vlmo_ray.data.read import DamagedShard, Record, read_chunk
 from vlmo_ray.data.store import Store
 from vlmo_ray.data.text import (
     CLS_ID,
@@ -64,8 +64,8 @@ class TrainReader:
     image_key, text_key int64 `[n]`, valid bool `[n]`, step, position int64 `[n]`, id, problem str `[n]`.
 
     A record that cannot be used gives a grey image, an empty text and valid = False, and `problem` says
-    why, with its address. A chunk that cannot be read raises `ShardError`, or with `data.bad_shards` "mask" is
-    so many records that cannot be used.
+    why, with its address. A chunk that cannot be read raises `ShardError`. With `data.bad_shards` "mask", one that
+    is itself at fault (`DamagedShard`) is so many records that cannot be used.
     """
 
     uri: str
@@ -152,7 +152,7 @@ def _read(
         rows = np.flatnonzero(part.chunk == index)
         try:
             records = read_chunk(store, chunk)
-        except ShardError as error:
+        except DamagedShard as error:
             if not mask_chunks:
                 raise
             address = f"{store.address(chunk.shard)}#{chunk.index}"
@@ -163,7 +163,7 @@ def _read(
             continue
         for i in rows:
             record = records[part.row[i]]
-            strings["id"][i] = _encodable(record.id)
+            strings["id"][i] = _id(record)
             strings["image_id"][i] = _encodable(record.image_id or record.address)
             try:
                 if record.problem:
@@ -182,12 +182,17 @@ def _read(
     return arrays | strings
 
 
-def chunk_ids(store: Store, chunk: Chunk) -> list[str]:
-    """The ids of a chunk's rows, as a batch has them: of a chunk that cannot be read, their addresses."""
+def chunk_ids(store: Store, chunk: Chunk) -> dict[str, str]:
+    """Address -> id of a chunk's rows, as a batch has them: the rows of a damaged one have their addresses for ids."""
     try:
-        return [_encodable(record.id) for record in read_chunk(store, chunk)]
-    except ShardError:
-        return [f"{store.address(chunk.shard)}#{chunk.index}:{row}" for row in range(chunk.rows)]
+        return {record.address: _id(record) for record in read_chunk(store, chunk)}
+    except DamagedShard:
+        addresses = [f"{store.address(chunk.shard)}#{chunk.index}:{row}" for row in range(chunk.rows)]
+        return dict(zip(addresses, addresses, strict=True))
+
+
+def _id(record: Record) -> str:
+    return _encodable(record.id or record.address)
 
 
 def _encodable(text: str) -> str:

@@ -7,22 +7,28 @@ import io
 import random
 import time
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vlmo_ray.data.manifest import FORBID, Chunk, row_group_range
+from vlmo_ray.data.manifest import FORBID, MANIFEST, Chunk, row_group_range
 from vlmo_ray.data.s3 import StorageBusy
 from vlmo_ray.data.store import Store
 from vlmo_ray.data.tar import TarError, encodable, iter_groups, iter_members, pair_fields
 from vlmo_ray.errors import UserError
 
 _COLUMNS = ("id", "image_id", "image", "text", "forbid")
+_TAIL_BYTES = 64 << 10  # read at first of a shard's end: most footers are shorter
 
 
 class ShardError(UserError):
     """A whole chunk cannot be read; the message begins with its address."""
+
+
+class DamagedShard(ShardError):
+    """What is stored is at fault, not the way to it. Only this may be masked (`data.bad_shards`)."""
 
 
 @dataclass
@@ -43,30 +49,50 @@ def read_chunk(store: Store, chunk: Chunk, *, retries: int = 4, wait_s: float = 
 
     Storage that is busy or away is asked again for `store.patience_s`. Wrong checksums and other errors, which
     may come from the way, are tried again `retries` times, after `wait_s`, twice that, and so on, with jitter.
-    Raises ShardError with the address if the chunk still cannot be read, or is not what the manifest says.
+    Raises DamagedShard with the address if the chunk is missing or still not what the manifest says, and another
+    ShardError if there still is no access to it.
     """
     address = f"{store.address(chunk.shard)}#{chunk.index}"
     for attempt in range(retries + 1):
         try:
-            data = store.read(chunk.shard, chunk.offset, chunk.bytes)
+            # a shard that ends before the chunk begins gives nothing, where S3 would refuse
+            data = _take(store, chunk.shard, lambda f: f.read_at(chunk.bytes, min(chunk.offset, f.size())))
             if len(data) < chunk.bytes:
-                raise ShardError(f"the shard ends {chunk.bytes - len(data)} bytes before the chunk does")
+                raise DamagedShard(f"the shard ends {chunk.bytes - len(data)} bytes before the chunk does")
             if zlib.crc32(data) != chunk.crc:
-                raise ShardError("the checksum is wrong: the shard has changed since it was prepared")
+                raise DamagedShard("the checksum is wrong: the shard has changed since it was prepared")
             rows = _DECODERS[chunk.format](store, chunk, data)
             if len(rows) != chunk.rows:
-                raise ShardError(f"{len(rows)} records were found where the manifest says {chunk.rows}")
+                raise DamagedShard(f"{len(rows)} records were found where the manifest says {chunk.rows}")
             return [_record(row, chunk, f"{address}:{i}") for i, row in enumerate(rows)]
         except FileNotFoundError as error:
-            raise ShardError(f"{address}: the shard does not exist; prepare it again") from error
+            raise DamagedShard(f"{address}: the shard does not exist; prepare it again") from error
         except StorageBusy as error:
             raise ShardError(f"{address}: {error}") from error
         except (UserError, TarError, OSError, pa.ArrowException) as error:
             _footer.cache_clear()  # it may be what was read wrongly
             if attempt == retries:
-                raise ShardError(f"{address}: {error} (tried {retries + 1} times)") from error
+                no_access = isinstance(error, UserError) and not isinstance(error, DamagedShard)
+                kind = ShardError if no_access else DamagedShard
+                raise kind(f"{address}: {error} (tried {retries + 1} times)") from error
             time.sleep(wait_s * 2**attempt * random.uniform(0.5, 1.5))
     raise AssertionError("unreachable")
+
+
+def _take(store: Store, shard: str, take: Callable[[pa.NativeFile], bytes]) -> bytes:
+    """What `take` reads of the open shard. FileNotFoundError if the shard is missing but not the data set."""
+
+    def attempt() -> bytes:
+        with store.fs.open_input_file(store.path(shard)) as file:
+            return take(file)
+
+    try:
+        return store.patiently(shard, attempt)
+    except FileNotFoundError as error:
+        if not store.exists(MANIFEST):  # a bucket that was deleted, a disk that is not mounted
+            nor = store.address(MANIFEST)
+            raise UserError(f"neither the shard nor {nor} exists; check the bucket or the mount") from error
+        raise
 
 
 def _record(row: dict, chunk: Chunk, address: str) -> Record:
@@ -118,18 +144,24 @@ class _Range(io.RawIOBase):
 
 @functools.lru_cache(maxsize=256)
 def _footer(store: Store, shard: str) -> pq.FileMetaData:
-    def attempt() -> pq.FileMetaData:
-        with store.fs.open_input_file(store.path(shard)) as file:
-            return pq.read_metadata(file)
+    tail = _take(store, shard, _tail)  # before it is parsed, so that what goes wrong is told apart
+    return pq.read_metadata(pa.BufferReader(tail))
 
-    return store.patiently(shard, attempt)
+
+def _tail(file: pa.NativeFile) -> bytes:
+    """The end of a Parquet file, with all of the footer."""
+    size = file.size()
+    tail = file.read_at(min(size, _TAIL_BYTES), max(size - _TAIL_BYTES, 0))
+    length = int.from_bytes(tail[-8:-4], "little") + 8  # then its mark
+    longer = tail.endswith(b"PAR1") and len(tail) < length <= size
+    return file.read_at(length, size - length) if longer else tail
 
 
 def _decode_parquet(store: Store, chunk: Chunk, data: bytes) -> list[dict]:
     footer = _footer(store, chunk.shard)
     known = chunk.index < footer.num_row_groups
     if not known or row_group_range(footer, chunk.index) != (chunk.offset, chunk.bytes):
-        raise ShardError("the footer of the shard does not agree with the manifest; prepare it again")
+        raise DamagedShard("the footer of the shard does not agree with the manifest; prepare it again")
     source = pa.PythonFile(_Range(data, chunk.offset, chunk.offset + chunk.bytes), mode="r")
     file = pq.ParquetFile(source, metadata=footer, page_checksum_verification=True, pre_buffer=False)
     columns = [name for name in _COLUMNS if name in file.schema_arrow.names]

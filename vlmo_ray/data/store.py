@@ -25,6 +25,7 @@ from vlmo_ray.errors import UserError
 _STREAM_BYTES = 4 << 20
 _TEMPORARY = ".vlmo-tmp-"
 _LONGEST_WAIT_S = 20.0
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 T = TypeVar("T")
 
@@ -160,7 +161,12 @@ class Store:
                 file = os.fdopen(os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, mode), "w+b")
             stack.callback(temporary.unlink, missing_ok=True)
             stack.enter_context(file)
-            yield file
+            try:
+                yield file
+            except OSError as error:
+                if error.errno not in _FULL:  # it may be about anything that is done in the block
+                    raise
+                raise UserError(f"{self.address(name) if target else temporary}: {error}") from error
 
             def finish() -> None:
                 file.flush()

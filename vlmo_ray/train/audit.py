@@ -64,6 +64,7 @@ class EpochAudit:
     rows: int  # that the committed steps should have consumed of it
     seen: int  # written down
     masked: int  # of those, not used because they could not be read
+    masked_ids: tuple[str, ...]  # of those; the address where there is no id, or its chunk cannot be read
     complete: bool  # all of the data set's rows belong to committed steps
     missing: tuple[str, ...]  # ids of the data set that were not seen; of a complete epoch only
     doubled: tuple[str, ...]  # ids seen more often than the data set has them
@@ -90,13 +91,16 @@ class Audit:
         """What there is to say beside the table; the last one is the verdict."""
         said = list(self.problems)
         for epoch in self.epochs:
-            for what in ("missing", "doubled", "unknown"):
-                if ids := getattr(epoch, what):
+            for name in ("masked_ids", "missing", "doubled", "unknown"):
+                if ids := getattr(epoch, name):
+                    what = name.removesuffix("_ids")
                     rest = f" and {len(ids) - 10} more" if len(ids) > 10 else ""
                     said.append(f"epoch {epoch.epoch}, {what}: {', '.join(ids[:10])}{rest}")
-        verdict = (
-            "every pair was consumed once an epoch" if self.clean else "NOT every pair was consumed once"
-        )
+        verdict = "NOT every pair was consumed once"
+        if self.clean:
+            masked = sum(epoch.masked for epoch in self.epochs)
+            but = f", {masked:,} of them masked" if masked else ""
+            verdict = f"every pair was consumed once an epoch{but}"
         return [*said, f"{self.steps} committed steps: {verdict}"]
 
 
@@ -112,6 +116,8 @@ def table(found: Audit) -> Table:
 def audit(run: str, data: str) -> Audit:
     """Holds what a run wrote down (`audit=true`) against its data set.
 
+    The run wrote down addresses for the ids in a damaged chunk, which may be repaired by now. The other way round, ids
+    that were read before their chunk was damaged are unknown, and its addresses missing.
     Raises UserError where there is nothing to audit, or the data set is not the one that was trained on.
     """
     store = open_store(run)
@@ -128,7 +134,9 @@ def audit(run: str, data: str) -> Audit:
     step = table.column("step").to_numpy().astype(np.int64)
     stream = schedule.rows_before(step) + table.column("position").to_numpy()
     total = schedule.rows_before(state.step)
-    ids, valid = np.array(table.column("id").to_pylist(), dtype=object), table.column("valid").to_numpy(False)
+    known = _ids_of(manifest)
+    ids = np.array([known.get(name, name) for name in table.column("id").to_pylist()], dtype=object)
+    valid = table.column("valid").to_numpy(False)
 
     counts = np.bincount(stream, minlength=total)
     problems = []
@@ -139,7 +147,7 @@ def audit(run: str, data: str) -> Audit:
                 int(np.searchsorted(schedule.rows_before(np.arange(state.step + 1)), first, side="right")) - 1
             )
             problems.append(f"{int(places.sum())} places {what}, the first in step {at}")
-    in_data = Counter(_ids_of(manifest))
+    in_data = Counter(known.values())
     epochs = []
     for epoch in range(-(-total // manifest.num_rows)):
         here = stream // manifest.num_rows == epoch
@@ -151,7 +159,8 @@ def audit(run: str, data: str) -> Audit:
                 epoch=epoch,
                 rows=rows,
                 seen=int(here.sum()),
-                masked=int((~valid[here]).sum()),
+                masked=int((here & ~valid).sum()),
+                masked_ids=tuple(ids[here & ~valid]),
                 complete=complete,
                 missing=tuple((in_data - seen).elements()) if complete else (),
                 doubled=tuple(name for name in (seen - in_data).elements() if name in in_data),
@@ -178,6 +187,8 @@ def _committed(store: Store, attempts: list[tuple[int, str]], stop: int) -> pa.T
     return pa.concat_tables(pieces)
 
 
-def _ids_of(manifest: Manifest) -> list[str]:
+def _ids_of(manifest: Manifest) -> dict[str, str]:
+    """Address -> id of every row."""
     store = Store(manifest.uri)
-    return [name for i in range(manifest.num_chunks) for name in chunk_ids(store, manifest.chunk(i))]
+    chunks = (chunk_ids(store, manifest.chunk(i)) for i in range(manifest.num_chunks))
+    return {address: name for chunk in chunks for address, name in chunk.items()}

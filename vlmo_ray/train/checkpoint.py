@@ -1,7 +1,7 @@
 """One checkpoint in a local folder: `torch.distributed.checkpoint` files plus `train_state.json`.
 
 Written by all workers, read by any number of them, replicated or sharded. `train_state.json` names every file
-with its size and checksum, so a checkpoint that lacks one or has a changed one is recognised.
+with its size and checksum, and has its own, so a checkpoint that lacks a file or has a changed one is recognised.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state
     if not together or dist.get_rank() == 0:
         everything = {name: size for part, _ in reports for name, size in part.items()}
         try:
-            (folder / STATE).write_text(json.dumps(state.state_dict() | {"files": everything}, indent=1))
+            (folder / STATE).write_text(_sealed(state.state_dict() | {"files": everything}))
         except OSError as error:
             problem = str(error)
     if together:
@@ -72,9 +72,20 @@ def measured(file: Path) -> tuple[int, int]:
     return size, crc
 
 
+def _sealed(content: dict[str, Any]) -> str:
+    content = json.loads(json.dumps(content))  # as it will be read
+    return json.dumps({"crc32": _crc(content)} | content, indent=1)
+
+
+def _crc(content: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
+
+
 def parse_state(text: str | bytes) -> tuple[TrainState, Files]:
-    """The contents of a `train_state.json`."""
+    """The contents of a `train_state.json`; ValueError, KeyError or TypeError if it is not as it was written."""
     raw = json.loads(text)
+    if raw.pop("crc32") != _crc(raw):
+        raise ValueError("its checksum does not match")
     files = {name: (size, crc) for name, (size, crc) in raw.pop("files").items()}
     return TrainState.load_state_dict(raw), files
 

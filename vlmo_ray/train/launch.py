@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import dataclasses
 import functools
@@ -23,6 +24,7 @@ from vlmo_ray.train.loop import Job, Notice, train
 
 _LEAST_CPUS = 0.1875  # of a CPU worker with its data
 _STOP = "stop"  # an object in the run: its workers are to save and end
+_RESIZE = "resize"  # likewise, and they are started again, as many as there is room for
 _RAY_RUN = "ray_run"  # holds Ray Train's id of the run
 
 
@@ -116,27 +118,33 @@ def _worker(job: Job) -> dict:
     )
 
     rank, run = context.get_world_rank(), Store(job.run, job.config.data.patience_s)
+    if rank == 0:
+        run.delete(_RESIZE)
 
     def notice() -> Notice:
         # a barrier: every worker calls, and all get the same
         going = ray.train.get_preemption_info() is not None
         if rank == 0 and run.exists(_STOP):
             return Notice.STOP
-        return Notice.PREEMPTED if going else Notice.NONE
+        if going:
+            return Notice.PREEMPTED
+        return Notice.RESIZE if rank == 0 and run.exists(_RESIZE) else Notice.NONE
 
     outcome = train(job, rank=rank, world=context.get_world_size(), device=device, notice=notice)
-    if outcome.preempted:
-        # This is how Ray Train knows an end by preemption, which it does not count as a failure: it starts the workers
-        # again without that node, from this very step. (By keyword the error would not survive pickling.)
-        raise ray.exceptions.RayActorError(None, f"preempted at {outcome.stopped}", False, True)
+    if outcome.again:
+        # This is how Ray Train knows an end by preemption, which it does not count as a failure: it starts workers
+        # again, as many as there is room for, from this very step. (By keyword the error would not survive pickling.)
+        raise ray.exceptions.RayActorError(None, f"to start again, ended at {outcome.stopped}", False, True)
     return dataclasses.asdict(outcome)
 
 
-def pretrain(config: Config, data: str, storage: str, name: str | None = None) -> Store:
+def pretrain(
+    config: Config, data: str, storage: str, name: str | None = None, accept_changes: bool = False
+) -> Store:
     """Pre-trains `config` on the data set at `data`; returns the run, `storage`/`name` (default: the recipe's).
 
-    A run of that name that is already there goes on from its newest checkpoint. Raises UserError for everything
-    that the caller can mend, most of it before a worker starts.
+    A run of that name that is already there goes on from its newest checkpoint; if data or settings have changed, only
+    with `accept_changes`. Raises UserError for everything that the caller can mend, most of it before a worker starts.
     """
     check(config)
     name = name or config.name
@@ -144,12 +152,17 @@ def pretrain(config: Config, data: str, storage: str, name: str | None = None) -
     check_shards(manifest, open_store(data))
     storage_root = open_store(storage, create=True)
     run = open_store(f"{storage.rstrip('/')}/{name}", create=True, patience_s=config.data.patience_s)
-    with lease(run), ray_session(dashboard=True), _stop_on_signals(run):  # Ray sets handlers of its own
+    lost: list[str] = []  # why this process may not train the run any more
+    # Ray sets signal handlers of its own
+    with lease(run, functools.partial(_end, lost)), ray_session(dashboard=True), _stop_on_signals(run, lost):
         state = Checkpoints(run).newest()
         if state is not None:
-            state.continue_with(config, manifest.fingerprint)
+            changed = state.continue_with(config, manifest.fingerprint, accept_changes)
             print(f"run {name!r} continues from step {state.step} of {config.total_steps}", flush=True)
-        _release(run)
+            if changed:
+                print(f"from here on with other settings: {'; '.join(changed)}", flush=True)
+        if run.exists(_RAY_RUN):  # of a driver that did not end by itself
+            _release(run.read(_RAY_RUN).decode())
         cluster = config.cluster
         each = share(cluster, *cluster_nodes())
         rows = schedule_rows(config)
@@ -160,7 +173,14 @@ def pretrain(config: Config, data: str, storage: str, name: str | None = None) -
             f"tasks; room for {each.room}",
             flush=True,
         )
-        job = Job(config, data, run.uri, manifest.fingerprint, data_tasks=each.data_tasks)
+        job = Job(
+            config,
+            data,
+            run.uri,
+            manifest.fingerprint,
+            data_tasks=each.data_tasks,
+            accept_changes=accept_changes,
+        )
         outcome = _fit(job, each.cpus, storage_root, name, run)
     if outcome is None:
         raise UserError(
@@ -172,15 +192,26 @@ def pretrain(config: Config, data: str, storage: str, name: str | None = None) -
     return run
 
 
+def _end(lost: list[str], reason: str) -> None:
+    """Ends the main thread's training, from another thread."""
+    lost.append(reason)
+    _thread.interrupt_main(signal.SIGTERM)
+
+
 @contextlib.contextmanager
-def _stop_on_signals(run: Store) -> Iterator[None]:
-    """A first SIGTERM or SIGINT (Ctrl-C) asks the run to save and end; a second one ends this process."""
+def _stop_on_signals(run: Store, lost: list[str]) -> Iterator[None]:
+    """A first SIGTERM or SIGINT (Ctrl-C) asks the run to save and end; a second one ends this process.
+
+    The run of which the lease is `lost` is asked for nothing: it is another's.
+    """
     run.delete(_STOP)
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def ask(number: int, _) -> None:
+        if lost:
+            raise UserError(lost[0])
         restore()
         name = signal.Signals(number).name
         print(f"{name}: the workers save and end; a second one ends them at once", flush=True)
@@ -197,13 +228,25 @@ def _stop_on_signals(run: Store) -> Iterator[None]:
         restore()
 
 
-def _release(run: Store) -> None:
-    """Gives back what a driver of this run that did not end by itself has reserved; else Ray waits 180 s for it."""
+def _release(ray_run: str) -> None:
+    """Gives back what a run of Ray Train that did not end by itself has reserved; else Ray waits 180 s for it."""
     from ray.train.v2._internal.execution.scaling_policy import autoscaling_coordinator_client as coordinator
 
-    if run.exists(_RAY_RUN):
-        requester = f"train-{run.read(_RAY_RUN).decode()}"
-        coordinator.TrainAutoscalingCoordinatorClient(requester).cancel_resource_request()
+    coordinator.TrainAutoscalingCoordinatorClient(f"train-{ray_run}").cancel_resource_request()
+
+
+def _asked(run: str, what: str) -> bool:
+    """Whether `what` is asked of the run; no, if its storage cannot tell: the workers say what is wrong with it."""
+    try:
+        return Store(run).exists(what)
+    except UserError:
+        return False
+
+
+def _ask(run: str, what: str) -> None:
+    """Asks `what` of the run, if its storage is there."""
+    with contextlib.suppress(UserError):
+        Store(run).write(what, b"")
 
 
 def schedule_rows(config: Config) -> int:
@@ -229,12 +272,12 @@ def _fit(job: Job, cpus: float, storage: Store, name: str, run: Store) -> dict |
     trainer = Trainer(
         _worker,
         train_loop_config=job,
-        asked_to_end=functools.partial(run.exists, _STOP),
+        asked_to_end=functools.partial(_asked, run.uri, _STOP),
+        ask_to_resize=functools.partial(_ask, run.uri, _RESIZE),
         scaling_config=ScalingConfig(
             num_workers=(cluster.min_workers, cluster.max_workers) if elastic else cluster.max_workers,
             use_gpu=cluster.gpus_per_worker > 0,
             resources_per_worker=resources,
-            # a resize restarts all workers from the last checkpoint: not more often than there are some
             elastic_resize_monitor_interval_s=cluster.resize_interval_s,
         ),
         run_config=RunConfig(
@@ -245,13 +288,20 @@ def _fit(job: Job, cpus: float, storage: Store, name: str, run: Store) -> dict |
         ),
     )
     # before anything is reserved under it, as this process may be killed at any time
-    run.write(_RAY_RUN, trainer.train_run_context.run_id.encode())
+    ray_run = trainer.train_run_context.run_id
+    run.write(_RAY_RUN, ray_run.encode())
     try:
         return trainer.fit().return_value
     except TrainingFailedError as error:
-        if found := user_error(error):
+        if found := first_user_error(error):
             raise found from error
         raise
-    except (KeyboardInterrupt, SystemExit):  # a second signal
-        _release(run)
+    except (KeyboardInterrupt, SystemExit, UserError):  # a second signal, or the lease is lost
+        _release(ray_run)
         raise
+
+
+def first_user_error(error: Exception) -> UserError | None:
+    """The `UserError` behind Ray Train's error, of a worker or of its controller; None if there is none."""
+    failures = [getattr(error, "controller_failure", None), *getattr(error, "worker_failures", {}).values()]
+    return next(filter(None, map(user_error, failures)), None)

@@ -1,7 +1,13 @@
 """One program at a time works on a run: a small object in the run's store says who.
 
 The holder renews it; a lease that was not renewed for a while belongs to nobody, and one whose holder was a process
-of this machine that is gone is taken over at once.
+of this machine that is gone is taken over at once. A holder that finds another's lease where its own was has lost the
+run, and is told so.
+
+A plain store has no lock, so that two can hold the lease for a while: one that was cut off from the storage for longer
+than `LAPSE_S` and replaced, or two that begin at once, where the later write is under way for longer than `_SETTLE_S`.
+The write that arrives last stands. The other program finds that out when it next looks: soon after its start, then
+every `RENEW_S`, and not while the storage is away.
 """
 
 from __future__ import annotations
@@ -12,7 +18,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -36,10 +42,13 @@ class Holder:
     pid: int
     process_start: str
     renewed: float  # seconds since 1970
+    pid_namespace: str = ""  # containers on one host may share its name, but not their process ids
 
     @property
     def here(self) -> bool:
-        return (self.host, self.boot) == (socket.gethostname(), _boot())
+        """Whether its process id can be looked up by this process."""
+        here = socket.gethostname(), _boot(), _pid_namespace()
+        return (self.host, self.boot, self.pid_namespace) == here
 
     @property
     def gone(self) -> bool:
@@ -52,22 +61,32 @@ class _Lease:
 
     def __init__(self, run: Store):
         self._run = run
+        self._impatient = replace(run, patience_s=0.0)
         self._holder = Holder(
-            uuid.uuid4().hex, socket.gethostname(), _boot(), os.getpid(), _start_of(os.getpid()), time.time()
+            token=uuid.uuid4().hex,
+            host=socket.gethostname(),
+            boot=_boot(),
+            pid=os.getpid(),
+            process_start=_start_of(os.getpid()),
+            renewed=time.time(),
+            pid_namespace=_pid_namespace(),
         )
 
-    def renew(self) -> None:
-        self._holder = replace(self._holder, renewed=time.time())
-        self._run.write(_NAME, json.dumps(asdict(self._holder)).encode())
-
-    def _read(self) -> Holder | None:
+    def _read(self, run: Store) -> Holder | None:
         try:
-            return Holder(**json.loads(self._run.read(_NAME)))
+            return Holder(**json.loads(run.read(_NAME)))
         except FileNotFoundError:
             return None
 
+    def _write(self, run: Store) -> None:
+        self._holder = replace(self._holder, renewed=time.time())
+        run.write(_NAME, json.dumps(asdict(self._holder)).encode())
+
+    def _is_mine(self, current: Holder | None) -> bool:
+        return current is not None and current.token == self._holder.token
+
     def take(self) -> None:
-        first = current = self._read()
+        first = current = self._read(self._run)
         # the holder's clock may not be ours: a lease lapses when it is seen unchanged for long enough
         until = time.monotonic() + LAPSE_S
         while current is not None and not current.gone:
@@ -84,32 +103,61 @@ class _Lease:
                     flush=True,
                 )
             time.sleep(2)
-            current = self._read()
-        self.renew()
+            current = self._read(self._run)
+        self._write(self._run)
         time.sleep(_SETTLE_S)
-        winner = self._read()
-        if winner is None or winner.token != self._holder.token:
+        if not self._is_mine(self._read(self._run)):
             raise UserError(
                 f"another program began to train {self._run.uri} at the same time; this one gives way"
             )
 
+    def renew(self) -> Holder | None:
+        """Who else holds the lease by now; None when nobody does and it is renewed.
+
+        Without patience: while a write waits for the storage, another may take what was just read as ours.
+        """
+        current = self._read(self._impatient)
+        if current is not None and not self._is_mine(current):
+            return current
+        self._write(self._impatient)
+        return None
+
+    def keep(self, ended: threading.Event, on_lost: Callable[[str], None]) -> None:
+        """Renews until `ended`, or until the lease is another's; goes on while the storage is busy or away."""
+        wait, failing = 4 * _SETTLE_S, False
+        while not ended.wait(wait):
+            wait = RENEW_S
+            try:
+                other = self.renew()
+            except (UserError, OSError) as error:
+                if not failing:
+                    print(
+                        f"the lease of {self._run.uri} could not be renewed, trying on: {error}", flush=True
+                    )
+                failing = True
+                continue
+            failing = False
+            if other is not None:
+                on_lost(
+                    f"{self._run.uri} was taken over by process {other.pid} on {other.host} while this one could not "
+                    "renew its lease, or both began at once"
+                )
+                return
+
     def give_back(self) -> None:
-        current = self._read()
-        if current is not None and current.token == self._holder.token:
+        if self._is_mine(self._read(self._run)):
             self._run.delete(_NAME)
 
 
 @contextmanager
-def lease(run: Store) -> Iterator[None]:
-    """Holds the lease of `run` inside the block. Raises UserError while another program holds it."""
+def lease(run: Store, on_lost: Callable[[str], None]) -> Iterator[None]:
+    """Holds the lease of `run` inside the block. Raises UserError while another program holds it.
+
+    If another has taken it over, `on_lost` is called once, from a thread of its own, with a sentence that says who.
+    """
     held, ended = _Lease(run), threading.Event()
     held.take()
-
-    def renew() -> None:
-        while not ended.wait(RENEW_S):
-            held.renew()
-
-    thread = threading.Thread(target=renew, name="lease", daemon=True)
+    thread = threading.Thread(target=held.keep, args=(ended, on_lost), name="lease", daemon=True)
     thread.start()
     try:
         yield
@@ -122,6 +170,13 @@ def lease(run: Store) -> Iterator[None]:
 def _boot() -> str:
     path = Path("/proc/sys/kernel/random/boot_id")
     return path.read_text().strip() if path.exists() else ""
+
+
+def _pid_namespace() -> str:
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
 
 
 def _start_of(pid: int) -> str:

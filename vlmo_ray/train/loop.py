@@ -52,6 +52,7 @@ class Job:
     fingerprint: str  # of the data set, as the launcher saw it
     in_process_data: bool = False  # read and decode in the training process, without Ray Data
     data_tasks: int = 1  # of this worker at once
+    accept_changes: bool = False  # of data and settings, since the run's newest checkpoint
 
 
 @dataclass(frozen=True)
@@ -60,15 +61,16 @@ class Outcome:
 
     step: int
     stopped: str = ""
-    preempted: bool = False  # stopped to be started again elsewhere
+    again: bool = False  # stopped to be started again, by other workers
 
 
 class Notice(enum.IntEnum):
     """What a worker has been told from outside; the gravest one counts for all."""
 
     NONE = 0
-    PREEMPTED = 1  # a node is about to go: save, end, and be started again without it
-    STOP = 2  # save and end
+    RESIZE = 1  # there is room for more workers: save, end, and be started again
+    PREEMPTED = 2  # a node is about to go: save, end, and be started again without it
+    STOP = 3  # save and end
 
 
 def build_model(config: Config) -> VLMo:
@@ -120,7 +122,8 @@ def train(
                 return Outcome(0, f"the start: {stopped}")
             start, attempts = 0, []
             if name:
-                checkpoint.read_state(Path(folder)).continue_with(config, manifest.fingerprint)
+                found = checkpoint.read_state(Path(folder))
+                found.continue_with(config, manifest.fingerprint, job.accept_changes)
                 state = checkpoint.load(Path(folder), model, optimizer)
                 start, attempts = state.step, state.attempts
         attempts.append((start, attempt))
@@ -129,8 +132,9 @@ def train(
 
         schedule = schedule_of(config)
         meters = Meters(run, config.total_steps, config.log_every) if rank == 0 else None
+        trouble = _Troubles()
         if meters is not None:
-            stack.callback(meters.close)
+            stack.callback(_flush, meters)
         consumed = Consumed(attempt) if config.audit else None
         batches = PairStream(
             manifest,
@@ -154,7 +158,7 @@ def train(
         def save(done: int) -> str:
             """Writes a checkpoint and has it uploaded in the background; or the sentence that says why not."""
             if meters is not None:
-                meters.close_segment()
+                trouble.attempt(meters.close_segment)
             folder = local / f"checkpoint-{uuid.uuid4().hex}"
             try:
                 state = TrainState.of(done, config, manifest.fingerprint, attempts)
@@ -162,22 +166,24 @@ def train(
             except checkpoint.SaveError as error:
                 shutil.rmtree(folder, ignore_errors=True)
                 return str(error)
-            checkpoints.upload(folder, done, consumed and consumed.take())
+            checkpoints.upload(folder, state, consumed and consumed.take())
             return ""
 
         for step in range(start, config.total_steps):
             began = time.monotonic()
-            told = notice() if step % config.cluster.notice_every == 0 else Notice.NONE
-            batch, problem = _attempt(lambda: (checkpoints.check(), next(stream))[1])
+            looks = step % config.cluster.notice_every == 0
+            told = (looks and trouble.attempt(notice)) or Notice.NONE
+            batch = trouble.attempt(lambda: (checkpoints.check(), next(stream))[1])
             waited = time.monotonic() - began
-            stopped, told = _agree(problem and f"step {step}: {problem}", world, device, told)
+            stopped, told = _agree(trouble.first and f"step {step}: {trouble.first}", world, device, told)
             if stopped:
                 return Outcome(step, stopped)
             if told:
                 problem = save(step) if step > saved else ""
-                problem = problem or _attempt(checkpoints.wait)[1]
+                trouble.attempt(checkpoints.wait)
+                problem = problem or trouble.first
                 stopped = _agree(problem and f"step {step}: {problem}", world, device)[0]
-                return Outcome(step, stopped or f"step {step}: {_SENTENCES[told]}", told is Notice.PREEMPTED)
+                return Outcome(step, stopped or f"step {step}: {_SENTENCES[told]}", told is not Notice.STOP)
             batch = batch.to(device)
             figures = gradients(
                 parallel,
@@ -207,7 +213,7 @@ def train(
                 consumed.add(step, batch)
             if meters is not None:
                 took = time.monotonic() - began
-                meters.add(
+                row = (
                     {"step": done, "samples": samples, "lr": lr_at(step, config), **values}
                     | {
                         "pairs_per_s": schedule.batch_size(step) / took,
@@ -217,13 +223,15 @@ def train(
                     }
                     | _mfu(config, schedule.batch_size(step) / took / world, device)
                 )
+                trouble.attempt(meters.add, row)
             for bad in filter(None, batch.problems):
                 print(f"masked a pair: {bad}", flush=True)
             last = done == config.total_steps
             if done % config.checkpoint_every == 0 or last:
                 problem = save(done)
                 if last:
-                    problem = problem or _attempt(checkpoints.wait)[1]
+                    trouble.attempt(checkpoints.wait)
+                    problem = problem or trouble.first
                 elif not problem:
                     saved = done
                 elif rank == 0:
@@ -232,12 +240,12 @@ def train(
                     return Outcome(done, stopped)
         state = whole_state(model)
         if rank == 0:
-            checkpoints.retire()
-            publish_model(model, state, run)
-        return Outcome(config.total_steps)
+            trouble.attempt(lambda: (checkpoints.retire(), publish_model(model, state, run)))
+        return Outcome(config.total_steps, _agree(trouble.first, world, device)[0])
 
 
 _SENTENCES = {
+    Notice.RESIZE: "saved, to go on with more workers",
     Notice.PREEMPTED: "saved, to go on without the node that is being taken away",
     Notice.STOP: "saved and ended on request; the same command goes on from here",
 }
@@ -282,6 +290,25 @@ def _attempt(make: Callable[[], Any]) -> tuple[Any, str]:
         return make(), ""
     except UserError as error:
         return None, str(error)
+
+
+def _flush(meters: Meters) -> None:
+    """At the end, where how the run ended is already agreed on."""
+    if problem := _attempt(meters.flush)[1]:
+        print(f"the last figures are not in the log: {problem}", flush=True)
+
+
+class _Troubles:
+    """Mistakes that this worker alone knows of, kept until all agree on how to go on."""
+
+    def __init__(self) -> None:
+        self.first = ""  # the sentence
+
+    def attempt(self, make: Callable[..., Any], *given: Any) -> Any:
+        """What `make` gives; None if a mistake keeps it away."""
+        value, problem = _attempt(lambda: make(*given))
+        self.first = self.first or problem
+        return value
 
 
 def _agree(problem: str, world: int, device: torch.device, told: Notice = Notice.NONE) -> tuple[str, Notice]:

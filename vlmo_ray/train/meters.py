@@ -68,9 +68,6 @@ class Meters:
         self.flush()
         self._open()
 
-    def close(self) -> None:
-        self.flush()
-
 
 def _events(figures: list[tuple[float, dict[str, float]]]) -> bytes:
     """A TensorBoard event file, made in memory: its own writer needs a disk, and a thread that may fail unseen."""

@@ -16,6 +16,8 @@ FREE = (
     "data.patience_s", "data.bad_shards",
 )  # fmt: skip
 
+_NO_SHAPE = ("model.drop_path", "model.init_std")  # the model's fields that change no weight's shape
+
 
 def versions() -> dict[str, str]:
     import numpy
@@ -49,16 +51,25 @@ class TrainState:
     def load_state_dict(cls, state: dict[str, Any]) -> TrainState:
         return cls(**state | {"attempts": [(first, name) for first, name in state["attempts"]]})
 
-    def continue_with(self, config: Config, fingerprint: str) -> None:
-        """Raises a UserError with the differences if a run of `config` on this data cannot carry on from here."""
-        if fingerprint != self.fingerprint:
-            raise UserError(
-                f"the checkpoint of step {self.step} belongs to other data (fingerprint {self.fingerprint[:12]}, "
-                f"now {fingerprint[:12]}); give the data set it was trained on, or another --name to start afresh"
-            )
+    @property
+    def attempt(self) -> str:
+        """The start of the run that made it."""
+        return self.attempts[-1][1]
+
+    def continue_with(self, config: Config, fingerprint: str, accept_changes: bool = False) -> list[str]:
+        """The differences to a run of `config` on the data of `fingerprint` that is to carry on from here.
+
+        Raises a UserError with them if there are any, unless told to accept them; those of the model, whose weights
+        would not fit, in any case.
+        """
         changed = [line for line in differences(from_dict(self.config), config) if not line.startswith(FREE)]
-        if changed:
+        if fingerprint != self.fingerprint:
+            changed.append(f"data: fingerprint {self.fingerprint[:12]} -> {fingerprint[:12]}")
+        misfits = [line for line in changed if line.startswith("model.") and not line.startswith(_NO_SHAPE)]
+        if misfits or (changed and not accept_changes):
+            otherwise = "" if misfits else ", or go on with them by --accept-changes"
             raise UserError(
                 f"the checkpoint of step {self.step} was made with other settings: {'; '.join(changed)}. "
-                "Take them back, or give another --name to start afresh"
+                f"Take them back, or give another --name to start afresh{otherwise}"
             )
+        return changed

@@ -14,7 +14,8 @@ from collections.abc import Callable
 from unittest import mock
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
+from ray.train import ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
 from ray.train.v2._internal.execution.controller import TrainController
@@ -38,6 +39,7 @@ from ray.train.v2.api import data_parallel_trainer
 
 _WAITING = (InitializingState, RestartingState, ReschedulingState)
 _PAUSE_S = 0.5
+_FAILED_STARTS = 3
 
 logger = logging.getLogger(__name__)
 
@@ -45,17 +47,18 @@ logger = logging.getLogger(__name__)
 class Trainer(TorchTrainer):
     """With `Controller`, and where the number of workers is a range, with `LastingNodes`.
 
-    `asked_to_end` is called in the controller: whether a run that waits for nodes shall end, its result then None.
+    Two functions are called in the controller: `asked_to_end` says whether a run that waits for nodes shall end (its
+    result is then None), and `ask_to_resize` has the workers save and end, to be started again in their new number.
     Signals are the caller's.
     """
 
-    def __init__(self, *args, asked_to_end: Callable[[], bool], **others):
+    def __init__(self, *args, asked_to_end: Callable[[], bool], ask_to_resize: Callable[[], None], **others):
         super().__init__(*args, **others)
-        self._asked_to_end = asked_to_end
+        self._asked_to_end, self._ask_to_resize = asked_to_end, ask_to_resize
 
     def _initialize_and_run_controller(self, *, scaling_policy: ScalingPolicy, **others):
         if isinstance(scaling_policy, ElasticScalingPolicy):
-            scaling_policy = LastingNodes(self.scaling_config)
+            scaling_policy = LastingNodes(self.scaling_config, self._ask_to_resize)
         others |= {"scaling_policy": scaling_policy, "asked_to_end": self._asked_to_end}
         with mock.patch.object(data_parallel_trainer, "TrainController", Controller):
             return super()._initialize_and_run_controller(**others)
@@ -65,10 +68,14 @@ class Trainer(TorchTrainer):
 
 
 class LastingNodes(ElasticScalingPolicy):
-    """Counts only nodes that are alive and not about to go, and leaves it to failures and notices to end workers.
+    """Counts only nodes that are alive and not about to go, and never ends running workers: they could not save.
 
-    Were running workers resized to fewer when a node is drained, they would be ended before they could save.
+    Where there is room for more, it asks them to end; where there is less, failures and notices have ended them.
     """
+
+    def __init__(self, scaling_config: ScalingConfig, ask_to_resize: Callable[[], None]):
+        super().__init__(scaling_config)
+        self._ask_to_resize = ask_to_resize
 
     def _get_reserved_resources(self) -> dict[str, dict[str, float]] | None:
         asked = self._latest_reserved_resources_query_time
@@ -91,13 +98,19 @@ class LastingNodes(ElasticScalingPolicy):
         self, worker_group_state, worker_group_status
     ) -> ScalingDecision:
         decision = super().make_decision_for_running_worker_group(worker_group_state, worker_group_status)
-        if isinstance(decision, ResizeDecision) and decision.num_workers < worker_group_state.num_workers:
-            return NoopDecision()
-        return decision
+        if isinstance(decision, ResizeDecision) and decision.num_workers > worker_group_state.num_workers:
+            self._ask_to_resize()
+        return NoopDecision()
 
 
 class CleanGroup(WorkerGroup):
-    """If a worker is lost while the group is starting, the others are ended, and Ray Train may start again."""
+    """If a worker is lost while the group is starting, the others are ended, and Ray Train may start again.
+
+    The others may be first to tell, by what they raise when they cannot reach it; so that counts too, but as such
+    an error may come again and again, three times in a row at most.
+    """
+
+    _failed = 0  # in a row
 
     def _start(self) -> None:
         try:
@@ -105,9 +118,11 @@ class CleanGroup(WorkerGroup):
         except Exception as error:
             if self.has_started():  # or else Ray Train has done it
                 self.abort()
-            if isinstance(error, RayActorError):
-                raise WorkerGroupStartupFailedError(f"a worker was lost while starting: {error}") from error
+            CleanGroup._failed += isinstance(error, RayTaskError)
+            if isinstance(error, (RayActorError, RayTaskError)) and CleanGroup._failed <= _FAILED_STARTS:
+                raise WorkerGroupStartupFailedError(f"workers could not start: {error}") from error
             raise
+        CleanGroup._failed = 0
 
 
 class Controller(TrainController):
