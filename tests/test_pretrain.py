@@ -4,6 +4,7 @@ The oracle is the same run in one process without Ray.
 """
 
 import dataclasses
+import json
 import os
 import shutil
 import signal
@@ -25,6 +26,7 @@ from vlmo_ray.errors import UserError
 from vlmo_ray.evaluate import retrieval
 from vlmo_ray.model.vlmo import VLMo, init_weights
 from vlmo_ray.tasks.metrics import recall_at_k
+from vlmo_ray.train import lease
 from vlmo_ray.train.checkpoints import Checkpoints
 from vlmo_ray.train.launch import pretrain
 from vlmo_ray.train.loop import train
@@ -128,6 +130,25 @@ def test_a_run_that_waits_for_nodes_ends_on_request(ray_cluster, scenes, tmp_pat
     finally:
         other.cancel_resource_request()
         asker.join()
+
+
+def test_a_driver_that_lost_its_run_ends_and_leaves_it_alone(ray_cluster, scenes, tmp_path, monkeypatch):
+    """Another driver has taken it over, in the belief that this one is gone."""
+    monkeypatch.setattr(lease, "RENEW_S", 0.5)
+    name = tmp_path / "runs" / "small" / "lease.json"
+
+    def take_over() -> None:
+        while not Checkpoints(Store(str(name.parent))).newest():
+            time.sleep(0.1)
+        name.write_text(json.dumps(json.loads(name.read_text()) | {"token": "another", "host": "elsewhere"}))
+
+    thief = threading.Thread(target=take_over, daemon=True)
+    thief.start()
+    with pytest.raises(UserError, match=r"runs/small was taken over by process .* on elsewhere"):
+        pretrain(CONFIG, scenes, str(tmp_path / "runs"))
+    thief.join()
+    assert json.loads(name.read_text())["token"] == "another" and not (name.parent / "stop").exists()
+    assert Checkpoints(Store(str(name.parent))).newest().step < 160
 
 
 def test_a_sharded_run_equals_one_process(ray_cluster, scenes, tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import _thread
 import contextlib
 import dataclasses
 import functools
@@ -195,7 +194,7 @@ def pretrain(
 def _end(lost: list[str], reason: str) -> None:
     """Ends the main thread's training, from another thread."""
     lost.append(reason)
-    _thread.interrupt_main(signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 @contextlib.contextmanager
@@ -211,7 +210,7 @@ def _stop_on_signals(run: Store, lost: list[str]) -> Iterator[None]:
 
     def ask(number: int, _) -> None:
         if lost:
-            raise UserError(lost[0])
+            raise KeyboardInterrupt  # Ray lets no other exception out of what it waits for
         restore()
         name = signal.Signals(number).name
         print(f"{name}: the workers save and end; a second one ends them at once", flush=True)
@@ -224,6 +223,10 @@ def _stop_on_signals(run: Store, lost: list[str]) -> Iterator[None]:
     before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
+    except KeyboardInterrupt:
+        if lost:
+            raise UserError(lost[0]) from None
+        raise
     finally:
         restore()
 
@@ -296,7 +299,7 @@ def _fit(job: Job, cpus: float, storage: Store, name: str, run: Store) -> dict |
         if found := first_user_error(error):
             raise found from error
         raise
-    except (KeyboardInterrupt, SystemExit, UserError):  # a second signal, or the lease is lost
+    except (KeyboardInterrupt, SystemExit):  # a second signal, or the lease is lost
         _release(ray_run)
         raise
 
