@@ -22,13 +22,14 @@ from small_run import SMALL, begin_at, job, train_on
 from vlmo_ray.config import Phase
 from vlmo_ray.data.store import Store
 from vlmo_ray.errors import UserError
+from vlmo_ray.train.audit import audit
 from vlmo_ray.train.checkpoint import STATE, _sealed, parse_state
 from vlmo_ray.train.checkpoints import Checkpoints
 from vlmo_ray.train.loop import Notice, train
 from vlmo_ray.train.meters import read_metrics
 from vlmo_ray.train.runs import load
 
-CONFIG = dataclasses.replace(SMALL, checkpoint_every=2, keep_checkpoints=5, precision="float64")
+CONFIG = dataclasses.replace(SMALL, checkpoint_every=2, keep_checkpoints=5, precision="float64", audit=True)
 
 
 def curve(run: Path | str) -> np.ndarray:
@@ -60,6 +61,7 @@ def half(undisturbed, tmp_path) -> Path:
     """A run that died after step 6, with the checkpoints of steps 2, 4 and 6."""
     for step in (2, 4, 6):
         begin_at(tmp_path, undisturbed / f"checkpoint-{step:08d}")
+    shutil.copytree(undisturbed / "audit", tmp_path / "audit")  # more than counts: of later steps, too
     return tmp_path
 
 
@@ -75,6 +77,7 @@ def test_a_state_without_all_its_files_is_not_there(half, scenes, undisturbed, c
     told = "checkpoint-00000006 is not complete and passed over: some of its files are missing or short"
     assert told in capsys.readouterr().out
     assert_same(half, undisturbed, since=4)
+    assert audit(str(half), scenes).clean
 
 
 def test_a_run_that_lost_its_checkpoints_is_not_started_afresh(undisturbed, scenes, tmp_path):
@@ -123,6 +126,7 @@ def test_a_flipped_bit_is_named_and_the_one_before_taken(half, scenes, undisturb
     assert f"checkpoint-00000006 is damaged and passed over: {file} has changed" in printed
     assert "resumed at step 4 on 1 workers" in printed
     assert_same(half, undisturbed, since=4)
+    assert audit(str(half), scenes).clean
     # step 6 was saved anew, over the damaged one
     assert [state.step for _, state, _ in Checkpoints(Store(str(half))).complete()] == [10, 8, 6, 4, 2]
 
@@ -300,12 +304,10 @@ def test_a_masked_shard_is_counted_row_by_row(scenes, tmp_path):
     data = bytearray(shard.read_bytes())
     data[300] ^= 1
     shard.write_bytes(data)
-    config = dataclasses.replace(CONFIG, audit=True, data=dataclasses.replace(CONFIG.data, bad_shards="mask"))
+    config = dataclasses.replace(CONFIG, data=dataclasses.replace(CONFIG.data, bad_shards="mask"))
     assert train(job(str(broken), tmp_path / "run", config)).step == 10
     metrics, _ = read_metrics(Store(str(tmp_path / "run")))
     assert sum(m["masked_pairs"] for m in metrics) > 0 and all(np.isfinite(m["loss"]) for m in metrics)
-    from vlmo_ray.train.audit import audit
-
     found = audit(str(tmp_path / "run"), str(broken))
     assert found.clean and sum(epoch.masked for epoch in found.epochs) == sum(
         m["masked_pairs"] for m in metrics

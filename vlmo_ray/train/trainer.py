@@ -2,8 +2,9 @@
 
 What it does by itself: it sizes an elastic run by a list of nodes that is up to 20 s old and that includes nodes about
 to go, so that after a lost node, or after a notice, it tries to start at the old size until that list is renewed (for a
-notice of two minutes, two minutes); a worker that is lost while its group is starting ends the run; and while an
-elastic run waits for nodes, its controller keeps a CPU busy and answers nobody.
+notice of two minutes, two minutes); it ends running workers where they are to start more of them; a worker that is
+lost while its group is starting ends the run; and while an elastic run waits for nodes, its controller keeps a CPU
+busy and answers nobody.
 """
 
 from __future__ import annotations
