@@ -210,7 +210,7 @@ def _stop_on_signals(run: Store, lost: list[str]) -> Iterator[None]:
 
     def ask(number: int, _) -> None:
         if lost:
-            raise KeyboardInterrupt  # Ray lets no other exception out of what it waits for
+            raise KeyboardInterrupt  # a UserError would be lost in what Ray waits for
         restore()
         name = signal.Signals(number).name
         print(f"{name}: the workers save and end; a second one ends them at once", flush=True)

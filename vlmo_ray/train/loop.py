@@ -241,7 +241,8 @@ def train(
         state = whole_state(model)
         if rank == 0:
             trouble.attempt(lambda: (checkpoints.retire(), publish_model(model, state, run)))
-        return Outcome(config.total_steps, _agree(trouble.first, world, device)[0])
+        done = config.total_steps
+        return Outcome(done, _agree(trouble.first and f"step {done}: {trouble.first}", world, device)[0])
 
 
 _SENTENCES = {

@@ -65,7 +65,7 @@ class Trainer(TorchTrainer):
             return super()._initialize_and_run_controller(**others)
 
     def _register_sigint_handler(self, controller) -> None:
-        """Ray Train's ends the workers at once, and the driver as if the run were complete."""
+        """None: Ray Train's would replace the caller's, and end the workers before they could save."""
 
 
 class LastingNodes(ElasticScalingPolicy):
