@@ -260,7 +260,7 @@ def test_damaged_records_and_shards_are_masked_to_the_row(tmp_path, monkeypatch,
     masked = {rows[i]["id"] for i in (3, 31, 33, 52)} | {a for a in reasons if a.rpartition(":")[0] in chunks}
     assert found.clean and [epoch.complete for epoch in found.epochs] == [True, True]
     for epoch in found.epochs:
-        assert epoch.masked == len(masked) and set(epoch.masked_ids) == masked
+        assert len(epoch.masked) == len(masked) and set(epoch.masked) == masked
 
     stopped = train(job(data, tmp_path / "strict", dataclasses.replace(config, data=CONFIG.data)))
     assert cut.name in stopped.stopped or flipped.name in stopped.stopped

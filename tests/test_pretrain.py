@@ -15,9 +15,10 @@ import time
 import numpy as np
 import pytest
 import torch
-from small_run import SMALL, job
+from small_run import SMALL, begin_at, job
 
 import vlmo_ray
+from vlmo_ray import cli
 from vlmo_ray.config import Phase
 from vlmo_ray.data.prepare.shards import write_dataset
 from vlmo_ray.data.scenes.records import retrieval_records
@@ -25,6 +26,7 @@ from vlmo_ray.data.store import Store
 from vlmo_ray.errors import UserError
 from vlmo_ray.evaluate import retrieval
 from vlmo_ray.model.vlmo import VLMo, init_weights
+from vlmo_ray.recipes import RECIPES
 from vlmo_ray.tasks.metrics import recall_at_k
 from vlmo_ray.train import lease
 from vlmo_ray.train.checkpoints import Checkpoints
@@ -97,8 +99,23 @@ def test_a_killed_worker_leaves_no_trace(ray_cluster, bucket, scenes, tmp_path):
     again = vlmo_ray.load(run.uri).state_dict()
     assert all(torch.equal(value, again[name]) for name, value in model.state_dict().items())
 
-    with pytest.raises(UserError, match="other settings: seed: 1 -> 5"):
-        pretrain(dataclasses.replace(CONFIG, seed=5), scenes, storage)
+
+def test_other_settings_are_taken_on_request(ray_cluster, scenes, tmp_path, monkeypatch, capsys):
+    """By the command itself."""
+    train(job(scenes, tmp_path / "alone"))
+    run = begin_at(tmp_path / "runs" / "small", tmp_path / "alone" / "checkpoint-00000008")
+    monkeypatch.setitem(RECIPES, "small", lambda: SMALL)
+    command = ["vlmo", "pretrain", "small", "--data", scenes, "--storage", str(run.parent)]
+    command += ["--set", "seed=5", "--set", "cluster.max_workers=1"]
+    monkeypatch.setattr("sys.argv", command)
+    with pytest.raises(SystemExit, match="2"):
+        cli.main()
+    assert "other settings: seed: 1 -> 5" in capsys.readouterr().err
+    monkeypatch.setattr("sys.argv", [*command, "--accept-changes"])
+    cli.main()
+    assert "from here on with other settings: seed: 1 -> 5" in capsys.readouterr().out
+    assert [m["step"] for m in read_metrics(Store(str(run)))[0]] == [9, 10]
+    assert Checkpoints(Store(str(run))).newest().config["seed"] == 5
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)

@@ -118,10 +118,10 @@ def test_masked_pairs_are_named(tmp_path, monkeypatch):
     found = audit(str(run), str(data))
     alone = {rows[3]["id"], f"{data}/0.parquet#0:5"}
     addresses = {f"{data}/1.parquet#{c.index}:{row}" for c in chunks[3:] for row in range(c.rows)}
-    assert found.clean and [epoch.masked for epoch in found.epochs] == [21, 21]
-    assert all(set(epoch.masked_ids) == alone | addresses for epoch in found.epochs)
+    assert found.clean and [len(epoch.masked) for epoch in found.epochs] == [21, 21]
+    assert all(set(epoch.masked) == alone | addresses for epoch in found.epochs)
     first, second, verdict = found.sentences()
-    assert first == f"epoch 0, masked: {', '.join(found.epochs[0].masked_ids[:10])} and 11 more"
+    assert first == f"epoch 0, masked: {', '.join(found.epochs[0].masked[:10])} and 11 more"
     assert second.startswith("epoch 1, masked: ")
     assert verdict == "10 committed steps: every pair was consumed once an epoch, 42 of them masked"
 
@@ -129,7 +129,7 @@ def test_masked_pairs_are_named(tmp_path, monkeypatch):
     repaired = audit(str(run), str(data))
     assert repaired.clean
     ids = {row["id"] for row in rows[21:]}
-    assert all(set(epoch.masked_ids) == alone | ids for epoch in repaired.epochs)
+    assert all(set(epoch.masked) == alone | ids for epoch in repaired.epochs)
 
     def refused(*args):
         raise ShardError("access denied")

@@ -309,6 +309,6 @@ def test_a_masked_shard_is_counted_row_by_row(scenes, tmp_path):
     metrics, _ = read_metrics(Store(str(tmp_path / "run")))
     assert sum(m["masked_pairs"] for m in metrics) > 0 and all(np.isfinite(m["loss"]) for m in metrics)
     found = audit(str(tmp_path / "run"), str(broken))
-    assert found.clean and sum(epoch.masked for epoch in found.epochs) == sum(
+    assert found.clean and sum(len(epoch.masked) for epoch in found.epochs) == sum(
         m["masked_pairs"] for m in metrics
     )

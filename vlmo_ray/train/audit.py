@@ -63,8 +63,9 @@ class EpochAudit:
     epoch: int
     rows: int  # that the committed steps should have consumed of it
     seen: int  # written down
-    masked: int  # of those, not used because they could not be read
-    masked_ids: tuple[str, ...]  # of those; the address where there is no id, or its chunk cannot be read
+    masked: tuple[
+        str, ...
+    ]  # of those, not readable; the address where there is no id, or its chunk is damaged
     complete: bool  # all of the data set's rows belong to committed steps
     missing: tuple[str, ...]  # ids of the data set that were not seen; of a complete epoch only
     doubled: tuple[str, ...]  # ids seen more often than the data set has them
@@ -91,14 +92,13 @@ class Audit:
         """What there is to say beside the table; the last one is the verdict."""
         said = list(self.problems)
         for epoch in self.epochs:
-            for name in ("masked_ids", "missing", "doubled", "unknown"):
-                if ids := getattr(epoch, name):
-                    what = name.removesuffix("_ids")
+            for what in ("masked", "missing", "doubled", "unknown"):
+                if ids := getattr(epoch, what):
                     rest = f" and {len(ids) - 10} more" if len(ids) > 10 else ""
                     said.append(f"epoch {epoch.epoch}, {what}: {', '.join(ids[:10])}{rest}")
         verdict = "NOT every pair was consumed once"
         if self.clean:
-            masked = sum(epoch.masked for epoch in self.epochs)
+            masked = sum(len(epoch.masked) for epoch in self.epochs)
             but = f", {masked:,} of them masked" if masked else ""
             verdict = f"every pair was consumed once an epoch{but}"
         return [*said, f"{self.steps} committed steps: {verdict}"]
@@ -108,7 +108,7 @@ def table(found: Audit) -> Table:
     """A row for each epoch."""
     out = Table("epoch", "rows", "seen", "masked", "missing", "doubled", "unknown")
     for e in found.epochs:
-        numbers = (e.rows, e.seen, e.masked, len(e.missing), len(e.doubled), len(e.unknown))
+        numbers = (e.rows, e.seen, len(e.masked), len(e.missing), len(e.doubled), len(e.unknown))
         out.add_row(f"{e.epoch}{'' if e.complete else ' (part)'}", *(f"{n:,}" for n in numbers))
     return out
 
@@ -159,8 +159,7 @@ def audit(run: str, data: str) -> Audit:
                 epoch=epoch,
                 rows=rows,
                 seen=int(here.sum()),
-                masked=int((here & ~valid).sum()),
-                masked_ids=tuple(ids[here & ~valid]),
+                masked=tuple(ids[here & ~valid]),
                 complete=complete,
                 missing=tuple((in_data - seen).elements()) if complete else (),
                 doubled=tuple(name for name in (seen - in_data).elements() if name in in_data),
