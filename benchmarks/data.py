@@ -59,7 +59,6 @@ from vlmo_ray.data.text import Tokenizer, mask_whole_words
 SIZE, TEXT_LEN, VOCABULARY, DATA = 224, 40, 30522, DataConfig()
 SHARD_BYTES = 16 << 20  # about a chunk of ours
 BUCKET, LIMIT_S = "bench", 900
-AHEAD = 16  # batches that a loader may have ready
 RAY = "Ray's own"  # the processes of Ray that read and decode nothing
 
 
@@ -162,7 +161,7 @@ def decode_only(job: Job) -> Iterator[int]:
     """In as many processes, as cores are slower when all of them work; each counts its own batches."""
     pairs = [(file.read_bytes(), caption(file)) for file in job.files()]
     context = multiprocessing.get_context("fork")
-    done = context.SimpleQueue()
+    done = context.Queue(2 * job.processes)  # as much ahead as a DataLoader
     for rank in range(job.processes):
         context.Process(target=decode_share, args=(job, pairs, rank, done), daemon=True).start()
     for _ in range(job.steps):
@@ -339,31 +338,44 @@ class Cpu:
     def count(self, kind: str) -> int:
         return sum(k == kind for k, _ in self._seen.values())
 
+    def rest(self) -> tuple[float, dict[str, float]]:
+        """Waits until nothing more is read ahead: when that was, and `seconds`."""
+        while True:
+            self.look()
+            began, before = time.perf_counter(), sum(self.seconds().values())
+            time.sleep(1)
+            self.look()
+            if sum(self.seconds().values()) - before < 0.2:  # what is idle still looks for work
+                return began, self.seconds()
+
 
 def measure(job: Job) -> dict:
     """The run of one candidate; the clocks run from the row that ends batch `begin` to the one that ends `end`."""
-    cpu, rows, waits, looks = Cpu(), 0, [], []
+    cpu, rows, waits, rests = Cpu(), 0, [], []
+    marks = [job.begin * job.batch, job.end * job.batch]
     batches = iter(READERS[job.name](job))
-    asked = time.perf_counter()
+    asked = looked = time.perf_counter()
     while size := next(batches, 0):
         now = time.perf_counter()
         waits.append(now - asked)
         before, rows = rows, rows + size
-        first, last = job.begin * job.batch, job.end * job.batch
-        due = not looks or now - looks[-1][1] > 1 or rows >= last  # to look takes 5 ms
-        if rows >= first and before < last and due:
-            cpu.look()
-            looks.append((rows, now, cpu.seconds()))
         if job.rate:
             time.sleep(size / job.rate)
+        elif any(before < mark <= rows for mark in marks):
+            rests.append((rows, *cpu.rest()))
+        elif now - looked > 1:  # to look takes 5 ms
+            cpu.look()
+            looked = now
         asked = time.perf_counter()
-    (warm_rows, began, before), (last_rows, ended, after) = looks[0], looks[-1]
+    if job.rate:
+        return {"waits": waits}
+    (first_rows, began, before), (last_rows, ended, after) = rests
     spent = {kind: seconds - before.get(kind, 0.0) for kind, seconds in after.items()}
     ray = spent.pop(RAY, 0.0)
     total = sum(spent.values())
     counted = ", ".join(f"{cpu.count(kind)} x {kind} {spent[kind] / total:.2f}" for kind in sorted(spent))
-    spans = {"measured": last_rows - warm_rows, "wall": ended - began, "cpu": total, "ray": ray}
-    return {"rows": rows, "waits": waits, "counted": counted, **spans}
+    spans = {"measured": last_rows - first_rows, "wall": ended - began, "cpu": total, "ray": ray}
+    return {"rows": rows, "counted": counted, **spans}
 
 
 # ---- the server's side ------------------------------------------------------------------------------------
@@ -445,13 +457,13 @@ class Bench:
 
 
 EXPLAINED = (
-    "CPU-seconds and wall-clock run from batch {begin} to batch {end} of {steps}, in the steady state: at either, "
-    "the first batch of a window of full size comes from ours, and every candidate goes on reading, so that what it "
-    "has ready at the first is made up for at the second. Counted is the CPU time of the candidate's process and all "
-    "below it (Ray Data's actors are Ray workers), with the share of each kind; Ray's own servers (raylet, GCS, "
-    "agents, monitors) are not in it: their CPU is given as a share of it. The S3 server is in neither. read-only is "
-    "one process. Read amplification: bytes that came from the server in the whole run, counted by a relay in front "
-    "of it with HTTP headers, over bytes of the JPEGs and captions in the batches."
+    "CPU-seconds and wall-clock run from batch {begin} to batch {end} of {steps}, in the steady state: at either, the "
+    "consumer waits until the candidate has read ahead as far as it does, so that in between it works on as many pairs "
+    "as it gives (windows of ours are of full size from the first on). Counted is the CPU time of the candidate's "
+    "process and all below it (Ray Data's actors are Ray workers), with the share of each kind; Ray's own servers "
+    "(raylet, GCS, agents, monitors) are not in it: their CPU is given as a share of it. The S3 server is in neither. "
+    "read-only is one process. Read amplification: bytes that came from the server in the whole run, counted by a "
+    "relay in front of it with HTTP headers, over bytes of the JPEGs and captions in the batches."
 )
 
 
@@ -547,7 +559,7 @@ def main() -> None:
     parser.add_argument("--out", default="")
     parser.add_argument("--plot", default="", help="a PNG of the waiting times")
     parser.add_argument("--peers", default="", help="a folder with the peers that are not installed")
-    parser.add_argument("--pairs", type=int, default=16384)
+    parser.add_argument("--pairs", type=int, default=18944)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--processes", type=int, default=2, help="that read and decode")
     parser.add_argument("--repeats", type=int, default=1)
@@ -591,10 +603,8 @@ def run_all(bench: Bench, folder: str, given: argparse.Namespace) -> tuple[float
     starts = windows(base)
     sizes = np.diff([*starts, base.steps])
     full = [start for start, size in zip(starts, sizes, strict=True) if size == max(sizes)]
-    begin, end = full[0], full[-1]
-    assert end > begin and end + AHEAD <= base.steps, (
-        f"{given.pairs} pairs are less than two full windows: give more"
-    )
+    begin, end = full[0], full[-3]  # the window at hand and two more are what ours reads ahead
+    assert end > begin and full[-1] == starts[-1], f"{given.pairs} pairs do not end with four full windows"
     jobs = {name: replace(base, name=name, begin=begin, end=end) for name in given.only}
     results: dict[str, list[dict]] = {name: [] for name in jobs}
     for _ in range(given.repeats):
@@ -605,7 +615,7 @@ def run_all(bench: Bench, folder: str, given: argparse.Namespace) -> tuple[float
     waited = ""
     if "ours" in figures:
         rate = given.busy * median(results["ours"], "measured", "wall")
-        job = replace(base, pairs=given.wait_pairs, begin=1, end=given.wait_pairs // given.batch, rate=rate)
+        job = replace(base, pairs=given.wait_pairs, rate=rate)
         waited = waiting(bench.run(job), job, given.plot)
     ceiling = figures.get("decode-only", math.nan)
     head = [
