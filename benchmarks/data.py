@@ -603,8 +603,8 @@ def run_all(bench: Bench, folder: str, given: argparse.Namespace) -> tuple[float
     starts = windows(base)
     sizes = np.diff([*starts, base.steps])
     full = [start for start, size in zip(starts, sizes, strict=True) if size == max(sizes)]
+    assert len(full) > 3 and full[-1] == starts[-1], f"{given.pairs} pairs do not end with four full windows"
     begin, end = full[0], full[-3]  # the window at hand and two more are what ours reads ahead
-    assert end > begin and full[-1] == starts[-1], f"{given.pairs} pairs do not end with four full windows"
     jobs = {name: replace(base, name=name, begin=begin, end=end) for name in given.only}
     results: dict[str, list[dict]] = {name: [] for name in jobs}
     for _ in range(given.repeats):

@@ -63,9 +63,7 @@ class EpochAudit:
     epoch: int
     rows: int  # that the committed steps should have consumed of it
     seen: int  # written down
-    masked: tuple[
-        str, ...
-    ]  # of those, not readable; the address where there is no id, or its chunk is damaged
+    masked: tuple[str, ...]  # of those, not readable: ids, or addresses where no id could be read
     complete: bool  # all of the data set's rows belong to committed steps
     missing: tuple[str, ...]  # ids of the data set that were not seen; of a complete epoch only
     doubled: tuple[str, ...]  # ids seen more often than the data set has them
