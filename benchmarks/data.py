@@ -55,7 +55,6 @@ from vlmo_ray.data.prepare.shards import write_dataset
 from vlmo_ray.data.read import read_chunk
 from vlmo_ray.data.store import Store
 from vlmo_ray.data.text import Tokenizer, mask_whole_words
-from vlmo_ray.session import ray_session
 
 SIZE, TEXT_LEN, VOCABULARY, DATA = 224, 40, 30522, DataConfig()
 SHARD_BYTES = 16 << 20  # about a chunk of ours
@@ -134,7 +133,11 @@ def write_ours(files: list[Path], folder: Path) -> None:
 
 
 def ours(job: Job) -> Iterator[int]:
-    with ray_session(), stream(job) as batches:
+    import ray
+
+    quiet = {"include_dashboard": False, "logging_level": "ERROR", "log_to_driver": False}
+    ray.init(address="local", num_cpus=job.processes, **quiet)
+    with stream(job) as batches:
         for batch in batches:
             assert batch.valid.all()
             yield len(batch)

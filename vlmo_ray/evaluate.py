@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -90,19 +89,13 @@ def retrieval(
         num_gpus=1 if on_gpu else 0,
         num_cpus=0 if on_gpu else min(1.0, cpus / 2 / workers),
     )
-    columns, problem = {}, None
+    columns = {}
     try:
         for batch in rows.iter_batches(batch_size=None, batch_format="numpy"):
             for name, values in batch.items():
                 columns.setdefault(name, []).append(values)
     except Exception as error:
-        problem = user_error(error)
-        if problem is None:
-            raise
-    if problem is not None:
-        del rows
-        gc.collect()  # Ray's own error and its executor are a cycle, and until it is found the actors keep their CPUs
-        raise problem
+        raise user_error(error) or error from None
     if not columns:
         raise UserError(f"the data set at {data} has no rows to evaluate")
     found = {name: np.concatenate(values) for name, values in columns.items()}

@@ -6,10 +6,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# Data processes idle between two windows, and after a second Ray would end those beyond the number of CPUs. To start
-# one again costs a CPU-second or more. (A cluster is told by RAY_idle_worker_killing_time_threshold_ms at `ray start`.)
-_KEEP_IDLE_WORKERS = {"idle_worker_killing_time_threshold_ms": 600_000}
-
 
 @contextmanager
 def ray_session(dashboard: bool = False) -> Iterator[None]:
@@ -24,8 +20,8 @@ def ray_session(dashboard: bool = False) -> Iterator[None]:
         yield
         return
     address = os.environ.get("RAY_ADDRESS") or "local"
-    local = {"include_dashboard": dashboard, "logging_level": "WARNING", "_system_config": _KEEP_IDLE_WORKERS}
-    ray.init(address=address, **(local if address == "local" else {}))
+    local = {"include_dashboard": dashboard, "logging_level": "WARNING"} if address == "local" else {}
+    ray.init(address=address, **local)
     try:
         yield
     finally:
