@@ -68,8 +68,8 @@ def command(place, request, tmp_path) -> Iterator[Command]:
 
 @raylets
 def test_a_worker_is_killed_and_a_second_run_of_the_name_refused(place, command):
-    place.want_nodes(2)
-    command.start()
+    place.want_nodes(1)
+    command.start("--set=cluster.cpus_per_worker=0")  # room for two
     reached = command.reach(2 * EVERY)
     second = Command(place, command.name, command.folder)
     victim = command.workers()[-1]

@@ -57,6 +57,8 @@ def test_other_settings_are_taken_on_request(ray_cluster, scenes, tmp_path, monk
     assert "from here on with other settings: seed: 1 -> 5" in capsys.readouterr().out
     assert [m["step"] for m in read_metrics(Store(str(run)))[0]] == [9, 10]
     assert Checkpoints(Store(str(run))).newest().config["seed"] == 5
+    cli.main()
+    assert "'small' is finished already" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)

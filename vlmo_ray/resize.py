@@ -7,7 +7,6 @@ import dataclasses
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.interpolate import RectBivariateSpline
 from torch import Tensor
 
 from vlmo_ray.config import ModelConfig
@@ -80,6 +79,8 @@ def resample_table(table: Tensor, old_grid: int, new_grid: int, text_len: int) -
     carry most of the detail, move least; a cubic spline through them is read at the new distances. All other
     rows stay.
     """
+    from scipy.interpolate import RectBivariateSpline  # takes half a second, and few processes come here
+
     old, new = 2 * old_grid - 1, 2 * new_grid - 1
     num_others = NUM_CLS_ROWS + NUM_CROSS_ROWS + 2 * text_len
     assert len(table) == old * old + num_others, (len(table), old, num_others)

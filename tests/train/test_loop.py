@@ -1,6 +1,7 @@
 """The loop without Ray: resuming, any number of workers, bad records, broken shards, losses that are not finite."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,10 @@ from vlmo_ray.data.prepare.shards import write_dataset
 from vlmo_ray.data.scenes.records import records
 from vlmo_ray.data.store import Store
 from vlmo_ray.errors import UserError
+from vlmo_ray.train.checkpoints import Checkpoints
 from vlmo_ray.train.loop import train
 from vlmo_ray.train.meters import read_metrics
+from vlmo_ray.train.runs import published
 
 
 def curve(run) -> np.ndarray:
@@ -62,6 +65,19 @@ def test_a_resumed_run_equals_an_uninterrupted_one(scenes, undisturbed, tmp_path
     begin_at(tmp_path, undisturbed / "checkpoint-00000004")
     assert train(job(scenes, tmp_path)).step == 10
     assert np.array_equal(curve(tmp_path), curve(undisturbed)[4:])
+    assert_same_weights(tmp_path, undisturbed, 0)
+
+
+def test_a_run_is_finished_with_the_weights_of_its_last_checkpoint(scenes, undisturbed, tmp_path):
+    run = Store(str(begin_at(tmp_path, undisturbed / "checkpoint-00000008")))
+    assert train(job(scenes, tmp_path)).step == 10
+    assert published(run, Checkpoints(run).newest())
+    shutil.rmtree(tmp_path / "checkpoint-00000010")
+    # of another start, which ended before it wrote its weights
+    begin_at(tmp_path, undisturbed / "checkpoint-00000010")
+    assert not published(run, Checkpoints(run).newest())
+    assert train(job(scenes, tmp_path)).step == 10
+    assert published(run, Checkpoints(run).newest())
     assert_same_weights(tmp_path, undisturbed, 0)
 
 

@@ -20,6 +20,7 @@ from vlmo_ray.session import ray_session
 from vlmo_ray.train.checkpoints import Checkpoints
 from vlmo_ray.train.lease import lease
 from vlmo_ray.train.loop import Job, Notice, train
+from vlmo_ray.train.runs import published
 
 _LEAST_CPUS = 0.1875  # of a CPU worker with its data
 _STOP = "stop"  # an object in the run: its workers are to save and end
@@ -162,6 +163,9 @@ def pretrain(
                 print(f"from here on with other settings: {'; '.join(changed)}", flush=True)
         if run.exists(_RAY_RUN):  # of a driver that did not end by itself
             _release(run.read(_RAY_RUN).decode())
+        if state is not None and state.step == config.total_steps and published(run, state):
+            print(f"run {name!r} is finished already: nothing is left to do", flush=True)
+            return run
         cluster = config.cluster
         each = share(cluster, *cluster_nodes())
         rows = schedule_rows(config)

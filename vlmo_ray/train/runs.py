@@ -16,16 +16,32 @@ from vlmo_ray.model.vlmo import VLMo
 from vlmo_ray.settings import from_dict
 from vlmo_ray.train import checkpoint
 from vlmo_ray.train.checkpoints import Checkpoints
+from vlmo_ray.train.state import TrainState
 
 _MODEL = "model"  # the folder of final weights
+_SOURCE = f"{_MODEL}/source"  # names the checkpoint that they are those of
 
 
 def publish_model(model: VLMo, state: dict[str, Tensor], run: Store) -> None:
-    """Writes final weights into the run; the description comes last, so that a half is no model."""
+    """Writes the weights of the run's newest checkpoint as its final ones.
+
+    The description comes after them, so that a half is no model, and last what they are made from.
+    """
     with tempfile.TemporaryDirectory(prefix="vlmo-model-") as folder:
         convert.save_model(model, folder, state)
         for file in sorted(Path(folder).iterdir(), key=lambda file: file.suffix == ".json"):
             run.write(f"{_MODEL}/{file.name}", file.read_bytes())
+    if newest := Checkpoints(run).newest():
+        run.write(_SOURCE, _address(newest))
+
+
+def published(run: Store, state: TrainState) -> bool:
+    """Whether the run's final weights are those of its checkpoint of this state."""
+    return run.exists(_SOURCE) and run.read(_SOURCE) == _address(state)
+
+
+def _address(state: TrainState) -> bytes:
+    return f"step {state.step} by {state.attempt}\n".encode()
 
 
 def load(path: str | Path, **options) -> VLMo:
