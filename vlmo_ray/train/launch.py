@@ -144,7 +144,8 @@ def pretrain(
     """Pre-trains `config` on the data set at `data`; returns the run, `storage`/`name` (default: the recipe's).
 
     A run of that name that is already there goes on from its newest checkpoint; if data or settings have changed, only
-    with `accept_changes`. Raises UserError for everything that the caller can mend, most of it before a worker starts.
+    with `accept_changes`. One that is finished is returned as it is. Raises UserError for everything that the caller
+    can mend, most of it before a worker starts.
     """
     check(config)
     name = name or config.name
@@ -155,17 +156,17 @@ def pretrain(
     lost: list[str] = []  # why this process may not train the run any more
     # Ray sets signal handlers of its own
     with lease(run, functools.partial(_end, lost)), ray_session(dashboard=True), _stop_on_signals(run, lost):
+        if run.exists(_RAY_RUN):  # of a driver that did not end by itself
+            _release(run.read(_RAY_RUN).decode())
         state = Checkpoints(run).newest()
         if state is not None:
             changed = state.continue_with(config, manifest.fingerprint, accept_changes)
+            if state.step == config.total_steps and published(run, state):
+                print(f"run {name!r} is finished already: nothing is left to do", flush=True)
+                return run
             print(f"run {name!r} continues from step {state.step} of {config.total_steps}", flush=True)
             if changed:
                 print(f"from here on with other settings: {'; '.join(changed)}", flush=True)
-        if run.exists(_RAY_RUN):  # of a driver that did not end by itself
-            _release(run.read(_RAY_RUN).decode())
-        if state is not None and state.step == config.total_steps and published(run, state):
-            print(f"run {name!r} is finished already: nothing is left to do", flush=True)
-            return run
         cluster = config.cluster
         each = share(cluster, *cluster_nodes())
         rows = schedule_rows(config)
