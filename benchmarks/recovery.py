@@ -105,8 +105,8 @@ def main() -> None:
         "Recovery",
         "Checkpoints every 10 steps, a disturbance 7 steps after one. A lost node is noticed after 3 s "
         "(`RAY_health_check_*`; by default after some 15 s), a notice is looked for every second, room for more "
-        "workers every 3 s. 'Until the next step' counts from the disturbance; of a node added, from the order to "
-        "start it.\n\n"
+        "workers every 3 s; idle processes stay, as on nodes of many CPUs. 'Until the next step' counts from the "
+        "disturbance; of a node added, from the order to start it.\n\n"
         + table(["", "s until the next step", "s without a step", "steps done again"], rows)
         + f"\n\n- kill of a node to the next step, wanted under 45 s: {max(killed):.0f} s at worst, "
         f"{statistics.median(killed):.0f} s in the median, {'met' if max(killed) < 45 else 'NOT met'}\n"
