@@ -71,6 +71,7 @@ def test_a_worker_is_killed_and_a_second_run_of_the_name_refused(place, command)
     place.want_nodes(2)
     command.start("--set=cluster.cpus_per_worker=0", "--set=cluster.max_workers=2")  # both on one node
     reached = command.reach(2 * EVERY)
+    assert "world_rank=1, local_rank=1" in command.output
     second = Command(place, command.name, command.folder)
     victim = command.workers()[-1]
     os.kill(victim, signal.SIGKILL)
@@ -81,7 +82,6 @@ def test_a_worker_is_killed_and_a_second_run_of_the_name_refused(place, command)
         os.kill(victim, 0)
     command.finish()
     assert re.search(r"resumed at step (\d+) on 2 workers", command.output)
-    assert "world_rank=1, local_rank=1" in command.output
     assert all(step > reached for step in command.repeated())
 
 
