@@ -47,7 +47,6 @@ from report import publish, table
 from vlmo_ray import rng
 from vlmo_ray.config import DataConfig
 from vlmo_ray.data.decode import decode_train
-from vlmo_ray.data.local_s3 import local_s3
 from vlmo_ray.data.manifest import load_manifest
 from vlmo_ray.data.order import Schedule
 from vlmo_ray.data.pipeline import PairStream
@@ -55,6 +54,7 @@ from vlmo_ray.data.prepare.shards import write_dataset
 from vlmo_ray.data.read import read_chunk
 from vlmo_ray.data.store import Store
 from vlmo_ray.data.text import Tokenizer, mask_whole_words
+from vlmo_ray.demo.local_s3 import local_s3
 
 SIZE, TEXT_LEN, VOCABULARY, DATA = 224, 40, 30522, DataConfig()
 SHARD_BYTES = 16 << 20  # about a chunk of ours

@@ -21,9 +21,9 @@ import numpy as np
 import pyarrow as pa
 from report import peak_memory, publish, table
 
-from vlmo_ray.data.local_s3 import local_s3
 from vlmo_ray.data.manifest import load_manifest, write_manifest
 from vlmo_ray.data.order import Order, Schedule
+from vlmo_ray.demo.local_s3 import local_s3
 
 SLICE, BATCH, GROUP_STEPS = 64, 16384, 8
 

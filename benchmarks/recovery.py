@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from chaos_run import Command, Place, chaos_place
 from report import publish, table
 
-from vlmo_ray.data.local_s3 import local_s3
+from vlmo_ray.demo.local_s3 import local_s3
 
 STEP = re.compile(r"step (\d+)/")
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import tyro
 
 from vlmo_ray.errors import UserError
+from vlmo_ray.launch.fit import pretrain
+from vlmo_ray.overrides import override
 from vlmo_ray.recipes import recipe
-from vlmo_ray.settings import override
-from vlmo_ray.train.launch import pretrain
 
 
 @dataclass

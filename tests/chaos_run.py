@@ -28,13 +28,13 @@ from small_run import SMALL, job
 
 from vlmo_ray.config import Config, OptimConfig, Phase
 from vlmo_ray.data.prepare.shards import write_dataset
-from vlmo_ray.data.scenes.records import records
 from vlmo_ray.data.store import Store
-from vlmo_ray.settings import to_dict
-from vlmo_ray.train.audit import audit
-from vlmo_ray.train.checkpoints import Checkpoints
+from vlmo_ray.demo.scenes.records import records
+from vlmo_ray.overrides import to_dict
+from vlmo_ray.runs.audit import audit
+from vlmo_ray.runs.checkpoints import Checkpoints
+from vlmo_ray.runs.metrics import read_metrics
 from vlmo_ray.train.loop import train
-from vlmo_ray.train.meters import read_metrics
 
 EVERY = 10
 # A node has 2 CPUs: one worker each.

@@ -26,7 +26,7 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory):
     """A SeaweedFS server with the bucket `vlmo`; its AWS variables are set for the rest of the session."""
-    from vlmo_ray.data.local_s3 import local_s3
+    from vlmo_ray.demo.local_s3 import local_s3
 
     with pytest.MonkeyPatch.context() as patch, local_s3(tmp_path_factory.mktemp("s3")) as env:
         for name in ("AWS_ENDPOINT_URL_S3", "AWS_SESSION_TOKEN", "AWS_PROFILE", "AWS_REGION"):
@@ -94,7 +94,7 @@ def make_records(n: int, first: int = 0) -> list[dict]:
 def scenes(tmp_path_factory) -> str:
     """60 scenes of 16 px in chunks of 7; half of the captions' bans on augmentations are lifted, to have some."""
     from vlmo_ray.data.prepare.shards import write_dataset
-    from vlmo_ray.data.scenes.records import records
+    from vlmo_ray.demo.scenes.records import records
 
     folder = str(tmp_path_factory.mktemp("scenes"))
     drawn = enumerate(records(4, 60, image_size=16))

@@ -28,8 +28,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 from chaos_run import EVERY, Command, Place, chaos_place
 from report import publish, table
 
-from vlmo_ray.data.local_s3 import local_s3
-from vlmo_ray.train.checkpoints import Checkpoints, name_of
+from vlmo_ray.demo.local_s3 import local_s3
+from vlmo_ray.runs.checkpoints import Checkpoints, name_of
 
 PAUSE_S = 10, 30  # between a fault that is over and the next
 NOTICE_S = 30

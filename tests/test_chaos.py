@@ -39,12 +39,12 @@ from vlmo_ray.config import Phase
 from vlmo_ray.data.manifest import chunk_table, index_parquet, load_manifest, write_manifest
 from vlmo_ray.data.prepare.shards import write_dataset
 from vlmo_ray.data.read import read_chunk
-from vlmo_ray.data.scenes.records import records
 from vlmo_ray.data.store import Store
-from vlmo_ray.train.audit import audit
-from vlmo_ray.train.checkpoints import Checkpoints
+from vlmo_ray.demo.scenes.records import records
+from vlmo_ray.runs.audit import audit
+from vlmo_ray.runs.checkpoints import Checkpoints
+from vlmo_ray.runs.metrics import read_metrics
 from vlmo_ray.train.loop import Notice, train
-from vlmo_ray.train.meters import read_metrics
 
 pytestmark = pytest.mark.slow
 raylets = pytest.mark.chaos

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from vlmo_ray.data.prepare.shards import write_dataset
-from vlmo_ray.data.scenes.records import records
+from vlmo_ray.demo.scenes.records import records
 from vlmo_ray.recipes import RECIPES
 
 

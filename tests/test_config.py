@@ -6,8 +6,8 @@ import pytest
 
 from vlmo_ray.config import Phase, check
 from vlmo_ray.errors import UserError
+from vlmo_ray.overrides import differences, from_dict, override, to_dict
 from vlmo_ray.recipes import RECIPES, recipe
-from vlmo_ray.settings import differences, from_dict, override, to_dict
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -6,24 +6,24 @@ import sys
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "vlmo_ray"
-BOTTOM = {"errors", "config", "settings", "rng", "session"}
+BOTTOM = {"errors", "config", "overrides", "rng", "session"}
 # what each part may import of the package itself
 MAY = {
     "errors": set(),
     "session": set(),
     "rng": set(),
     "config": {"errors"},
-    "settings": {"config", "errors"},
+    "overrides": {"config", "errors"},
     "recipes": {"config", "errors", "recipes"},
     "model": BOTTOM | {"model"},
     "objectives": BOTTOM | {"objectives"},
     "data": BOTTOM | {"data"},
     "tasks": BOTTOM | {"model", "objectives", "data", "tasks"},
-    "train": BOTTOM | {"tasks", "data", "model", "objectives", "train", "convert", "resize"},
-    "convert": BOTTOM | {"model", "official", "resize"},
-    "official": BOTTOM | {"model", "resize"},
-    "resize": BOTTOM | {"model"},
-    "evaluate": BOTTOM | {"model", "tasks", "data", "train"},
+    "weights": BOTTOM | {"model", "weights"},
+    "runs": BOTTOM | {"data", "model", "weights", "runs"},
+    "train": BOTTOM | {"tasks", "data", "model", "objectives", "runs", "weights", "train"},
+    "launch": BOTTOM | {"data", "runs", "train", "launch"},
+    "evaluate": BOTTOM | {"model", "tasks", "data", "runs"},
 }
 NEVER = {
     "model": {"ray", "pyarrow"},

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def load(path, **options) -> VLMo:
-    """The model of a run, an imported folder or a released file; see `vlmo_ray.train.runs.load`."""
-    from vlmo_ray.train import runs  # here, so that data tasks import this package without torch
+    """The model of a run, an imported folder or a released file; see `vlmo_ray.runs.load.load`."""
+    from vlmo_ray.runs import load as loading  # here, so that data tasks import this package without torch
 
-    return runs.load(path, **options)
+    return loading.load(path, **options)

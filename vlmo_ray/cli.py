@@ -35,8 +35,8 @@ def show(recipe: Positional[str], settings: Settings = ()) -> None:
         recipe: a name that `vlmo recipes` lists.
         settings: change a field, for example `--set optim.peak_lr=1e-4`; may be repeated.
     """
+    from vlmo_ray.overrides import override, to_dict
     from vlmo_ray.recipes import recipe as named
-    from vlmo_ray.settings import override, to_dict
 
     print(json.dumps(to_dict(override(named(recipe), list(settings))), indent=1))
 
@@ -113,13 +113,13 @@ def pretrain(
         settings: change a field, for example `--set seed=2`; may be repeated.
         accept_changes: go on although data or settings are not those of the run's newest checkpoint.
     """
+    from vlmo_ray.overrides import override
     from vlmo_ray.recipes import recipe as named
-    from vlmo_ray.settings import override
 
     config = override(named(recipe), list(settings))
-    from vlmo_ray.train import launch  # torch and Ray, seconds: only once the recipe stands
+    from vlmo_ray.launch import fit  # torch and Ray, seconds: only once the recipe stands
 
-    run = launch.pretrain(config, data, storage, name or None, accept_changes)
+    run = fit.pretrain(config, data, storage, name or None, accept_changes)
     print(f"done: {run.uri} holds the metrics, the checkpoints and the final weights (model/)")
 
 
@@ -144,8 +144,8 @@ def evaluate(
     from rich.console import Console
 
     from vlmo_ray.evaluate import retrieval, table
+    from vlmo_ray.runs.load import load
     from vlmo_ray.session import ray_session
-    from vlmo_ray.train.runs import load
 
     assert task == "retrieval"
     weights = load(model)
@@ -166,7 +166,7 @@ def import_(official: Positional[str], out: Positional[str]) -> None:
         official: a released .pt, .ckpt or .safetensors file.
         out: the folder to write.
     """
-    from vlmo_ray.convert import import_official
+    from vlmo_ray.weights.folder import import_official
 
     print(import_official(official, out))
 
@@ -178,9 +178,9 @@ def export(run: Positional[str], out: Positional[str]) -> None:
         run: a run or an imported folder.
         out: the .pt file to write.
     """
-    from vlmo_ray.train import runs
+    from vlmo_ray.runs.load import export as write_official
 
-    runs.export(run, out)
+    write_official(run, out)
     print(f"wrote {out}")
 
 
@@ -196,8 +196,8 @@ def audit(run: Positional[str], data: str, json_output: bool = False) -> None:
 
     from rich.console import Console
 
-    from vlmo_ray.train.audit import audit as examine
-    from vlmo_ray.train.audit import table
+    from vlmo_ray.runs.audit import audit as examine
+    from vlmo_ray.runs.audit import table
 
     found = examine(run, data)
     if json_output:

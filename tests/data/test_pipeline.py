@@ -27,10 +27,10 @@ from vlmo_ray.data.batch import PairBatch
 from vlmo_ray.data.decode import decode_eval, decode_train
 from vlmo_ray.data.manifest import Manifest, chunk_table, index_parquet, write_manifest
 from vlmo_ray.data.order import Order, Schedule
-from vlmo_ray.data.parts import EvalReader, TrainReader, make_part
 from vlmo_ray.data.pipeline import PairStream, eval_dataset
 from vlmo_ray.data.prefetch import Overlapped, Prefetch, user_error
 from vlmo_ray.data.read import ShardError
+from vlmo_ray.data.reader import EvalReader, TrainReader, make_part
 from vlmo_ray.data.store import Store
 from vlmo_ray.data.text import Tokenizer, mask_whole_words, normalise
 from vlmo_ray.errors import UserError

@@ -17,12 +17,12 @@ from faulty_s3 import faulty_s3
 from vlmo_ray.config import DataConfig
 from vlmo_ray.data.manifest import Manifest, load_manifest
 from vlmo_ray.data.order import Rows
-from vlmo_ray.data.parts import Columns, TrainReader, make_part
 from vlmo_ray.data.prepare.shards import write_dataset
 from vlmo_ray.data.read import ShardError, read_chunk
+from vlmo_ray.data.reader import Columns, TrainReader, make_part
 from vlmo_ray.data.s3 import StorageBusy
-from vlmo_ray.data.scenes.records import records
 from vlmo_ray.data.store import Store
+from vlmo_ray.demo.scenes.records import records
 
 pytestmark = pytest.mark.slow
 

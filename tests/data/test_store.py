@@ -13,8 +13,8 @@ import time
 
 import pytest
 
-from vlmo_ray.data.local_s3 import local_s3
 from vlmo_ray.data.store import Store, open_store
+from vlmo_ray.demo.local_s3 import local_s3
 from vlmo_ray.errors import UserError
 
 

@@ -16,7 +16,7 @@ from small_run import SMALL, begin_at, job, train_on
 
 from vlmo_ray.config import ClusterConfig, Config, Phase
 from vlmo_ray.data.store import Store
-from vlmo_ray.train.meters import read_metrics
+from vlmo_ray.runs.metrics import read_metrics
 
 LONG = dataclasses.replace(
     SMALL, phases=(Phase(20, 8), Phase(10, 12)), checkpoint_every=10, precision="float64"

@@ -12,13 +12,13 @@ from small_run import SMALL, begin_at, job, train_on
 import vlmo_ray
 from vlmo_ray.config import OptimConfig
 from vlmo_ray.data.prepare.shards import write_dataset
-from vlmo_ray.data.scenes.records import records
 from vlmo_ray.data.store import Store
+from vlmo_ray.demo.scenes.records import records
 from vlmo_ray.errors import UserError
-from vlmo_ray.train.checkpoints import Checkpoints
+from vlmo_ray.runs.checkpoints import Checkpoints
+from vlmo_ray.runs.load import published
+from vlmo_ray.runs.metrics import read_metrics
 from vlmo_ray.train.loop import train
-from vlmo_ray.train.meters import read_metrics
-from vlmo_ray.train.runs import published
 
 
 def curve(run) -> np.ndarray:

@@ -25,13 +25,13 @@ from ray.train.v2._internal.execution.scaling_policy import NoopDecision
 from vlmo_ray.config import MODEL_SIZES, ClusterConfig
 from vlmo_ray.data.store import open_store
 from vlmo_ray.errors import UserError
+from vlmo_ray.launch import trainer
+from vlmo_ray.launch.fit import Node, Share, first_user_error, share
+from vlmo_ray.launch.trainer import CleanGroup, Controller, LastingNodes
 from vlmo_ray.model.vlmo import VLMo
 from vlmo_ray.recipes import recipe
-from vlmo_ray.train import trainer
-from vlmo_ray.train.launch import Node, Share, first_user_error, share
-from vlmo_ray.train.meters import Meters, read_metrics
+from vlmo_ray.runs.metrics import Meters, read_metrics
 from vlmo_ray.train.optim import build_optimizer, decays, lr_at
-from vlmo_ray.train.trainer import CleanGroup, Controller, LastingNodes
 
 
 @pytest.mark.parametrize("size", ["base", "base_plus"])

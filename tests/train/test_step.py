@@ -23,7 +23,7 @@ from vlmo_ray.data.batch import PairBatch
 from vlmo_ray.model.vlmo import VLMo, init_weights
 from vlmo_ray.objectives.gather import Workers
 from vlmo_ray.rng import Noise, stream, uniforms_torch
-from vlmo_ray.tasks.pretrain import Pretraining
+from vlmo_ray.tasks.pretraining import Pretraining
 from vlmo_ray.train.parallel import Parallel, parallelize, whole
 from vlmo_ray.train.step import gradients
 

@@ -33,9 +33,9 @@ import numpy as np
 from vlmo_ray.config import DataConfig
 from vlmo_ray.data.manifest import Manifest
 from vlmo_ray.data.order import Order, Rows, Schedule, deal
-from vlmo_ray.data.parts import Columns, EvalReader, Part, TrainReader, make_part
 from vlmo_ray.data.prefetch import Overlapped
 from vlmo_ray.data.read import ShardError
+from vlmo_ray.data.reader import Columns, EvalReader, Part, TrainReader, make_part
 
 if TYPE_CHECKING:  # both are slow to import, and a data task needs neither
     import ray.data

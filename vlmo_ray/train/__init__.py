@@ -1,1 +1,1 @@
-"""The training loop and what it needs: step, state, checkpoints, optimizer, launch, meters."""
+"""The training loop and its numerics; no Ray."""

@@ -25,18 +25,18 @@ from vlmo_ray.errors import UserError
 from vlmo_ray.model.flops import step_flops
 from vlmo_ray.model.vlmo import VLMo, init_weights
 from vlmo_ray.objectives.gather import Workers
-from vlmo_ray.resize import fit_state
-from vlmo_ray.tasks.pretrain import Pretraining
-from vlmo_ray.train import checkpoint
-from vlmo_ray.train.audit import Consumed
-from vlmo_ray.train.checkpoints import Checkpoints
-from vlmo_ray.train.meters import Meters
+from vlmo_ray.runs import checkpoint
+from vlmo_ray.runs.audit import Consumed
+from vlmo_ray.runs.checkpoints import Checkpoints
+from vlmo_ray.runs.load import load, publish_model
+from vlmo_ray.runs.metrics import Meters
+from vlmo_ray.runs.scratch import scratch
+from vlmo_ray.runs.state import TrainState
+from vlmo_ray.tasks.pretraining import Pretraining
 from vlmo_ray.train.optim import build_optimizer, lr_at
 from vlmo_ray.train.parallel import parallelize, total_norm, whole_state
-from vlmo_ray.train.runs import load, publish_model
-from vlmo_ray.train.scratch import scratch
-from vlmo_ray.train.state import TrainState
 from vlmo_ray.train.step import gradients
+from vlmo_ray.weights.resize import fit_state
 
 # Dense bf16 peak, TFLOP/s, from the vendors' data sheets; MFU is left out on other devices.
 _PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "V100": 125, "L4": 121, "A10G": 70}

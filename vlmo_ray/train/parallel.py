@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vlmo_ray.config import ClusterConfig
 from vlmo_ray.objectives.pairs import columns_of
-from vlmo_ray.tasks.pretrain import Pretraining
+from vlmo_ray.tasks.pretraining import Pretraining
 
 
 @dataclass(frozen=True)

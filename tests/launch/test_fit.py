@@ -1,0 +1,184 @@
+"""Pre-training and evaluation on Ray.
+
+The oracle is the same run in one process without Ray.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from small_run import SMALL, begin_at, job
+
+import vlmo_ray
+from vlmo_ray import cli
+from vlmo_ray.config import Phase
+from vlmo_ray.data.prepare.shards import write_dataset
+from vlmo_ray.data.store import Store
+from vlmo_ray.demo.scenes.records import retrieval_records
+from vlmo_ray.errors import UserError
+from vlmo_ray.evaluate import retrieval
+from vlmo_ray.launch.fit import pretrain
+from vlmo_ray.model.vlmo import VLMo, init_weights
+from vlmo_ray.recipes import RECIPES
+from vlmo_ray.runs import lease
+from vlmo_ray.runs.checkpoints import Checkpoints
+from vlmo_ray.runs.metrics import read_metrics
+from vlmo_ray.tasks.metrics import recall_at_k
+from vlmo_ray.train.loop import train
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+# long enough that what happens after the first checkpoint falls before the last one
+CONFIG = dataclasses.replace(
+    SMALL, phases=(Phase(40, 8), Phase(120, 12)), checkpoint_every=20, keep_checkpoints=2
+)
+
+
+def test_other_settings_are_taken_on_request(ray_cluster, scenes, tmp_path, monkeypatch, capsys):
+    """By the command itself."""
+    train(job(scenes, tmp_path / "alone"))
+    run = begin_at(tmp_path / "runs" / "small", tmp_path / "alone" / "checkpoint-00000008")
+    monkeypatch.setitem(RECIPES, "small", lambda: SMALL)
+    command = ["vlmo", "pretrain", "small", "--data", scenes, "--storage", str(run.parent)]
+    command += ["--set", "seed=5", "--set", "cluster.max_workers=1"]
+    monkeypatch.setattr("sys.argv", command)
+    with pytest.raises(SystemExit, match="2"):
+        cli.main()
+    assert "other settings: seed: 1 -> 5" in capsys.readouterr().err
+    monkeypatch.setattr("sys.argv", [*command, "--accept-changes"])
+    cli.main()
+    assert "from here on with other settings: seed: 1 -> 5" in capsys.readouterr().out
+    assert [m["step"] for m in read_metrics(Store(str(run)))[0]] == [9, 10]
+    assert Checkpoints(Store(str(run))).newest().config["seed"] == 5
+    cli.main()
+    assert "'small' is finished already" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_a_run_that_waits_for_nodes_ends_on_request(ray_cluster, scenes, tmp_path, number):
+    import ray
+    from ray.train import ScalingConfig
+    from ray.train.v2._internal.execution.scaling_policy.autoscaling_coordinator_client import (
+        TrainAutoscalingCoordinatorClient,
+    )
+
+    waits = dataclasses.replace(SMALL, cluster=dataclasses.replace(SMALL.cluster, min_workers=1))
+    other = TrainAutoscalingCoordinatorClient("train-other")  # has all of the cluster
+    other.send_resource_request(ScalingConfig(num_workers=2, resources_per_worker={"CPU": 1.0}), 2)
+    name = tmp_path / "runs" / "small" / "ray_run"  # of what Ray Train reserves; there before it is reserved
+
+    def ask() -> None:
+        while not name.exists():
+            time.sleep(0.1)
+        time.sleep(5)  # most of which it waits
+        os.kill(os.getpid(), number)
+
+    asker = threading.Thread(target=ask, daemon=True)
+    asker.start()
+    try:
+        with pytest.raises(UserError, match="'small' ended on request while it had no workers"):
+            pretrain(waits, scenes, str(tmp_path / "runs"))
+        reserved = other._autoscaling_coordinator.get_reserved_resources.remote
+        assert ray.get(reserved("train-other")) and not ray.get(reserved(f"train-{name.read_text()}"))
+    finally:
+        other.cancel_resource_request()
+        asker.join()
+
+
+def test_a_driver_that_lost_its_run_ends_and_leaves_it_alone(ray_cluster, scenes, tmp_path, monkeypatch):
+    """Another driver has taken it over, in the belief that this one is gone."""
+    monkeypatch.setattr(lease, "RENEW_S", 0.5)
+    name = tmp_path / "runs" / "small" / "lease.json"
+
+    def take_over() -> None:
+        while not Checkpoints(Store(str(name.parent))).newest():
+            time.sleep(0.1)
+        name.write_text(json.dumps(json.loads(name.read_text()) | {"token": "another", "host": "elsewhere"}))
+
+    thief = threading.Thread(target=take_over, daemon=True)
+    thief.start()
+    with pytest.raises(UserError, match=r"runs/small was taken over by process .* on elsewhere"):
+        pretrain(CONFIG, scenes, str(tmp_path / "runs"))
+    thief.join()
+    assert json.loads(name.read_text())["token"] == "another" and not (name.parent / "stop").exists()
+    assert Checkpoints(Store(str(name.parent))).newest().step < 160
+
+
+def test_a_sharded_run_equals_one_process(ray_cluster, bucket, scenes, tmp_path):
+    cluster = dataclasses.replace(SMALL.cluster, strategy="fsdp", activation_checkpointing=True)
+    config = dataclasses.replace(SMALL, name="sharded", cluster=cluster, keep_checkpoints=2)
+    run = pretrain(config, scenes, f"{bucket}/runs")
+    assert train(job(scenes, tmp_path / "alone")).step == 10
+    found, wanted = (read_metrics(store)[0] for store in (run, Store(str(tmp_path / "alone"))))
+    assert {m["workers"] for m in found} == {2}
+    for name in ("samples", "loss", "itc", "itm", "mlm", "grad_norm"):
+        values = [[m[name] for m in metrics] for metrics in (found, wanted)]
+        np.testing.assert_allclose(*values, rtol=1e-4, err_msg=name)
+    model, alone = (vlmo_ray.load(store) for store in (run.uri, str(tmp_path / "alone")))
+    assert model.config == SMALL.model
+    for name, value in alone.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-3, atol=1e-3)
+
+    kept = {name.split("/")[0] for name in run.list("checkpoint-")}
+    assert kept == {"checkpoint-00000008", "checkpoint-00000010"}
+    for name in run.list("model/"):  # then `load` takes the newest checkpoint
+        run.delete(name)
+    again = vlmo_ray.load(run.uri).state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in model.state_dict().items())
+
+
+def test_a_broken_shard_ends_the_run_with_its_address(ray_cluster, scenes, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(scenes, broken)
+    shard = sorted(broken.rglob("*.parquet"), key=lambda path: (path.name == "manifest.parquet", path.name))[
+        1
+    ]
+    data = bytearray(shard.read_bytes())
+    data[300] ^= 1
+    shard.write_bytes(data)
+    began = time.monotonic()
+    with pytest.raises(UserError, match=rf"stopped at step \d+: .*{shard.name}"):
+        pretrain(dataclasses.replace(CONFIG, name="broken"), str(broken), str(tmp_path / "runs"))
+    assert time.monotonic() - began < 100  # not retried time and again
+    with pytest.raises(UserError, match=shard.name):
+        retrieval(VLMo(SMALL.model), str(broken))
+
+
+def test_retrieval_does_not_depend_on_the_number_of_workers(ray_cluster, tmp_path):
+    data = str(tmp_path / "unseen")
+    rows = list(retrieval_records(3, 50, image_size=16))
+    extra = [
+        rows[0] | {"id": "second caption", "text": "something else"},
+        rows[1] | {"id": "bad", "text": " "},
+    ]
+    write_dataset(data, rows + extra, rows_per_group=8)
+    model = VLMo(dataclasses.replace(SMALL.model, max_text_len=20, bias_text_len=20))
+    init_weights(model, 0)
+    held_out = [row["image_id"] for row in rows if row["held_out"]]
+    results = [retrieval(model, data, num_workers=n, subset=held_out) for n in (1, 2)]
+    assert results[0] == results[1]
+    result = results[0]
+    assert (result.num_images, result.num_texts) == (50, 51)
+    [problem] = result.problems
+    assert "#6:3" in problem  # the last row of the last of 7 chunks, by its address
+
+    from vlmo_ray.data.decode import decode_eval
+    from vlmo_ray.data.text import Tokenizer
+
+    names = sorted({row["image_id"] for row in rows})
+    first = {row["image_id"]: row["image"] for row in rows}
+    texts = [(row["text"], names.index(row["image_id"])) for row in rows + extra[:1]]
+    tokens = [Tokenizer(20).encode(text)[:2] for text, _ in texts]
+    with torch.inference_mode():
+        pixels = torch.from_numpy(np.stack([decode_eval(first[name], 16) for name in names])) / 127.5 - 1
+        ids, mask = (torch.from_numpy(np.stack(column)) for column in zip(*tokens, strict=True))
+        image = model.itc.image(model.encode(image=pixels).image[:, 0]).numpy()
+        text = model.itc.text(model.encode(text=ids.long(), text_mask=mask).text[:, 0]).numpy()
+    assert result.reached == recall_at_k(image, text, np.array([i for _, i in texts]))

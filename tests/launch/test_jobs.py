@@ -1,0 +1,127 @@
+"""`ray job submit -- python jobs/pretrain_1b.py --tiny` on a local head with token authentication, and again.
+
+The first submission is stopped in the middle; the second resumes it; a third finds it finished. Also the thin
+things around it: the job is short, and a mistake ends with a sentence.
+"""
+
+import contextlib
+import os
+import re
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from vlmo_ray.data.prepare.shards import write_dataset
+from vlmo_ray.data.store import Store
+from vlmo_ray.demo.scenes.records import records
+from vlmo_ray.recipes import recipe
+from vlmo_ray.runs.checkpoints import Checkpoints
+from vlmo_ray.runs.metrics import read_metrics
+
+ROOT = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@contextlib.contextmanager
+def head(tmp_path):
+    """A Ray head of its own with a dashboard and a token; yields (its address, the environment to reach it)."""
+    environment = os.environ | {
+        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # nothing is left to drain when the test ends the head
+        "PYTHONUNBUFFERED": "1",
+    }
+    dashboard = free_port()
+    names = ("port", "ray-client-server-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port")
+    ports = [f"--dashboard-port={dashboard}", *(f"--{name}={free_port()}" for name in names)]
+    sizes = ["--num-cpus=2", "--object-store-memory=300000000"]
+    command = [BIN / "ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1", *ports, *sizes]
+    with (tmp_path / "head.log").open("w") as log:
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            cwd=tmp_path,
+            start_new_session=True,
+        )
+        try:
+            yield f"http://127.0.0.1:{dashboard}", environment
+        finally:
+            os.kill(process.pid, signal.SIGTERM)  # --block ends the whole head with it
+            try:
+                process.wait(30)
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+
+
+def submit(address, environment, *arguments, flags=()) -> subprocess.CompletedProcess:
+    command = [BIN / "ray", "job", "submit", "--address", address, "--working-dir", ".", *flags, "--"]
+    command += ["python", "jobs/pretrain_1b.py", *arguments]
+    deadline = time.monotonic() + 90
+    while True:
+        run = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        run.stdout += run.stderr
+        starting = any(words in run.stdout for words in ("Failed to connect", "No available agent"))
+        if not starting or time.monotonic() > deadline:
+            return run
+        time.sleep(1)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_submit_and_submit_again(bucket, tmp_path):
+    data, storage = f"{bucket}/scenes", f"{bucket}/runs"
+    write_dataset(data, records(1, 200, image_size=32), rows_per_group=32)
+    arguments = ("--tiny", "--data", data, "--storage", storage, "--name", "job")
+    total = recipe("pretrain_1b_tiny").total_steps
+    with head(tmp_path) as (address, environment):
+        refused = submit(address, environment | {"RAY_AUTH_TOKEN": secrets.token_hex(32)}, *arguments)
+        assert refused.returncode and "succeeded" not in refused.stdout
+        early = submit(address, environment, *arguments, flags=("--no-wait", "--submission-id", "early"))
+        assert early.returncode == 0, early.stdout[-4000:]
+        run, deadline = Store(f"{storage}/job"), time.monotonic() + 150
+        while Checkpoints(run).newest() is None:
+            assert time.monotonic() < deadline, "no checkpoint was made"
+            time.sleep(0.1)
+        stop = [BIN / "ray", "job", "stop", "--address", address, "early"]
+        subprocess.run(stop, env=environment, check=True, capture_output=True, timeout=60)
+        reached = Checkpoints(run).newest().step  # its workers may yet save once more
+        assert reached < total, "stopped too late to leave anything to resume"
+
+        began = time.monotonic()
+        first = submit(address, environment, *arguments)
+        assert first.returncode == 0 and "succeeded" in first.stdout, first.stdout[-4000:]
+        assert time.monotonic() - began < 150, "waited for what the stopped run had reserved"
+        found = re.search(rf"run 'job' continues from step (\d+) of {total}", first.stdout)
+        assert found and reached <= int(found[1]) < total, first.stdout[-4000:]
+        metrics, repeated = read_metrics(Store(f"{storage}/job"))
+        assert [m["step"] for m in metrics] == list(range(1, total + 1))
+        assert {m["samples"] for m in metrics} >= {24 * 16, 24 * 16 + 12 * 32}  # both phases
+
+        again = submit(address, environment, *arguments)
+        assert again.returncode == 0, again.stdout[-4000:]
+        assert "run 'job' is finished already" in again.stdout and "worker 0 of" not in again.stdout
+        assert read_metrics(Store(f"{storage}/job")) == (metrics, repeated)
+
+        wrong = submit(address, environment, "--tiny", "--data", f"{bucket}/nothing", "--storage", storage)
+        assert wrong.returncode == 1 and "pretrain_1b: " in wrong.stdout and "Traceback" not in wrong.stdout
+
+
+def test_jobs_are_thin():
+    for script in (ROOT / "jobs").glob("*.py"):
+        assert len(script.read_text().splitlines()) < 40, script

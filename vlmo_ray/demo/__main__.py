@@ -1,0 +1,217 @@
+"""The main job in small, end to end: `make demo`.
+
+A SeaweedFS server on this machine holds the bucket. Scenes of coloured shapes are written into it as shards; a
+small VLMo is pre-trained from it with all three objectives by `vlmo pretrain` on two elastic CPU workers; one of
+them is killed on the way; zero-shot retrieval is measured on scenes that the training never saw. Everything is
+left under `demo-out/`: the table as JSON, the curves as a picture, the log, the bucket.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from vlmo_ray.data.prepare.shards import write_dataset
+from vlmo_ray.data.store import Store, open_store
+from vlmo_ray.demo.local_s3 import local_s3
+from vlmo_ray.demo.scenes.records import records, retrieval_records
+from vlmo_ray.errors import UserError
+from vlmo_ray.recipes import recipe
+
+OUT = Path("demo-out")
+TRAIN, EVAL, RUNS = "s3://demo/scenes-train", "s3://demo/scenes-eval", "s3://demo/runs"
+NUM_SCENES, NUM_UNSEEN = 20_000, 200
+LEAST_R1 = 0.05  # ten times chance
+SEED = 1
+
+_WORKER = re.compile(r"worker (\d+) of (\d+): process (\d+)")
+
+
+@dataclass
+class Story:
+    """What happened to the run, as seen from outside."""
+
+    killed_pid: int = 0
+    killed_at: float = 0.0  # seconds after the start
+    workers: dict[int, int] = field(default_factory=dict)  # rank -> process id, of the present workers
+    resumed_step: int = -1
+
+
+def main() -> int:
+    """Runs the demo; 0 if everything it promises came true, else 1 with the reason."""
+    console = Console()
+    began = time.monotonic()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that what was started is ended
+    shutil.rmtree(OUT, ignore_errors=True)
+    OUT.mkdir()
+    try:
+        with local_s3(OUT / "bucket", buckets=("demo",)) as environment:
+            os.environ.update(environment)
+            _write_data(console)
+            story = _pretrain(console)
+            return _report(console, story, began)
+    except (UserError, RuntimeError) as error:
+        console.print(f"[bold red]The demo failed:[/] {error}")
+        return 1
+
+
+def _write_data(console: Console) -> None:
+    size = recipe("demo").model.image_size
+    console.rule(f"{NUM_SCENES:,} scenes for training, {NUM_UNSEEN} unseen ones for evaluation")
+    scenes = records(SEED, NUM_SCENES, "train", image_size=size)
+    write_dataset(TRAIN, track(scenes, "drawing and uploading", NUM_SCENES, console=console), source="scenes")
+    write_dataset(EVAL, retrieval_records(SEED, NUM_UNSEEN, image_size=size), source="scenes")
+
+
+def _pretrain(console: Console) -> Story:
+    """Runs `vlmo pretrain demo` and kills one of its workers after the first checkpoint."""
+    command = [sys.executable, "-m", "vlmo_ray", "pretrain", "demo", "--data", TRAIN, "--storage", RUNS]
+    console.rule("vlmo " + " ".join(command[3:]))
+    environment = os.environ | {"PYTHONUNBUFFERED": "1", "RAY_DEDUP_LOGS": "0"}
+    story, began = Story(), time.monotonic()
+    run = Store(f"{RUNS}/demo")
+    with (
+        (OUT / "pretrain.log").open("w", buffering=1) as log,
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+        ) as process,
+    ):
+        try:
+            for line in process.stdout:
+                log.write(line)
+                message = re.sub(
+                    r"\x1b\[\d+m|\(\w+ pid=[^)]*\) ?", "", line
+                ).strip()  # Ray's colours and prefixes
+                if found := _WORKER.search(line):
+                    rank, world, pid = map(int, found.groups())
+                    story.workers = {r: p for r, p in story.workers.items() if r < world} | {rank: pid}
+                elif found := re.search(r"resumed at step (\d+)", line):
+                    story.resumed_step = int(found[1])
+                elif not re.match(r"step \d+/|.* steps, .* pairs|done:|masked|vlmo:", message):
+                    continue
+                console.print(message, highlight=False, markup=False)
+                if not story.killed_pid and message.startswith("step ") and _has_checkpoint(run):
+                    story.killed_pid = story.workers[max(story.workers)]
+                    story.killed_at = time.monotonic() - began
+                    os.kill(story.killed_pid, signal.SIGKILL)
+                    console.print(f"[bold yellow]killed the worker with process id {story.killed_pid}[/]")
+        except BaseException:
+            process.terminate()
+            raise
+    if process.returncode:
+        raise RuntimeError(
+            f"pre-training ended with exit code {process.returncode}; see {OUT / 'pretrain.log'}"
+        )
+    if not story.killed_pid:
+        raise RuntimeError("no worker was killed: the run had no checkpoint before its end")
+    return story
+
+
+def _has_checkpoint(run: Store) -> bool:
+    from vlmo_ray.runs.checkpoints import Checkpoints
+
+    return Checkpoints(run).newest() is not None
+
+
+def _report(console: Console, story: Story, began: float) -> int:
+    from vlmo_ray.evaluate import retrieval, table
+    from vlmo_ray.runs.load import load
+    from vlmo_ray.runs.metrics import read_metrics
+    from vlmo_ray.session import ray_session
+
+    console.rule("evaluation")
+    unseen = list(retrieval_records(SEED, NUM_UNSEEN, image_size=recipe("demo").model.image_size))
+    held_out = [record["image_id"] for record in unseen if record["held_out"]]
+    with ray_session():
+        result = retrieval(load(f"{RUNS}/demo"), EVAL, subset=held_out)
+    metrics, repeated = read_metrics(open_store(f"{RUNS}/demo"))
+    last, planned = int(metrics[-1]["step"]), recipe("demo").total_steps
+    _draw(metrics, repeated, OUT / "losses.png")
+
+    console.print(table(result, "retrieval among unseen scenes"))
+    run = Table("the run", "")
+    run.add_row("killed worker, process id", str(story.killed_pid))
+    run.add_row("resumed at step", str(story.resumed_step))
+    run.add_row("steps repeated", f"{len(repeated)} ({repeated[0]} to {repeated[-1]})" if repeated else "0")
+    run.add_row("last step, reached of planned", f"{last} of {planned}")
+    run.add_row("loss, first and last 20 steps", f"{_mean(metrics[:20]):.2f}, {_mean(metrics[-20:]):.2f}")
+    run.add_row("held-out scenes among the unseen", str(len(held_out)))
+    run.add_row("time", f"{time.monotonic() - began:.0f} s")
+    run.add_row("picture of the losses", str(OUT / "losses.png"))
+    console.print(run)
+    summary = {
+        "reached": result.reached,
+        "chance": result.chance,
+        "held_out": result.subset,
+        "killed_pid": story.killed_pid,
+        "repeated_steps": repeated,
+        "last_step": last,
+        "planned_steps": planned,
+        "seconds": time.monotonic() - began,
+    }
+    (OUT / "result.json").write_text(json.dumps(summary, indent=1) + "\n")
+
+    failures = []
+    if last != planned or [int(m["step"]) for m in metrics] != list(range(1, planned + 1)):
+        failures.append(f"the run reached step {last} of {planned}, or a step is missing from its log")
+    if story.resumed_step < 1:
+        failures.append("the run did not resume from a checkpoint after the kill")
+    if result.num_images != NUM_UNSEEN:
+        failures.append(f"{result.num_images} images were compared instead of {NUM_UNSEEN}")
+    failures += [
+        f"{name} is {result.reached[name]:.1%}, below {LEAST_R1:.0%}"
+        for name in ("text_retrieval_r@1", "image_retrieval_r@1")
+        if result.reached[name] < LEAST_R1
+    ]
+    for failure in failures:
+        console.print(f"[bold red]The demo failed:[/] {failure}")
+    return 1 if failures else 0
+
+
+def _mean(metrics: list[dict[str, float]]) -> float:
+    return sum(m["loss"] for m in metrics) / len(metrics)
+
+
+def _draw(metrics: list[dict[str, float]], repeated: list[int], path: Path) -> None:
+    """The four losses against pairs seen, the repeated steps shaded."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = {
+        "itc": "image-text contrast",
+        "itm": "image-text matching",
+        "mlm": "masked language modelling",
+        "loss": "total",
+    }
+    figure, axes = plt.subplots(2, 2, figsize=(10, 6), sharex=True, constrained_layout=True)
+    samples = {int(m["step"]): m["samples"] for m in metrics}
+    for axis, (name, title) in zip(axes.flat, names.items(), strict=True):
+        axis.plot([m["samples"] for m in metrics], [m[name] for m in metrics], linewidth=0.9)
+        if repeated:
+            twice = samples[repeated[0]], samples[repeated[-1]]
+            axis.axvspan(*twice, color="tab:orange", alpha=0.3, label="done twice: a worker was killed")
+        axis.set_title(title)
+        axis.grid(alpha=0.3)
+    axes[0, 0].legend()
+    for axis in axes[1]:
+        axis.set_xlabel("pairs seen")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,244 @@
+"""True English sentences about a scene, their logical form, and the augmentations they forbid.
+
+Every word is one WordPiece of the bert-base-uncased vocabulary, and no caption has more than `MAX_TOKENS`
+tokens, so that small models can read them whole.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+
+from vlmo_ray import rng
+from vlmo_ray.demo.scenes.claims import RELATIONS, Claim, ShapeClaim
+from vlmo_ray.demo.scenes.world import BACKGROUND_COLOURS, KINDS, SHAPE_COLOURS, SIZES, Scene, Shape, pick
+
+MAX_TOKENS = 20  # with [CLS] and [SEP]
+
+NOUNS = {kind: (kind,) for kind in KINDS} | {
+    "circle": ("circle", "circle", "disc"),
+    "ring": ("ring", "ring", "hoop"),
+    "cross": ("cross", "cross", "plus"),
+}
+ADJECTIVES = {"small": ("small", "little", "tiny"), "large": ("large", "big", "huge")}
+PATTERN_WORDS = {
+    "plain": ("plain",),
+    "striped": ("striped",),
+    "spotted": ("spotted", "dotted"),
+    "checked": ("checked",),
+}
+NUMBERS = {1: "one", 2: "two", 3: "three"}
+_ROWS = {0: ("top", "upper"), 2: ("bottom", "lower")}
+_COLS = {0: "left", 2: "right"}
+_RELATION_WORDS = {
+    "left of": ("left of", "to the left of"),
+    "right of": ("right of", "to the right of"),
+    "above": ("above",),
+    "below": ("below", "under"),
+}
+
+
+@dataclass(frozen=True)
+class Caption:
+    text: str
+    claim: Claim
+
+
+def article(words: str) -> str:
+    """The words with "a" or "an" before them."""
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
+def join(parts: list[str]) -> str:
+    """ "x", "x and y", "x, y and z"."""
+    return " and ".join(([", ".join(parts[:-1])] if parts[1:] else []) + parts[-1:])
+
+
+def num_tokens(text: str) -> int:
+    """Tokens of a text whose words are all single WordPieces, with [CLS] and [SEP]."""
+    return len(re.findall(r"\w+|[^\w\s]", text)) + 2
+
+
+_SIDES = {"left", "right"}
+_COLOURS = {"color", *SHAPE_COLOURS, *BACKGROUND_COLOURS}
+_SHAPES = {"shape", "shapes", "something", "object", "objects", *SIZES}
+_SHAPES |= {word for words in (*NOUNS.values(), *ADJECTIVES.values()) for word in words}
+
+
+def forbidden_augmentations(text: str | Caption) -> tuple[str, ...]:
+    """The augmentations that could make a caption, question or statement untrue, in a fixed order.
+
+    * "crop", where it names a shape, a size or a number: the crop may cut the shape out or enlarge it.
+    * "flip", where it names the left or the right ("the left image" of a pair is no side: flips act
+      within an image). Top and bottom survive, and every kind is its own mirror image.
+    * "color", where it names or asks for a colour: brightness or equalization may turn it into another.
+    * "geometric" (rotate, shear, translate), where it names a shape: it may leave the image, change
+      place, or turn from a square into a diamond; and where it calls the background plain, because the
+      corners are filled with gray.
+    """
+    text = text.text if isinstance(text, Caption) else text
+    words = set(re.findall(r"\w+", re.sub(r"\b(left|right) image\b", "image", text)))
+    rules = {
+        "crop": words & _SHAPES,
+        "flip": words & _SIDES,
+        "color": words & _COLOURS,
+        "geometric": words & (_SHAPES | {"plain"}),
+    }
+    return tuple(name for name, named in rules.items() if named)
+
+
+class _Writer:
+    """Writes one caption; the draws decide what is named and how."""
+
+    def __init__(self, scene: Scene, draw: np.random.Generator):
+        self.scene, self.draw = scene, draw
+
+    def pick(self, options):
+        return pick(self.draw, options)
+
+    def chance(self, share: float) -> bool:
+        return self.draw.random() < share
+
+    def shape(self, shape: Shape, size=0.25, colour=1.0, kind=1.0) -> tuple[str, ShapeClaim]:
+        """A noun phrase; the shares are those of the phrases that name each attribute."""
+        named = ShapeClaim(
+            shape.kind if self.chance(kind) else None,
+            shape.colour if self.chance(colour) else None,
+            shape.size if self.chance(size) else None,
+        )
+        adjective = self.pick(ADJECTIVES[named.size]) if named.size else ""
+        noun = self.pick(NOUNS[named.kind]) if named.kind else self.pick(("shape", "object"))
+        if named.kind is None and named.colour and not adjective and self.chance(0.3):
+            return f"something {named.colour}", named
+        if named.colour and self.chance(0.12):
+            return article(f"{adjective} {noun} in {named.colour}".strip()), named
+        return article(" ".join(word for word in (adjective, named.colour, noun) if word)), named
+
+    def background(self, colour=1.0, pattern=0.25) -> tuple[str, dict]:
+        """A noun phrase, and the fields of the claim."""
+        named = {}
+        words = []
+        if self.chance(colour):
+            named["background"] = self.scene.background.colour
+            words.append(named["background"])
+        if self.chance(pattern):
+            named["pattern"] = self.scene.background.pattern
+            words.append(self.pick(PATTERN_WORDS[named["pattern"]]))
+        words = words if self.chance(0.5) else words[::-1]
+        return article(" ".join([*words, self.pick(("background", "background", "backdrop"))])), named
+
+    def place(self, shape: Shape) -> tuple[str, dict]:
+        """Where the shape is, sometimes only the row or only the column of a corner."""
+        row, col = shape.row, shape.col
+        if row == col == 1:
+            return self.pick(("in the middle", "in the center")), {"row": 1, "col": 1}
+        if row != 1 and col != 1 and self.chance(0.6):
+            words = f"{self.pick(_ROWS[row])} {_COLS[col]}"
+            return self.pick((f"in the {words}", f"at the {words}", f"in the {words} corner")), {
+                "row": row,
+                "col": col,
+            }
+        if col == 1 or (row != 1 and self.chance(0.5)):
+            return f"at the {_ROWS[row][0]}", {"row": row}
+        return self.pick(("on the", "at the")) + f" {_COLS[col]}", {"col": col}
+
+    def on(self, subject: str, background: str) -> str:
+        """Shapes and background in one sentence."""
+        options = (
+            f"{subject} {self.pick(('on', 'on', 'over', 'against'))} {background}",
+            f"{self.pick(('a picture of', 'an image of', 'a drawing of'))} {subject} on {background}",
+            f"{background} with {subject}",
+            f"on {background}, {subject}",
+        )
+        return self.pick((options[0], *options))
+
+    def everything(self) -> Caption:
+        """Every shape and the background."""
+        order = self.draw.permutation(len(self.scene.shapes))
+        phrases = [self.shape(self.scene.shapes[i]) for i in order]
+        background, fields = self.background()
+        subject = join([text for text, _ in phrases])
+        if self.chance(0.12):
+            fields["count"] = len(phrases)
+            noun = "shape" if len(phrases) == 1 else "shapes"
+            text = f"{NUMBERS[len(phrases)]} {noun} on {background}: {subject}"
+        else:
+            text = self.on(subject, background)
+        return Caption(text, Claim(tuple(part for _, part in phrases), **fields))
+
+    def main(self) -> Caption:
+        """The main shape and the background."""
+        subject, part = self.shape(self.scene.shapes[0], size=0.6)
+        background, fields = self.background(pattern=0.4)
+        return Caption(self.on(subject, background), Claim((part,), **fields))
+
+    def placed(self) -> Caption:
+        """One or two shapes with their places, and the background."""
+        phrases, parts = [], []
+        for i in self.draw.permutation(len(self.scene.shapes))[: 1 + self.chance(0.4)]:
+            subject, part = self.shape(self.scene.shapes[i], size=0.1)
+            where, cell = self.place(self.scene.shapes[i])
+            phrases.append(f"{subject} {where}")
+            parts.append(ShapeClaim(part.kind, part.colour, part.size, **cell))
+        background, fields = self.background(pattern=0.1)
+        subject = join(phrases)
+        text = f"{background} with {subject}" if self.chance(0.5) else f"{subject}, on {background}"
+        return Caption(text, Claim(tuple(parts), **fields))
+
+    def related(self) -> Caption:
+        """A shape left of, right of, above or below another, where two shapes stand clearly so."""
+        shapes = self.scene.shapes
+        options = [
+            (a, b, name) for a in shapes for b in shapes for name, holds in RELATIONS.items() if holds(a, b)
+        ]
+        if not options:  # a single shape
+            return self.placed()
+        a, b, relation = self.pick(options)
+        (first, first_part), (second, second_part) = self.shape(a, size=0.1), self.shape(b, size=0.1)
+        text = f"{first} {self.pick(_RELATION_WORDS[relation])} {second}"
+        background, fields = self.background(pattern=0.0) if self.chance(0.85) else ("", {})
+        text = f"{text} on {background}" if background else text
+        return Caption(text, Claim((first_part, second_part), relation=relation, **fields))
+
+    def vague(self) -> Caption:
+        """A few attributes only: of some shapes, of the background, or a number."""
+        style = self.draw.integers(4)
+        if style == 0:
+            background, fields = self.background(pattern=0.7)
+            return Caption(background, Claim(**fields))
+        if style == 1:
+            count = len(self.scene.shapes)
+            noun = self.pick(("shape", "object")) + "s" * (count > 1)
+            background, fields = self.background()
+            return Caption(f"{NUMBERS[count]} {noun} on {background}", Claim(count=count, **fields))
+        order = self.draw.permutation(len(self.scene.shapes))
+        phrases = [self.shape(self.scene.shapes[i], size=0.2, colour=0.6, kind=0.6) for i in order]
+        subject, parts = join([text for text, _ in phrases]), tuple(part for _, part in phrases)
+        if style == 2:
+            return Caption(subject, Claim(parts))
+        background, fields = self.background(colour=0.7, pattern=0.5)
+        return Caption(self.on(subject, background), Claim(parts, **fields))
+
+    def caption(self) -> Caption:
+        kinds = (self.everything, self.main, self.placed, self.related, self.vague)
+        while True:
+            written = kinds[int(np.searchsorted((0.5, 0.7, 0.82, 0.94), self.draw.random()))]()
+            if num_tokens(written.text) <= MAX_TOKENS:
+                return written
+
+
+def captions(scene: Scene, n: int = 1) -> list[Caption]:
+    """`n` true captions, all different; the first of them is the same for every `n`.
+
+    About half name every shape and the background, a fifth the main shape and the background; others tell
+    places or relations, and a few tell little.
+    """
+    assert 1 <= n <= 32, "a scene has a limited number of different captions"
+    writer = _Writer(scene, rng.generator(scene.seed, f"scene-captions/{scene.name}", 0, 0))
+    found: dict[str, Caption] = {}
+    while len(found) < n:
+        written = writer.caption()
+        found.setdefault(written.text, written)
+    return list(found.values())

@@ -1,0 +1,1 @@
+"""All of Ray Train: from a config to a run on a cluster."""

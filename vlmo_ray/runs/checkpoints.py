@@ -1,0 +1,179 @@
+"""The checkpoints of a run in its store: complete or invisible, checked, the newest good one first.
+
+Every worker uploads its own files into `checkpoint-<step>/<attempt>/`, in the background; then one of them writes
+`checkpoint-<step>/train_state.json`, which names them all, and the start of the run (the attempt) that they are of. A
+checkpoint of which a file is missing or short is not complete and is not there for anybody, so nobody has to wait for
+the others: a run that dies in the middle of an upload finds the checkpoint before it. What was uploaded is checked by
+checksum when it is read; a damaged one is named, set aside, and the one before it is taken.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from vlmo_ray.data.store import Store
+from vlmo_ray.errors import UserError
+from vlmo_ray.runs.checkpoint import STATE, Files, measured, parse_state
+from vlmo_ray.runs.state import TrainState
+
+_PREFIX = "checkpoint-"
+_SET_ASIDE = "damaged_state.json"
+_BEGUN = "has_checkpoints"  # an object in the run: a complete one was seen
+
+
+class Damaged(UserError):
+    """A checkpoint does not hold what it held when it was written."""
+
+
+@dataclass
+class Checkpoints:
+    """Of the run in `run`; `keep` and `keep_every` say which are kept, and only the `keeper` deletes any."""
+
+    run: Store
+    keep: int = 3  # the newest complete ones
+    keep_every: int = 0  # and those whose step is a multiple of this, for good; 0: none
+    keeper: bool = False
+    _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "checkpoint"), repr=False)
+    _pending: list[Future] = field(default_factory=list, repr=False)
+    _begun: bool = False
+
+    def upload(self, folder: Path, state: TrainState, more: dict[str, bytes] | None = None) -> None:
+        """Sends this worker's files of the checkpoint of `state`, after `more` files of the run; removes `folder`.
+
+        Returns at once, or after the upload before: at most one is under way. What goes wrong with an upload is
+        raised by `check` and `wait`, and never here, where one worker alone would learn of it.
+        """
+        wait(self._pending)
+        self._pending.append(self._pool.submit(self._upload, folder, state, more or {}))
+
+    def wait(self) -> None:
+        """Until the upload under way has ended; raises what went wrong with it or with an earlier one."""
+        wait(self._pending)
+        self.check()
+
+    def check(self) -> None:
+        """Raises what went wrong with an upload that has ended; does not wait."""
+        ended = [upload for upload in self._pending if upload.done()]
+        self._pending = [upload for upload in self._pending if upload not in ended]
+        for upload in ended:
+            upload.result()
+
+    def close(self) -> None:
+        """Ends the upload thread, after the upload under way."""
+        self._pool.shutdown()
+
+    def _upload(self, folder: Path, state: TrainState, more: dict[str, bytes]) -> None:
+        try:
+            for name, content in more.items():
+                self.run.write(name, content)
+            for file in sorted(folder.iterdir(), key=lambda file: file.name == STATE):
+                inner = "" if file.name == STATE else f"{state.attempt}/"
+                self.run.upload(file, f"{name_of(state.step)}/{inner}{file.name}")
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        if self.keeper:
+            self.retire()
+
+    def retire(self) -> None:
+        """Deletes what need not be kept: never the newest complete one, nor anything newer than that."""
+        complete = list(self.complete())
+        if not complete:
+            return
+        if not self._begun:
+            self.run.write(_BEGUN, b"")
+            self._begun = True
+        kept = {name for name, _, _ in complete[: self.keep]}
+        if self.keep_every:
+            kept |= {name for name, state, _ in complete if state.step % self.keep_every == 0}
+        for name in self._listed():
+            if name < complete[0][0] and name not in kept:
+                self.run.delete(f"{name}/{STATE}")  # first: what is left is no checkpoint
+                self.run.delete_folder(name)
+
+    def complete(self) -> Iterator[tuple[str, TrainState, Files]]:
+        """(name, state, files) of the checkpoints all of whose files are there, newest first."""
+        for name, sizes in reversed(self._listed().items()):
+            if STATE not in sizes:
+                continue
+            try:
+                state, files = parse_state(self.run.read(f"{name}/{STATE}"))
+                if name != name_of(state.step):
+                    raise ValueError(f"it is of step {state.step}")
+            except FileNotFoundError:
+                continue  # deleted meanwhile
+            except (ValueError, KeyError, TypeError) as error:
+                self._set_aside(name, f"{self.run.address(name)}/{STATE} cannot be read ({error})")
+                continue
+            if all(sizes.get(f"{state.attempt}/{file}") == size for file, (size, _) in files.items()):
+                yield name, state, files
+
+    def _listed(self) -> dict[str, dict[str, int]]:
+        found: dict[str, dict[str, int]] = {}
+        for path, size in self.run.sizes(_PREFIX).items():
+            name, _, file = path.partition("/")
+            found.setdefault(name, {})[file] = size
+        return dict(sorted(found.items()))
+
+    def newest(self) -> TrainState | None:
+        """The state of the newest complete checkpoint, its files not checked; None if there is none."""
+        return next((state for _, state, _ in self.complete()), None)
+
+    def fetch_newest(self, folder: Path) -> str:
+        """Downloads the newest good checkpoint into `folder`; its name, or "" if the run has none yet.
+
+        One that is damaged or not complete is named and passed over, a damaged one also set aside. Raises UserError
+        if the run had checkpoints and none is whole.
+        """
+        chosen = ""
+        for name, state, files in self.complete():
+            try:
+                self.fetch(name, state, files, folder)
+            except Damaged as error:
+                self._set_aside(name, str(error))
+            else:
+                chosen = name
+                break
+        listed = self._listed()
+        for name, sizes in listed.items():
+            if name > chosen and _SET_ASIDE not in sizes:
+                what = "some of its files are missing or short" if STATE in sizes else f"it has no {STATE}"
+                print(f"the checkpoint {name} is not complete and passed over: {what}", flush=True)
+        damaged = any(_SET_ASIDE in sizes for sizes in listed.values())
+        if not chosen and (damaged or self.run.exists(_BEGUN)):
+            raise UserError(
+                f"no checkpoint of {self.run.uri} is whole ({', '.join(listed) or 'all are gone'}). Bring one back "
+                "from a copy of the bucket, or give another --name to start afresh"
+            )
+        return chosen
+
+    def fetch(self, name: str, state: TrainState, files: Files, folder: Path) -> None:
+        """Downloads one checkpoint and checks every byte of it. Raises Damaged."""
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        for file, wanted in files.items():
+            for _ in range(2):  # what came wrong once may be right the second time
+                (folder / file).write_bytes(self.run.read(f"{name}/{state.attempt}/{file}"))
+                if measured(folder / file) == wanted:
+                    break
+            else:
+                where = self.run.address(f"{name}/{state.attempt}/{file}")
+                raise Damaged(f"{where} has changed since it was written")
+        (folder / STATE).write_bytes(self.run.read(f"{name}/{STATE}"))
+
+    def fetch_named(self, name: str, folder: Path) -> None:
+        """Downloads the checkpoint that another worker chose."""
+        self.fetch(name, *parse_state(self.run.read(f"{name}/{STATE}")), folder)
+
+    def _set_aside(self, name: str, reason: str) -> None:
+        """Makes a damaged checkpoint invisible, and leaves everything in place for a person to look at."""
+        print(f"the checkpoint {name} is damaged and passed over: {reason}", flush=True)
+        self.run.write(f"{name}/{_SET_ASIDE}", self.run.read(f"{name}/{STATE}"))
+        self.run.delete(f"{name}/{STATE}")
+
+
+def name_of(step: int) -> str:
+    return f"{_PREFIX}{step:08d}"

@@ -1,0 +1,1 @@
+"""Weights in and out: our folders, the released files, other sizes."""
