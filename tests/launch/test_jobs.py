@@ -24,7 +24,7 @@ from vlmo_ray.recipes import recipe
 from vlmo_ray.runs.checkpoints import Checkpoints
 from vlmo_ray.runs.metrics import read_metrics
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 
 

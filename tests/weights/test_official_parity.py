@@ -20,7 +20,7 @@ from safetensors import safe_open
 from vlmo_ray.model.vlmo import VLMo
 from vlmo_ray.weights.folder import from_official
 
-FOLDER = Path(os.environ.get("VLMO_GOLDEN_DIR") or Path(__file__).parents[2] / "shared" / "golden")
+FOLDER = Path(os.environ.get("VLMO_GOLDEN_DIR") or Path(__file__).parents[3] / "shared" / "golden")
 FILES = sorted(FOLDER.glob("*.safetensors")) if FOLDER.is_dir() else []
 
 
