@@ -13,7 +13,8 @@ import torch.multiprocessing as mp
 
 from vlmo_ray.config import ClusterConfig, Config, DataConfig, ModelConfig, OptimConfig, Phase
 from vlmo_ray.data.manifest import load_manifest
-from vlmo_ray.train.loop import Job, Outcome, train
+from vlmo_ray.train.build import RunSpec
+from vlmo_ray.train.loop import Outcome, train
 
 SMALL = Config(
     name="small",
@@ -32,9 +33,9 @@ SMALL = Config(
 )  # fmt: skip
 
 
-def job(data: str, run: Path | str, config: Config = SMALL, **changes) -> Job:
+def job(data: str, run: Path | str, config: Config = SMALL, **changes) -> RunSpec:
     config = dataclasses.replace(config, **changes)
-    return Job(config, data, str(run), load_manifest(data).fingerprint, in_process_data=True)
+    return RunSpec(config, data, str(run), load_manifest(data).fingerprint, in_process_data=True)
 
 
 def begin_at(run: Path | str, checkpoint: Path) -> Path:
@@ -52,7 +53,7 @@ def _worker(rank, world, port, job, folder):
     dist.destroy_process_group()
 
 
-def train_on(world: int, job: Job) -> list[Outcome]:
+def train_on(world: int, job: RunSpec) -> list[Outcome]:
     """Outcomes by rank of `train` in `world` processes."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))

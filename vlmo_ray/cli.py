@@ -95,21 +95,23 @@ def prepare(
     print(counts)
 
 
-def pretrain(
+def train(
     recipe: Positional[str],
     data: str,
     storage: str = "runs",
     name: str = "",
+    eval_data: str = "",
     settings: Settings = (),
     accept_changes: bool = False,
 ) -> None:
-    """Pre-train a recipe; a run of the same name goes on where it stopped.
+    """Train a recipe: pre-training and fine-tuning alike; a run of the same name goes on where it stopped.
 
     Args:
         recipe: a name that `vlmo recipes` lists.
         data: the data set, `s3://bucket/prefix` or a folder, as `vlmo prepare` writes it.
         storage: where runs are kept, `s3://bucket/prefix` or a folder that all nodes see.
         name: of the run; default: the recipe's.
+        eval_data: the data set that is evaluated every `evaluate_every` steps.
         settings: change a field, for example `--set seed=2`; may be repeated.
         accept_changes: go on although data or settings are not those of the run's newest checkpoint.
     """
@@ -117,44 +119,43 @@ def pretrain(
     from vlmo_ray.recipes import recipe as named
 
     config = override(named(recipe), list(settings))
-    from vlmo_ray.launch import fit  # torch and Ray, seconds: only once the recipe stands
+    from vlmo_ray.launch.fit import fit  # torch and Ray, seconds: only once the recipe stands
 
-    run = fit.pretrain(config, data, storage, name or None, accept_changes)
+    run = fit(config, data, storage, name or None, accept_changes=accept_changes, eval_data=eval_data)
     print(f"done: {run.uri} holds the metrics, the checkpoints and the final weights (model/)")
 
 
 def evaluate(
     model: Positional[str],
     data: str,
-    task: Literal["retrieval"] = "retrieval",
+    task: str = "",
     workers: int = 0,
     json_output: bool = False,
 ) -> None:
-    """Evaluate weights on a data set.
+    """Evaluate weights on a data set; a run keeps the result beside its metrics.
 
     Args:
         model: a run, an imported folder or an official checkpoint.
         data: the data set, `s3://bucket/prefix` or a folder.
-        task: what to measure.
-        workers: how many encoders run at once; 0: one per GPU, or half the CPUs.
+        task: what to measure; default: what the run was trained for, or retrieval.
+        workers: how many actors run at once; 0: one per GPU, or half the CPUs.
         json_output: print one JSON object instead of a table.
     """
     import dataclasses
 
     from rich.console import Console
 
-    from vlmo_ray.evaluate import retrieval, table
-    from vlmo_ray.runs.load import load
+    from vlmo_ray.evaluate import evaluate as run
+    from vlmo_ray.runs.evaluations import keep_in_run, table
     from vlmo_ray.session import ray_session
 
-    assert task == "retrieval"
-    weights = load(model)
     with ray_session():
-        result = retrieval(weights, data, num_workers=workers or None)
+        result = run(model, data, task, num_workers=workers or None)
+    keep_in_run(model, result)
     if json_output:
         print(json.dumps(dataclasses.asdict(result)))
     else:
-        Console().print(table(result, f"zero-shot retrieval on {data}"))
+        Console().print(table(result, f"{task or 'evaluation'} on {data}"))
         for problem in result.problems:
             print(f"left out: {problem}")
 
@@ -217,7 +218,7 @@ def main() -> None:
         "recipes": recipes,
         "show": show,
         "prepare": prepare,
-        "pretrain": pretrain,
+        "train": train,
         "evaluate": evaluate,
         "import": import_,
         "export": export,

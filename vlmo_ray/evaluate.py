@@ -1,132 +1,124 @@
-"""Evaluation on Ray: zero-shot image-text retrieval."""
+"""Evaluation of any task on Ray: actors turn the rows of a data set into what the score needs."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 
+from vlmo_ray.config import Config, ModelConfig
+from vlmo_ray.data.batch import Batch
 from vlmo_ray.data.manifest import load_manifest
 from vlmo_ray.data.pipeline import eval_dataset
 from vlmo_ray.data.prefetch import user_error
+from vlmo_ray.data.reader import Reader, Sources
+from vlmo_ray.data.schema import Schema
 from vlmo_ray.errors import UserError
 from vlmo_ray.model.vlmo import VLMo
-from vlmo_ray.tasks.metrics import chance_recall, recall_at_k
+from vlmo_ray.runs.evaluations import Result, scored
+from vlmo_ray.runs.load import Loaded, load_all
+from vlmo_ray.tasks import build_evaluation, build_task
+from vlmo_ray.tasks.task import Evaluation
+
+DEFAULT = "retrieval"  # of weights that no run of ours made
 
 
 @dataclass(frozen=True)
-class Retrieval:
-    """Recall at 1, 5 and 10 in both directions, the same for a random ranking, and what it was measured on."""
+class _Recipe:
+    """How an actor builds the evaluation, beside the weights."""
 
-    reached: dict[str, float]
-    chance: dict[str, float]
-    num_images: int
-    num_texts: int
-    problems: tuple[str, ...]  # pairs left out, with their address and reason
-    subset: dict[str, float] | None = None  # queries of the named images alone, over the same candidates
+    kind: str
+    model: ModelConfig
+    config: Config | None  # of the run that trained the task; None: an evaluation of any model
+    schema: Schema | None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def build(self, model: VLMo) -> tuple[Evaluation, torch.nn.Module]:
+        """The evaluation, and the module that holds all its weights."""
+        if self.config is None or self.schema is None:
+            return build_evaluation(self.kind, model, **self.options), model
+        task = build_task(model, self.config, self.schema)
+        return task.evaluation(), task
 
 
-class Encoder:
-    """A Ray Data actor: images and texts apart, as the dual encoder of the main contrastive branch."""
+class _Actor:
+    """Rows of a chunk -> what the score needs of them."""
 
-    def __init__(self, config, state_ref, on_gpu: bool):
+    def __init__(self, recipe: _Recipe, weights_ref, on_gpu: bool):
         import ray
-        import torch
 
         self.device = torch.device("cuda" if on_gpu else "cpu")
-        self.model = VLMo(config)
-        self.model.load_state_dict(ray.get(state_ref))
-        self.model.to(self.device).eval()
+        self.evaluation, module = recipe.build(VLMo(recipe.model))
+        module.load_state_dict(ray.get(weights_ref))
+        module.to(self.device)
 
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        import torch
-
+    def __call__(self, columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        # copies: what Ray hands over is read-only
+        batch = Batch.from_numpy({name: np.array(column) for name, column in columns.items()})
         with torch.inference_mode():
-            image = torch.from_numpy(np.ascontiguousarray(batch["image"])).to(self.device)
-            text = torch.from_numpy(np.ascontiguousarray(batch["text_ids"])).long().to(self.device)
-            mask = torch.from_numpy(np.ascontiguousarray(batch["text_mask"])).to(self.device)
-            images = self.model.encode(image=image.to(self.model.dtype) / 127.5 - 1.0).image[:, 0]
-            texts = self.model.encode(text=text, text_mask=mask).text[:, 0]
-            kept = {name: batch[name] for name in ("image_id", "valid", "problem")}
-            return kept | {
-                "image_feature": self.model.itc.image(images).float().cpu().numpy(),
-                "text_feature": self.model.itc.text(texts).float().cpu().numpy(),
-            }
+            rows = self.evaluation.rows(batch.to(self.device))
+        found = {name: tensor.cpu().numpy() for name, tensor in rows.items()}
+        return found | {name: columns[name] for name in ("valid", "id", "problem")}
 
 
-def retrieval(
-    model: VLMo,
+def evaluate(
+    weights: VLMo | Loaded | str | Path,
     data: str,
+    task: str = "",
     *,
     num_workers: int | None = None,
-    subset: Collection[str] = (),
-) -> Retrieval:
-    """Zero-shot retrieval over all pairs of a data set (paper section 3.5), by Ray Data batch inference.
+    **options: Any,
+) -> Result:
+    """Scores weights on the data set at `data`, by Ray Data batch inference. Ray must be initialised.
 
-    Every distinct image of the data set is a candidate for every text and the other way round. `num_workers`
-    (default: one per GPU, or half the CPUs) changes nothing but the time: the rows of a batch are those of a
-    chunk. `subset`: image ids whose queries are also reported alone. Ray must be initialised.
+    Args:
+        weights: a model, or where one is: a run, an imported folder or a released file.
+        task: what to measure; default: what the run was trained for, or retrieval for other weights.
+        num_workers: how many actors work at once (default: one per GPU, or half the CPUs). It changes nothing
+            but the time: a batch is a chunk of the data set.
+        options: of an evaluation that any model can have, such as `subset` of retrieval.
+
+    Raises UserError for a task that the weights were not trained for, and for data that lacks what the task reads.
     """
     import ray
 
-    if model.itc is None:
-        raise UserError(
-            "this model has no contrastive head ('itc'), which retrieval needs; load a pre-trained one"
-        )
-    manifest = load_manifest(data)
-    cpus, gpus = (ray.cluster_resources().get(kind, 0) for kind in ("CPU", "GPU"))
+    if isinstance(weights, VLMo):
+        weights = Loaded(weights)
+    loaded = weights if isinstance(weights, Loaded) else load_all(weights)
+    trained = loaded.config.task.kind if loaded.config else ""
+    kind = task or trained or DEFAULT
+    own = kind == trained and loaded.schema is not None and not options
+    recipe = _Recipe(
+        kind,
+        loaded.model.config,
+        loaded.config if own else None,
+        loaded.schema if own else None,
+        options,
+    )
+    evaluation, module = recipe.build(loaded.model)
+    if own:
+        loaded.fill(module)
+    sources = Sources((load_manifest(data),))
+    reader = Reader(sources.places, evaluation.encoder())
+    cpus, gpus = (ray.cluster_resources().get(resource, 0) for resource in ("CPU", "GPU"))
     on_gpu = gpus >= 1
     workers = num_workers or int(max(1, gpus if on_gpu else cpus // 2))
-    state = ray.put({name: tensor.cpu() for name, tensor in model.state_dict().items()})
-    rows = eval_dataset(
-        manifest, image_size=model.config.image_size, max_text_len=model.config.max_text_len
-    ).map_batches(
-        Encoder,
-        fn_constructor_args=(model.config, state, on_gpu),
+    state = ray.put({name: tensor.cpu() for name, tensor in module.state_dict().items()})
+    rows = eval_dataset(sources, reader).map_batches(
+        _Actor,
+        fn_constructor_args=(recipe, state, on_gpu),
         batch_size=None,  # a batch is a chunk, whatever the number of workers
         compute=ray.data.ActorPoolStrategy(size=workers),
         num_gpus=1 if on_gpu else 0,
         num_cpus=0 if on_gpu else min(1.0, cpus / 2 / workers),
     )
-    columns = {}
     try:
-        for batch in rows.iter_batches(batch_size=None, batch_format="numpy"):
-            for name, values in batch.items():
-                columns.setdefault(name, []).append(values)
+        return scored(evaluation, rows.iter_batches(batch_size=None, batch_format="numpy"), data)
+    except UserError:
+        raise
     except Exception as error:
         raise user_error(error) or error from None
-    if not columns:
-        raise UserError(f"the data set at {data} has no rows to evaluate")
-    found = {name: np.concatenate(values) for name, values in columns.items()}
-    valid = found["valid"].astype(bool)
-    if not valid.any():
-        raise UserError(f"no pair of {data} can be read; the first: {found['problem'][0]}")
-    names, first, image_of_text = np.unique(found["image_id"][valid], return_index=True, return_inverse=True)
-    images, texts = found["image_feature"][valid][first], found["text_feature"][valid]
-    asked = np.isin(names, list(subset)) if subset else None
-    return Retrieval(
-        reached=recall_at_k(images, texts, image_of_text),
-        chance=chance_recall(image_of_text, len(names)),
-        num_images=len(names),
-        num_texts=len(texts),
-        problems=tuple(found["problem"][~valid]),
-        subset=recall_at_k(images, texts, image_of_text, asked=asked) if subset else None,
-    )
-
-
-def table(result: Retrieval, title: str):
-    """A `rich` table of a retrieval result beside chance, in per cent."""
-    from rich.table import Table
-
-    out = Table(title=f"{title}: {result.num_images:,} images, {result.num_texts:,} texts")
-    out.add_column("retrieval")
-    heads = ["chance", "reached"] + (["held-out combinations alone"] if result.subset else [])
-    for head in heads:
-        out.add_column(head, justify="right")
-    for name, value in result.reached.items():
-        direction, k = name.rsplit("_", 1)
-        cells = [result.chance[name], value] + ([result.subset[name]] if result.subset else [])
-        label = {"text_retrieval": "image to text", "image_retrieval": "text to image"}[direction]
-        out.add_row(f"{label} {k.upper()}", *(f"{cell:.1%}" for cell in cells))
-    return out

@@ -1,13 +1,14 @@
-"""`PairBatch`: from NumPy columns, cut, joined and moved, also with no rows and with bad rows."""
+"""`Batch`: from NumPy columns, cut, joined and moved, also with no rows and with bad rows."""
 
-import dataclasses
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 
-from vlmo_ray.data.batch import PairBatch
+from vlmo_ray.config import DataConfig
+from vlmo_ray.data.batch import Batch
+from vlmo_ray.data.encoders.pairs import MaskedPairs
 
 
 def columns(n: int, bad: tuple[int, ...] = ()) -> dict[str, np.ndarray]:
@@ -28,16 +29,16 @@ def columns(n: int, bad: tuple[int, ...] = ()) -> dict[str, np.ndarray]:
     }
 
 
-def equal(a: PairBatch, b: PairBatch) -> bool:
-    pairs = [(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(PairBatch)]
-    return all(
-        x.dtype == y.dtype and torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in pairs
-    )
+def equal(a: Batch, b: Batch) -> bool:
+    if a.columns.keys() != b.columns.keys() or (a.ids, a.problems) != (b.ids, b.problems):
+        return False
+    pairs = [(getattr(a, name), getattr(b, name)) for name in (*a.columns, "valid", "position")]
+    return all(x.dtype == y.dtype and torch.equal(x, y) for x, y in pairs)
 
 
 def test_from_numpy_keeps_values_and_widens_integers():
     given = columns(7, bad=(2, 5))
-    batch = PairBatch.from_numpy(given)
+    batch = Batch.from_numpy(given)
     assert len(batch) == 7 and batch.ids == [f"id{i}" for i in range(7)]
     assert [p for p in batch.problems if p] == ["address 2: bad", "address 5: bad"]
     for name in ("text_ids", "mlm_ids", "mlm_labels", "image_key", "text_key", "position"):
@@ -50,29 +51,29 @@ def test_from_numpy_keeps_values_and_widens_integers():
 
 @pytest.mark.parametrize("cuts", [(0, 7), (0, 3, 7), (0, 0, 2, 6, 7, 7)])
 def test_rows_and_concatenate_are_inverse(cuts):
-    batch = PairBatch.from_numpy(columns(7, bad=(0, 2, 5)))
+    batch = Batch.from_numpy(columns(7, bad=(0, 2, 5)))
     pieces = [batch.rows(slice(a, b)) for a, b in pairwise(cuts)]
-    assert equal(PairBatch.concatenate(pieces), batch)
+    assert equal(Batch.concatenate(pieces), batch)
     for piece in pieces:
         assert [bool(problem) for problem in piece.problems] == (~piece.valid).tolist()
 
 
 def test_problems_go_with_their_rows():
-    batch = PairBatch.from_numpy(columns(7, bad=(0, 2, 5)))
+    batch = Batch.from_numpy(columns(7, bad=(0, 2, 5)))
     assert batch.rows(slice(1, 5)).problems == ["", "address 2: bad", "", ""]
     assert batch.rows(slice(None, None, 5)).problems == ["address 0: bad", "address 5: bad"]
 
 
 def test_no_rows():
-    empty = PairBatch.empty(4, 5)
-    assert len(empty) == 0 and equal(empty, PairBatch.from_numpy(columns(0)))
-    batch = PairBatch.from_numpy(columns(3))
-    assert equal(PairBatch.concatenate([empty, batch, empty]), batch)
+    empty = Batch.empty(MaskedPairs(4, 5, DataConfig(), 30522, 0.15).columns)
+    assert len(empty) == 0 and equal(empty, Batch.from_numpy(columns(0)))
+    batch = Batch.from_numpy(columns(3))
+    assert equal(Batch.concatenate([empty, batch, empty]), batch)
     assert equal(empty.rows(slice(0, 2)), empty) and equal(empty.to("cpu"), empty)
 
 
 def test_to_moves_every_tensor():
-    moved = PairBatch.from_numpy(columns(3, bad=(1,))).to("meta")
-    tensors = [v for v in vars(moved).values() if isinstance(v, torch.Tensor)]
+    moved = Batch.from_numpy(columns(3, bad=(1,))).to("meta")
+    tensors = [*moved.columns.values(), moved.valid, moved.position]
     assert len(tensors) == 9 and all(t.device.type == "meta" for t in tensors)
     assert moved.ids == ["id0", "id1", "id2"] and moved.problems == ["", "address 1: bad", ""]

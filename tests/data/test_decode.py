@@ -25,7 +25,7 @@ from vlmo_ray.data.decode import (
     DecodeError,
     decode_eval,
     decode_train,
-    draw_plan,
+    draw_augmentation,
 )
 
 SIZE = 32
@@ -60,7 +60,7 @@ def train(image: bytes, position=0, *, data=PLAIN, forbid=(), seed=1, step=2) ->
 
 
 def plan(position: int, forbid=(), data=FULL, size=(61, 47), seed=1, step=2):
-    return draw_plan(*size, data, forbid, seed, step, position)
+    return draw_augmentation(*size, data, forbid, seed, step, position)
 
 
 def png(width: int, height: int, depth=8, color=2, rows=b"\0") -> bytes:
@@ -202,7 +202,7 @@ def test_forbidding_takes_away_and_shifts_nothing(forbid, position):
 def test_the_config_takes_away_and_shifts_nothing():
     for position in range(50):
         free = plan(position)
-        assert plan(position, data=DataConfig(flip=False)) == decode.Plan(free.box, False, free.operations)
+        assert plan(position, data=DataConfig(flip=False)) == decode.Augmentation(free.box, False, free.operations)
         one = plan(position, data=DataConfig(randaugment_ops=1))
         assert (one.box, one.flip) == (free.box, free.flip)
         assert one.operations == free.operations[: len(one.operations)]

@@ -20,7 +20,8 @@ from vlmo_ray.demo.scenes.records import records
 from vlmo_ray.data.store import Store
 from vlmo_ray.errors import UserError
 from vlmo_ray.runs.audit import audit
-from vlmo_ray.train.loop import Notice, train
+from vlmo_ray.train.agree import Notice
+from vlmo_ray.train.loop import train
 
 CONFIG = dataclasses.replace(SMALL, phases=(Phase(20, 8),), checkpoint_every=2, audit=True)
 

@@ -25,7 +25,8 @@ from vlmo_ray.errors import UserError
 from vlmo_ray.runs.audit import audit
 from vlmo_ray.runs.checkpoint import STATE, _sealed, parse_state
 from vlmo_ray.runs.checkpoints import Checkpoints
-from vlmo_ray.train.loop import Notice, train
+from vlmo_ray.train.agree import Notice
+from vlmo_ray.train.loop import train
 from vlmo_ray.runs.metrics import read_metrics
 from vlmo_ray.runs.load import load
 
@@ -307,8 +308,8 @@ def test_a_masked_shard_is_counted_row_by_row(scenes, tmp_path):
     config = dataclasses.replace(CONFIG, data=dataclasses.replace(CONFIG.data, bad_shards="mask"))
     assert train(job(str(broken), tmp_path / "run", config)).step == 10
     metrics, _ = read_metrics(Store(str(tmp_path / "run")))
-    assert sum(m["masked_pairs"] for m in metrics) > 0 and all(np.isfinite(m["loss"]) for m in metrics)
+    assert sum(m["masked_rows"] for m in metrics) > 0 and all(np.isfinite(m["loss"]) for m in metrics)
     found = audit(str(tmp_path / "run"), str(broken))
     assert found.clean and sum(len(epoch.masked) for epoch in found.epochs) == sum(
-        m["masked_pairs"] for m in metrics
+        m["masked_rows"] for m in metrics
     )

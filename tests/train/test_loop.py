@@ -54,9 +54,9 @@ def test_losses_fall_and_every_figure_is_there(undisturbed):
         "negative_similarity",
         "temperature",
         "temperature_vl",
-        "pairs_per_s",
+        "samples_per_s",
     }
-    assert wanted | {"data_wait", "exchanged_bytes", "masked_pairs", "workers"} <= set(metrics[0])
+    assert wanted | {"data_wait", "exchanged_bytes", "masked_rows", "workers"} <= set(metrics[0])
     assert list((undisturbed / "tensorboard").iterdir())
 
 
@@ -143,10 +143,10 @@ def test_bad_records_are_masked_counted_and_named(tmp_path, capsys):
     assert train(job(damaged(tmp_path, damage), tmp_path / "run")).step == 10
     metrics, _ = read_metrics(Store(str(tmp_path / "run")))
     # 96 pairs of 40 rows: each bad one is met two or three times
-    assert 4 <= sum(m["masked_pairs"] for m in metrics) <= 6
+    assert 4 <= sum(m["masked_rows"] for m in metrics) <= 6
     assert all(np.isfinite(m["loss"]) for m in metrics)
     printed = capsys.readouterr().out
-    assert "#0:3" in printed and "#1:4" in printed and "masked a pair" in printed
+    assert "#0:3" in printed and "#1:4" in printed and "masked a row" in printed
 
 
 @pytest.mark.slow

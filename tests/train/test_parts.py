@@ -62,7 +62,7 @@ FIGURES = {
     "itc": 1.0,
     "itm": 1.0,
     "mlm": 1.0,
-    "pairs_per_s": 5.0,
+    "samples_per_s": 5.0,
     "data_wait": 0.1,
     "step_s": 1.0,
 }
@@ -72,13 +72,13 @@ def test_meters_write_segments_and_a_repeated_step_counts_once(tmp_path, capsys)
     store = open_store(str(tmp_path), create=True)
     first = Meters(store, total_steps=6, log_every=2)
     for step in (1, 2, 3):
-        first.add(FIGURES | {"step": step, "masked_pairs": 0.0})
+        first.add(FIGURES | {"step": step, "masked_rows": 0.0})
         if step == 2:
             first.close_segment()
     first.flush()
     second = Meters(store, total_steps=6, log_every=2)
     for step in (3, 4, 5, 6):
-        second.add(FIGURES | {"step": step, "loss": 2.0, "masked_pairs": 1.0})
+        second.add(FIGURES | {"step": step, "loss": 2.0, "masked_rows": 1.0})
     second.flush()
     metrics, repeated = read_metrics(store)
     assert [(m["step"], m["loss"]) for m in metrics] == [

@@ -18,8 +18,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 
-from vlmo_ray.config import ClusterConfig, Config, LossConfig, ModelConfig, Phase
-from vlmo_ray.data.batch import PairBatch
+from vlmo_ray.config import ClusterConfig, Config, ModelConfig, Phase
+from vlmo_ray.recipes.pretraining import PretrainingConfig
+from vlmo_ray.data.batch import Batch
 from vlmo_ray.model.vlmo import VLMo, init_weights
 from vlmo_ray.objectives.gather import Workers
 from vlmo_ray.rng import Noise, stream, uniforms_torch
@@ -29,7 +30,7 @@ from vlmo_ray.train.step import gradients
 
 STEP, SEED = 5, 3
 IMAGE_BYTES = 3 * 8 * 8
-WEIGHTS = LossConfig(itc=0.9, itm=1.1, mlm=0.3)
+WEIGHTS = PretrainingConfig(itc=0.9, itm=1.1, mlm=0.3)
 CONFIG = Config(
     name="test",
     model=ModelConfig(
@@ -40,7 +41,7 @@ CONFIG = Config(
     slice_size=4,
     micro_batch=4,
     seed=SEED,
-    loss=WEIGHTS,
+    task=WEIGHTS,
 )  # fmt: skip
 
 OBJECTIVES = {
@@ -56,7 +57,7 @@ OBJECTIVES = {
 def config_of(objective: str = "exact", **cluster) -> Config:
     loss = OBJECTIVES[objective]
     model = dataclasses.replace(CONFIG.model, init_logit_bias=-2.0 if loss.contrast == "sigmoid" else None)
-    return dataclasses.replace(CONFIG, loss=loss, model=model, cluster=ClusterConfig(**cluster))
+    return dataclasses.replace(CONFIG, task=loss, model=model, cluster=ClusterConfig(**cluster))
 
 
 def make_task(dtype=torch.float64, objective: str = "exact") -> Pretraining:
@@ -72,7 +73,7 @@ def make_task(dtype=torch.float64, objective: str = "exact") -> Pretraining:
     return Pretraining(model.to(dtype), config)
 
 
-def make_batch(rows=12, invalid=(4, 5, 6, 7), same_image=((0, 9),), same_text=((2, 3), (2, 10))) -> PairBatch:
+def make_batch(rows=12, invalid=(4, 5, 6, 7), same_image=((0, 9),), same_text=((2, 3), (2, 10))) -> Batch:
     generator = torch.Generator().manual_seed(1)
     config = CONFIG.model
     length = torch.randint(3, config.max_text_len + 1, (rows,), generator=generator)
@@ -87,22 +88,20 @@ def make_batch(rows=12, invalid=(4, 5, 6, 7), same_image=((0, 9),), same_text=((
         image_key[b] = image_key[a]
     for a, b in same_text:
         text_key[b] = text_key[a]
-    return PairBatch(
-        image=torch.randint(0, 256, (rows, 3, 8, 8), generator=generator, dtype=torch.uint8),
-        text_ids=text,
-        text_mask=mask,
-        mlm_ids=torch.where(labels >= 0, 4, text),
-        mlm_labels=labels,
-        image_key=image_key,
-        text_key=text_key,
-        valid=valid,
-        position=torch.arange(rows),
-        ids=[str(i) for i in range(rows)],
-        problems=["" if v else f"row {i}" for i, v in enumerate(valid)],
-    )
+    columns = {
+        "image": torch.randint(0, 256, (rows, 3, 8, 8), generator=generator, dtype=torch.uint8),
+        "text_ids": text,
+        "text_mask": mask,
+        "mlm_ids": torch.where(labels >= 0, 4, text),
+        "mlm_labels": labels,
+        "image_key": image_key,
+        "text_key": text_key,
+    }
+    problems = ["" if v else f"row {i}" for i, v in enumerate(valid)]
+    return Batch(columns, valid, torch.arange(rows), [str(i) for i in range(rows)], problems)
 
 
-def oracle(task: Pretraining, batch: PairBatch, objective: str = "exact") -> dict[str, torch.Tensor]:
+def oracle(task: Pretraining, batch: Batch, objective: str = "exact") -> dict[str, torch.Tensor]:
     """The whole objective on the whole batch, written down as plainly as it goes; gradients by autograd."""
     model, rows, options = task.model, len(batch), OBJECTIVES[objective]
 
@@ -241,7 +240,7 @@ CASES = {
 @pytest.mark.parametrize("micro_batch", [12, 5, 1])
 def test_one_worker_equals_the_plain_step(case, micro_batch):
     batch, task = make_batch(**CASES[case]), make_task()
-    figures = gradients(Parallel(task), batch, Workers((12,)), STEP, WEIGHTS, micro_batch)
+    figures = gradients(Parallel(task), batch, Workers((12,)), STEP, micro_batch)
     check(figures, grads_of(task), case)
 
 
@@ -250,7 +249,7 @@ def test_one_worker_equals_the_plain_step(case, micro_batch):
 @pytest.mark.parametrize("micro_batch", [12, 4])
 def test_every_objective_equals_the_plain_step(case, objective, micro_batch):
     batch, task = make_batch(**CASES[case]), make_task(objective=objective)
-    figures = gradients(Parallel(task), batch, Workers((12,)), STEP, OBJECTIVES[objective], micro_batch)
+    figures = gradients(Parallel(task), batch, Workers((12,)), STEP, micro_batch)
     check(figures, grads_of(task), case, objective)
     if case == "plain":  # the option does something
         exact, exact_grads = expected(case)
@@ -266,20 +265,20 @@ def test_nothing_is_computed_twice_with_one_micro_batch(micro_batch, passes):
     task, calls = make_task(), []
     encode = task.model.encode
     task.model.encode = lambda **arguments: (calls.append(1), encode(**arguments))[1]
-    gradients(Parallel(task), make_batch(), Workers((12,)), STEP, WEIGHTS, micro_batch)
+    gradients(Parallel(task), make_batch(), Workers((12,)), STEP, micro_batch)
     assert len(calls) == passes
 
 
 def test_float32_is_close_too():
     batch, task = make_batch(), make_task(torch.float32)
-    figures = gradients(Parallel(task), batch, Workers((12,)), STEP, WEIGHTS, 5)
+    figures = gradients(Parallel(task), batch, Workers((12,)), STEP, 5)
     check(figures, grads_of(task), "duplicates and invalid rows", tolerance=1e-4)
 
 
 def test_bf16_is_near():
     """Passes in bf16, features and losses in float32: a rounding of 2^-8 here and there, and no more."""
     batch, task, exact = make_batch(), make_task(torch.float32), expected("duplicates and invalid rows")[0]
-    figures = gradients(Parallel(task), batch, Workers((12,)), STEP, WEIGHTS, 5, bf16=True)
+    figures = gradients(Parallel(task), batch, Workers((12,)), STEP, 5, bf16=True)
     assert all(grad.dtype == torch.float32 and grad.isfinite().all() for grad in grads_of(task).values())
     for name in ("itc", "itc_vl", "mlm"):  # a negative may flip, so matching is not compared
         assert float(figures[name]) == pytest.approx(float(exact[name]), rel=0.02)
@@ -289,7 +288,7 @@ def test_bf16_is_near():
 def test_activation_checkpointing_changes_nothing():
     batch, task = make_batch(), make_task()
     parallel = parallelize(task, ClusterConfig(activation_checkpointing=True), 1, torch.device("cpu"))
-    figures = gradients(parallel, batch, Workers((12,)), STEP, WEIGHTS, 5)
+    figures = gradients(parallel, batch, Workers((12,)), STEP, 5)
     check(figures, grads_of(task), "duplicates and invalid rows")
     assert task.model.state_dict().keys() == make_task().model.state_dict().keys()
 
@@ -300,7 +299,7 @@ def test_compiled_layers_change_nothing_but_rounding():
     parallel = parallelize(task, ClusterConfig(compile=True), 1, torch.device("cpu"))
     for micro_batch in (12, 5):
         task.zero_grad()
-        figures = gradients(parallel, batch, Workers((12,)), STEP, WEIGHTS, micro_batch)
+        figures = gradients(parallel, batch, Workers((12,)), STEP, micro_batch)
         check(figures, grads_of(task), "duplicates and invalid rows")
 
 
@@ -308,8 +307,8 @@ def test_drop_path_is_on_in_these_tests():
     batch, task, still = make_batch(), make_task(), make_task()
     still.model.config = dataclasses.replace(CONFIG.model, drop_path=0.0)
     still.model.drop_path_rates.zero_()
-    a = gradients(Parallel(task), batch, Workers((12,)), STEP, WEIGHTS, 12)
-    b = gradients(Parallel(still), batch, Workers((12,)), STEP, WEIGHTS, 12)
+    a = gradients(Parallel(task), batch, Workers((12,)), STEP, 12)
+    b = gradients(Parallel(still), batch, Workers((12,)), STEP, 12)
     assert abs(float(a["loss"]) - float(b["loss"])) > 1e-3
 
 
@@ -336,7 +335,7 @@ def worker(rank, counts, port, trials, folder):
         parallel = parallelize(task, cluster, len(counts), torch.device("cpu"))
         batch = make_batch(**CASES[trial.case]).rows(slice(first, first + counts[rank]))
         figures = gradients(
-            parallel, batch, Workers(counts, rank), STEP, OBJECTIVES[trial.objective], trial.micro_batch
+            parallel, batch, Workers(counts, rank), STEP, trial.micro_batch
         )
         out.append(({name: float(value) for name, value in figures.items()}, grads_of(task)))
     torch.save(out, folder / f"{rank}.pt")

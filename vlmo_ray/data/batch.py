@@ -1,81 +1,96 @@
-"""`PairBatch`: the rows of one step that a worker works on, as torch tensors."""
+"""`Batch`: the rows of one step that a worker works on, as torch tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch import Tensor
+
+from vlmo_ray.data.encoders import Column
+
+_TORCH_KEEPS = ("uint8", "bool", "float32", "float64")  # other numbers become int64
 
 
 @dataclass(frozen=True)
-class PairBatch:
-    """B image-text pairs. Rows with `valid` False are placeholders for pairs that could not be read.
+class Batch:
+    """B rows. `batch.image` is `batch.columns["image"]`: an encoder's columns are read like attributes.
 
-    Two pairs with the same `image_key` show the same image, two with the same `text_key` say the same; they
-    are never negatives of each other.
+    Rows with `valid` False are placeholders for records that could not be read. They must count for nothing.
     """
 
-    image: torch.Tensor  # uint8 [B, 3, H, W]
-    text_ids: torch.Tensor  # int64 [B, T]
-    text_mask: torch.Tensor  # bool [B, T], True = a token
-    mlm_ids: torch.Tensor  # int64 [B, T], text_ids with words masked
-    mlm_labels: torch.Tensor  # int64 [B, T], the true id at masked places, -100 elsewhere
-    image_key: torch.Tensor  # int64 [B]
-    text_key: torch.Tensor  # int64 [B]
-    valid: torch.Tensor  # bool [B]
-    position: torch.Tensor  # int64 [B], in the global batch
+    columns: Mapping[str, Tensor]  # each [B, ...]
+    valid: Tensor  # bool [B]
+    position: Tensor  # int64 [B], in the global batch; in an evaluation the row in its chunk
     ids: list[str]  # B of them
     problems: list[str]  # B of them: why a row is not valid, with its address; empty where it is
 
     def __len__(self) -> int:
         return len(self.position)
 
-    @classmethod
-    def from_numpy(cls, columns: Mapping[str, np.ndarray]) -> PairBatch:
-        """From the columns of `data.parts.TrainReader`; integers are widened, the rest is not copied."""
-        tensors = {
-            name: torch.from_numpy(columns[name].astype(np.int64, copy=False))
-            for name in ("text_ids", "mlm_ids", "mlm_labels", "image_key", "text_key", "position")
-        }
-        tensors |= {name: torch.from_numpy(columns[name]) for name in ("image", "text_mask", "valid")}
-        return cls(**tensors, ids=list(columns["id"]), problems=list(columns["problem"]))
+    def __getattr__(self, name: str) -> Tensor:
+        if name.startswith("__") or name not in self.columns:
+            raise AttributeError(f"a batch has no column {name!r}")
+        return self.columns[name]
 
     @classmethod
-    def empty(cls, image_size: int, text_len: int) -> PairBatch:
-        """B = 0, for a worker that has no rows in a step."""
-        text = torch.zeros(0, text_len, dtype=torch.int64)
-        number, flag = torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.bool)
+    def from_numpy(cls, columns: Mapping[str, np.ndarray]) -> Batch:
+        """From what a `data.reader.Reader` returns; integers are widened, the rest is not copied."""
+        own = ("valid", "position", "step", "id", "problem")
+        tensors = {name: _tensor(column) for name, column in columns.items() if name not in own}
         return cls(
-            image=torch.zeros(0, 3, image_size, image_size, dtype=torch.uint8),
-            text_ids=text, text_mask=text.bool(), mlm_ids=text, mlm_labels=text,
-            image_key=number, text_key=number, valid=flag, position=number, ids=[], problems=[],
-        )  # fmt: skip
+            tensors,
+            torch.from_numpy(columns["valid"]),
+            _tensor(columns["position"]),
+            list(columns["id"]),
+            list(columns["problem"]),
+        )
 
     @classmethod
-    def concatenate(cls, batches: Sequence[PairBatch]) -> PairBatch:
+    def empty(cls, columns: Mapping[str, Column]) -> Batch:
+        """B = 0, for a worker that has no rows in a step."""
+        tensors = {name: _tensor(np.zeros((0, *c.shape), c.dtype)) for name, c in columns.items()}
+        return cls(tensors, torch.zeros(0, dtype=torch.bool), torch.zeros(0, dtype=torch.int64), [], [])
+
+    @classmethod
+    def concatenate(cls, batches: Sequence[Batch]) -> Batch:
         """The rows of all, in order; at least one batch is needed, for the shapes."""
-        joined = {name: torch.cat([getattr(batch, name) for batch in batches]) for name in _TENSORS}
-        ids = [name for batch in batches for name in batch.ids]
-        return cls(**joined, ids=ids, problems=[problem for batch in batches for problem in batch.problems])
+        names = batches[0].columns
+        return cls(
+            {name: torch.cat([batch.columns[name] for batch in batches]) for name in names},
+            torch.cat([batch.valid for batch in batches]),
+            torch.cat([batch.position for batch in batches]),
+            [name for batch in batches for name in batch.ids],
+            [problem for batch in batches for problem in batch.problems],
+        )
 
-    def rows(self, wanted: slice) -> PairBatch:
+    def rows(self, wanted: slice) -> Batch:
         """Some of the rows, as views."""
-        tensors = {name: getattr(self, name)[wanted] for name in _TENSORS}
-        return replace(self, **tensors, ids=self.ids[wanted], problems=self.problems[wanted])
+        some = self._each(lambda tensor: tensor[wanted])
+        return replace(some, ids=self.ids[wanted], problems=self.problems[wanted])
 
-    def without_targets(self) -> PairBatch:
-        """The same rows with no masked word to predict."""
-        return replace(self, mlm_labels=torch.full_like(self.mlm_labels, -100))
+    def with_columns(self, **columns: Tensor) -> Batch:
+        """The same rows with other values in some columns."""
+        return replace(self, columns={**self.columns, **columns})
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> PairBatch:
-        tensors = {name: getattr(self, name).to(device, non_blocking=non_blocking) for name in _TENSORS}
-        return replace(self, **tensors)
+    def without_valid(self) -> Batch:
+        """The same rows, none of which counts."""
+        return replace(self, valid=torch.zeros_like(self.valid))
 
-    def pin_memory(self) -> PairBatch:
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Batch:
         """In page-locked memory, from which `to(device, non_blocking=True)` overlaps with other work."""
-        return replace(self, **{name: getattr(self, name).pin_memory() for name in _TENSORS})
+        return self._each(lambda tensor: tensor.pin_memory())
+
+    def _each(self, do: Callable[[Tensor], Tensor]) -> Batch:
+        columns = {name: do(tensor) for name, tensor in self.columns.items()}
+        return replace(self, columns=columns, valid=do(self.valid), position=do(self.position))
 
 
-_TENSORS = [f.name for f in fields(PairBatch) if f.name not in ("ids", "problems")]
+def _tensor(column: np.ndarray) -> Tensor:
+    kept = column.dtype.name in _TORCH_KEEPS
+    return torch.from_numpy(column if kept else column.astype(np.int64, copy=False))

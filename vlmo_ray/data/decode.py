@@ -1,7 +1,7 @@
 """Encoded images become uint8 arrays at the training size, augmented by draws that depend on nothing else.
 
 Every random number comes from `rng.generator(seed, "augment", step, position)`, all of them drawn at once in
-a fixed layout (`draw_plan`), so an image looks the same on any worker and after any resume, and a forbidden
+a fixed layout (`draw_augmentation`), so an image looks the same on any worker and after any resume, and a forbidden
 operation leaves the draws of the others where they were. The operations are Pillow's. timm's and
 torchvision's have the same arithmetic (the tests compare with timm's), but importing them brings torch
 into every data process: 670 MB and 4 s each, against 10 MB for Pillow.
@@ -16,12 +16,16 @@ import math
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
 from vlmo_ray import rng
 from vlmo_ray.config import DataConfig
+from vlmo_ray.data.encoders import Column, Draw
+from vlmo_ray.data.schema import Record
+from vlmo_ray.errors import RecordError
 
 FORBIDDABLE = ("crop", "flip", "color", "geometric")
 MAX_PIXELS = 64_000_000  # 192 MB once decoded to RGB; a header can claim far more in a few bytes
@@ -31,12 +35,13 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # Pillow would also try format
 _CROP_RATIO = (3 / 4, 4 / 3)
 _CROP_ATTEMPTS = 10
 _OPERATION_PROBABILITY = 0.5
-_FILL = (128, 128, 128)
+GREY = 128  # of an image that cannot be read, and outside of one that is turned
+_FILL = (GREY, GREY, GREY)
 _MAX_TRANSLATION_PX = 10
 
 
-class DecodeError(ValueError):
-    """Why the bytes of one record are no image that can be trained on; short enough for a report line."""
+class DecodeError(RecordError):
+    """Why the bytes of one record are no image that can be trained on."""
 
 
 def decode_train(
@@ -58,17 +63,57 @@ def decode_train(
 
     Raises `DecodeError` when the bytes cannot be used or `forbid` has an unknown name.
     """
-    unknown = sorted(set(forbid) - set(FORBIDDABLE))
-    if unknown:
-        raise DecodeError(f"forbid has {unknown[0]!r}, which is none of {', '.join(FORBIDDABLE)}")
     picture = _open(image)
-    plan = draw_plan(*picture.size, data, forbid, seed, step, position)
-    out = _square(picture, plan.box, size, draft=True)
-    if plan.flip:
-        out = out.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    for name, sign in plan.operations:
-        out = OPERATIONS[name].apply(out, data.randaugment_magnitude / 10, sign)
+    drawn = draw_augmentation(*picture.size, data, forbid, seed, step, position)
+    out = _augment(_square(picture, drawn.box, size, draft=True), drawn, data)
     return _channels_first(out)
+
+
+def decode_train_with_mask(
+    image: bytes,
+    mask: bytes,
+    size: int,
+    data: DataConfig,
+    forbid: Collection[str],
+    seed: int,
+    step: int,
+    position: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """An augmented image as `decode_train` gives it, and its mask uint8 `[size, size]` under the same draw.
+
+    The mask takes the crop, the flip and the geometric operations, all with nearest neighbours. Places that come
+    from outside of the image have the value 255. Raises `DecodeError`, also if the sizes of the two differ.
+    """
+    picture, labels = _open(image), _open_mask(mask)
+    if picture.size != labels.size:
+        raise DecodeError(f"the image has {picture.size} pixels and its mask {labels.size}")
+    drawn = draw_augmentation(*picture.size, data, forbid, seed, step, position)
+    labels = labels.resize((size, size), Image.Resampling.NEAREST, box=drawn.box)
+    out = _augment(_square(picture, drawn.box, size, draft=True), drawn, data)
+    return _channels_first(out), np.array(_augment(labels, drawn, data))
+
+
+def _augment(out: Image.Image, drawn: Augmentation, data: DataConfig) -> Image.Image:
+    """The flip and the operations; of a mask (mode "L") those that move pixels."""
+    if drawn.flip:
+        out = out.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    for name, sign in drawn.operations:
+        if out.mode == "RGB" or OPERATIONS[name].kind == "geometric":
+            out = OPERATIONS[name].apply(out, data.randaugment_magnitude / 10, sign)
+    return out
+
+
+def image_column(size: int) -> Column:
+    """The column of `image_row`."""
+    return Column("uint8", (3, size, size), GREY)
+
+
+def image_row(record: Record, name: str, size: int, data: DataConfig, draw: Draw | None) -> np.ndarray:
+    """The stored image `name` of a record, uint8 `[3, size, size]`: augmented by `draw`, plain without one."""
+    image = record.values[name]
+    if draw is None:
+        return decode_eval(image, size)
+    return decode_train(image, size, data, record.forbid, draw.seed, draw.step, draw.position)
 
 
 def decode_eval(image: bytes, size: int) -> np.ndarray:
@@ -84,7 +129,7 @@ def decode_eval(image: bytes, size: int) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Augmentation:
     """Everything random about one image."""
 
     box: tuple[int, int, int, int]  # of the crop: left, top, right, bottom, in pixels of the stored image
@@ -92,14 +137,16 @@ class Plan:
     operations: tuple[tuple[str, float], ...]  # names in `OPERATIONS`, in order, each with its sign
 
 
-def draw_plan(
+def draw_augmentation(
     width: int, height: int, data: DataConfig, forbid: Collection[str], seed: int, step: int, position: int
-) -> Plan:
-    """The plan for an image of `width` x `height` pixels.
+) -> Augmentation:
+    """The draws for an image of `width` x `height` pixels.
 
     Layout of the draws: 10 x (area, ratio) of the crop, its left and its top, the flip, then for every
     RandAugment operation (which, whether, sign). All are drawn whatever is used.
     """
+    if unknown := sorted(set(forbid) - set(FORBIDDABLE)):
+        raise DecodeError(f"forbid has {unknown[0]!r}, which is none of {', '.join(FORBIDDABLE)}")
     attempts, corner = 2 * _CROP_ATTEMPTS, 2
     draws = rng.generator(seed, "augment", step, position).random(
         attempts + corner + 1 + 3 * data.randaugment_ops
@@ -115,7 +162,7 @@ def draw_plan(
         name = names[int(which * len(names))]
         if whether < _OPERATION_PROBABILITY and OPERATIONS[name].kind not in forbid:
             chosen.append((name, 1.0 if sign < 0.5 else -1.0))
-    return Plan(box, bool(data.flip and "flip" not in forbid and flip[0] < 0.5), tuple(chosen))
+    return Augmentation(box, bool(data.flip and "flip" not in forbid and flip[0] < 0.5), tuple(chosen))
 
 
 def _crop_box(
@@ -147,10 +194,15 @@ class Operation:
     kind: str | None = None  # the name in `FORBIDDABLE` that excludes it
 
 
+def _outside(image: Image.Image) -> dict[str, Any]:
+    """How a geometric operation samples: a mask takes nearest neighbours, and 255 where nothing is known."""
+    if image.mode == "L":
+        return {"resample": Image.Resampling.NEAREST, "fillcolor": 255}
+    return {"resample": Image.Resampling.BILINEAR, "fillcolor": _FILL}
+
+
 def _affine(image: Image.Image, *matrix: float) -> Image.Image:
-    return image.transform(
-        image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=_FILL
-    )
+    return image.transform(image.size, Image.Transform.AFFINE, matrix, **_outside(image))
 
 
 def _enhance(enhancer: type) -> Callable[[Image.Image, float, float], Image.Image]:
@@ -178,9 +230,7 @@ OPERATIONS: dict[str, Operation] = {
         "geometric",
     ),
     "rotate": Operation(
-        lambda image, level, sign: image.rotate(
-            30 * level * sign, resample=Image.Resampling.BILINEAR, fillcolor=_FILL
-        ),
+        lambda image, level, sign: image.rotate(30 * level * sign, **_outside(image)),
         "geometric",
     ),
 }
@@ -224,6 +274,15 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
 
 def _channels_first(image: Image.Image) -> np.ndarray:
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+
+
+def _open_mask(mask: bytes) -> Image.Image:
+    """A mask with one channel of 8 bits; a palette image gives its indices."""
+    picture = _open(mask)
+    if picture.mode not in ("L", "P", "1"):
+        raise DecodeError(f"a mask of mode {picture.mode}, where one channel of 8 bits is wanted")
+    with _reported():
+        return Image.fromarray(np.asarray(picture).astype(np.uint8))
 
 
 # ---- what is refused -------------------------------------------------------------------------------------

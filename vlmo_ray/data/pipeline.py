@@ -26,27 +26,38 @@ import pickle
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from vlmo_ray.config import DataConfig
-from vlmo_ray.data.manifest import Manifest
 from vlmo_ray.data.order import Order, Rows, Schedule, deal
 from vlmo_ray.data.prefetch import Overlapped
 from vlmo_ray.data.read import ShardError
+from vlmo_ray.data.reader import Columns, Part, Reader, Sources, make_part, whole_chunk
 from vlmo_ray.data.reader import Columns, EvalReader, Part, TrainReader, make_part
 
 if TYPE_CHECKING:  # both are slow to import, and a data task needs neither
     import ray.data
 
-    from vlmo_ray.data.batch import PairBatch
+    from vlmo_ray.data.batch import Batch
 
 PART_ROWS = 128, 512  # at least and at most, about; a block costs Ray Data 25 ms
 WINDOW_ROWS = 4096  # of a worker, and so much more for each 8 tasks more
 WINDOW_BYTES = 384 << 20  # of decoded rows, and so much more for each 4 tasks more; but always one group
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's `mallopt`
+
+
+class RowOrder(Protocol):
+    """An `Order`, or a `Mix` of several."""
+
+    schedule: Schedule
+
+    def group(self, step: int) -> range: ...
+
+    def slice_rows(
+        self, group: range, first_slice: int, last_slice: int, start: int = 0, stop: int | None = None
+    ) -> Rows: ...
 
 
 @dataclass(frozen=True)
@@ -62,7 +73,7 @@ class _Reporting:
     """Sends a `ShardError` as a block. As an exception it would arrive inside Ray's, with advice added to
     its sentence, after Ray had printed two tracebacks, and before the batches that come ahead of it."""
 
-    reader: TrainReader
+    reader: Reader
 
     def __call__(self, part: Part) -> Columns:
         try:
@@ -71,10 +82,10 @@ class _Reporting:
             return self.reader.failure(str(error))
 
 
-class PairStream:
+class Stream:
     """The batches of one worker for the steps `[start, stop)`: iterate, or use as a context manager.
 
-    Each item is the `PairBatch` of the rows of the worker's slices, in the order of positions; a worker
+    Each item is the `Batch` of the rows of the worker's slices, in the order of positions; a worker
     without slices gets batches of no rows. `num_workers` and `rank` change which rows come here, and nothing
     about a row. `tasks` read and decode at once, and for a moment more where a window follows another.
     `in_process` does the same work without Ray, in the calling process.
@@ -87,14 +98,10 @@ class PairStream:
 
     def __init__(
         self,
-        manifest: Manifest,
-        data: DataConfig,
+        sources: Sources,
+        reader: Reader,
+        order: RowOrder,
         *,
-        image_size: int,
-        max_text_len: int,
-        vocab_size: int,
-        seed: int,
-        schedule: Schedule,
         start: int,
         stop: int,
         rank: int = 0,
@@ -104,18 +111,16 @@ class PairStream:
         tasks: int = 1,
         in_process: bool = False,
     ):
-        assert 0 <= start <= stop <= schedule.total_steps and tasks > 0
-        self._manifest = manifest
-        self._reader = TrainReader(manifest.uri, data, image_size, max_text_len, vocab_size, seed)
-        self._order = Order(manifest.chunk_rows, seed, schedule, data.group_steps)
+        assert 0 <= start <= stop <= order.schedule.total_steps and tasks > 0
+        self._sources, self._reader, self._order = sources, reader, order
         self._steps, self._rank, self._num_workers = range(start, stop), rank, num_workers
         self._part_rows, self._window_groups = part_rows, window_groups
         self._tasks, self._in_process = tasks, in_process
         self._windows = self.windows()
         self._ahead = Overlapped(self._read)
-        self._open: Iterator[PairBatch] | None = None
+        self._open: Iterator[Batch] | None = None
 
-    def __iter__(self) -> Iterator[PairBatch]:
+    def __iter__(self) -> Iterator[Batch]:
         assert self._open is None, "a stream is iterated once: make another"
         self._open = self._batches()
         return self._open
@@ -126,7 +131,7 @@ class PairStream:
             self._open.close()
         self._ahead.close()
 
-    def __enter__(self) -> PairStream:
+    def __enter__(self) -> Stream:
         return self
 
     def __exit__(self, *_) -> None:
@@ -136,7 +141,7 @@ class PairStream:
         """How the steps are cut: one group at first, to start soon, then ever more."""
         step, stop, count = self._steps.start, self._steps.stop, self._window_groups or 1
         by_rows = WINDOW_ROWS * max(1, self._tasks / 8)
-        by_bytes = WINDOW_BYTES * max(1, self._tasks / 4) / self._row_bytes
+        by_bytes = WINDOW_BYTES * max(1, self._tasks / 4) / self._reader.row_bytes
         most = math.inf if self._window_groups else min(by_rows, by_bytes)
         while step < stop:
             begin, groups, total = step, [], 0
@@ -152,8 +157,8 @@ class PairStream:
             yield Window(range(begin, step), self._cut_parts(Rows.concatenate(groups)))
             count = self._window_groups or 2 * len(groups)
 
-    def _batches(self) -> Iterator[PairBatch]:
-        from vlmo_ray.data.batch import PairBatch
+    def _batches(self) -> Iterator[Batch]:
+        from vlmo_ray.data.batch import Batch
 
         while True:
             blocks = self._read(lambda: None) if self._in_process else self._ahead.next()
@@ -163,10 +168,10 @@ class PairStream:
             for step, pieces in _by_step(window, blocks):
                 first, last = self._slices(step)
                 if first == last:
-                    batch = PairBatch.empty(self._reader.image_size, self._reader.max_text_len)
+                    batch = Batch.empty(self._reader.encoder.columns)
                 else:
                     size = self._order.schedule.slice_size
-                    batch = PairBatch.from_numpy(_together(pieces, range(first * size, last * size)))
+                    batch = Batch.from_numpy(_together(pieces, range(first * size, last * size)))
                 del pieces  # they keep blocks in memory
                 yield batch
 
@@ -205,15 +210,11 @@ class PairStream:
                     cuts.append(end)
                 end += stop - begin
         chosen = [np.sort(part) for part in np.split(order, cuts[1:]) if len(part)]
-        parts = [make_part(self._manifest, rows.take(index)) for index in chosen]
+        parts = [make_part(self._sources, rows.take(index)) for index in chosen]
         return sorted(parts, key=lambda part: part.step[0])
 
     def _slices(self, step: int) -> tuple[int, int]:
         return deal(self._order.schedule.num_slices(step), self._num_workers, self._rank)
-
-    @property
-    def _row_bytes(self) -> int:
-        return 3 * self._reader.image_size**2 + 32 * self._reader.max_text_len
 
     def _run(self, parts: list[Part]) -> Iterator[Columns]:
         """The columns of the parts, in order; of a large part maybe in several pieces."""
@@ -239,7 +240,7 @@ class PairStream:
         # whole, and as much again for blocks under way.
         limits = dataset.context.execution_options.resource_limits
         dataset.context.execution_options.resource_limits = limits.copy(
-            object_store_memory=(256 << 20) + 2 * sum(len(part) for part in parts) * self._row_bytes
+            object_store_memory=(256 << 20) + 2 * sum(len(part) for part in parts) * self._reader.row_bytes
         )
         with closing(iter(dataset.iter_batches(batch_size=None, batch_format="numpy"))) as blocks:
             for columns in blocks:
@@ -285,27 +286,13 @@ def _together(pieces: list[Columns], positions: range) -> Columns:
     return columns
 
 
-def eval_dataset(
-    manifest: Manifest,
-    *,
-    image_size: int,
-    max_text_len: int,
-    chunks: Iterable[int] | None = None,
-    cpus_per_task: float = 1.0,
-) -> ray.data.Dataset:
-    """All rows once, in the order of the manifest, one block per chunk, without augmentation or masking.
+def eval_dataset(sources: Sources, reader: Reader, cpus_per_task: float = 1.0) -> ray.data.Dataset:
+    """All rows once, in the order of the manifests, one block per chunk: the columns that `reader` gives.
 
-    Columns: image uint8 `[3, H, W]`, text_ids int32 `[T]`, text_mask bool `[T]`, valid bool, id, image_id,
-    text, problem str (see `parts.EvalReader`), and chunk, row int64, where the row is stored. A chunk that
-    cannot be read raises inside Ray's exceptions: `prefetch.user_error` finds the sentence.
+    A chunk that cannot be read raises inside Ray's exceptions: `prefetch.user_error` finds the sentence.
     """
-    chosen = np.arange(manifest.num_chunks) if chunks is None else np.fromiter(chunks, dtype=np.int64)
-    parts = []
-    for chunk in chosen.tolist():
-        row = np.arange(manifest.chunk_rows[chunk], dtype=np.int64)
-        place = np.full_like(row, chunk)
-        parts.append(make_part(manifest, Rows(step=place, position=row, epoch=place, chunk=place, row=row)))
-    return _dataset(parts, EvalReader(manifest.uri, image_size, max_text_len), num_cpus=cpus_per_task)
+    parts = [whole_chunk(sources, index) for index in range(sources.num_chunks)]
+    return _dataset(parts, reader, num_cpus=cpus_per_task)
 
 
 @functools.cache  # once a process

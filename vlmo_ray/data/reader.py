@@ -1,36 +1,55 @@
 """A part, the unit of data work: some chunks are read once, and the wanted rows become NumPy columns.
 
-This is all that runs in a data task, so nothing here (or imported from here) knows torch or Ray.
+This is all that runs in a data process, so nothing here (or imported from here) knows torch or Ray.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
-from vlmo_ray import rng
-from vlmo_ray.config import DataConfig
-from vlmo_ray.data.decode import DecodeError, decode_eval, decode_train
+from vlmo_ray.data.encoders import Draw, Encoder
 from vlmo_ray.data.manifest import Chunk, Manifest
 from vlmo_ray.data.order import Rows
-from vlmo_ray.data.read import DamagedShard, Record, read_chunk
+from vlmo_ray.data.read import DamagedShard, read_chunk
+from vlmo_ray.data.schema import Record, Schema
 from vlmo_ray.data.store import Store
-from vlmo_ray.data.text import (
-    CLS_ID,
-    IGNORED_LABEL,
-    SEP_ID,
-    TextError,
-    Tokenizer,
-    mask_whole_words,
-    normalise,
-)
+from vlmo_ray.data.tar import encodable
+from vlmo_ray.errors import RecordError, UserError
 
 Columns = dict[str, np.ndarray]
 
-GREY = 128
+
+@dataclass(frozen=True, eq=False)
+class Sources:
+    """The data sets of a run, as one long row of chunks: those of the first, then those of the second, and so on."""
+
+    manifests: tuple[Manifest, ...]
+
+    @cached_property
+    def _first(self) -> np.ndarray:
+        return np.cumsum([0, *(manifest.num_chunks for manifest in self.manifests)])
+
+    @property
+    def num_chunks(self) -> int:
+        return int(self._first[-1])
+
+    @property
+    def num_rows(self) -> int:
+        return sum(manifest.num_rows for manifest in self.manifests)
+
+    def chunk(self, index: int) -> tuple[int, Chunk]:
+        """(number of the data set, the chunk)."""
+        source = int(np.searchsorted(self._first, index, side="right")) - 1
+        return source, self.manifests[source].chunk(index - int(self._first[source]))
+
+    @property
+    def places(self) -> tuple[tuple[str, Schema], ...]:
+        """Address and schema of each data set: what a reader must know."""
+        return tuple((manifest.uri, manifest.schema) for manifest in self.manifests)
 
 
 @dataclass(frozen=True)
@@ -40,7 +59,7 @@ class Part:
     In an evaluation a row's place is where it is stored: `step` is its chunk, `position` its row.
     """
 
-    chunks: tuple[Chunk, ...]
+    chunks: tuple[tuple[int, Chunk], ...]  # each with the number of its data set
     chunk: np.ndarray  # index into `chunks`
     row: np.ndarray  # in that chunk
     step: np.ndarray
@@ -50,51 +69,95 @@ class Part:
         return len(self.row)
 
 
-def make_part(manifest: Manifest, rows: Rows) -> Part:
+def make_part(sources: Sources, rows: Rows) -> Part:
     chunks, index = np.unique(rows.chunk, return_inverse=True)
-    described = tuple(manifest.chunk(int(chunk)) for chunk in chunks)
+    described = tuple(sources.chunk(int(chunk)) for chunk in chunks)
     return Part(described, index.astype(np.int32), rows.row.astype(np.int32), rows.step, rows.position)
 
 
+def whole_chunk(sources: Sources, index: int) -> Part:
+    """All rows of one chunk, for an evaluation."""
+    source, chunk = sources.chunk(index)
+    row = np.arange(chunk.rows, dtype=np.int64)
+    place = np.full_like(row, index)
+    return Part(((source, chunk),), np.zeros(len(row), np.int32), row.astype(np.int32), place, row)
+
+
 @dataclass(frozen=True)
-class TrainReader:
-    """Part -> the columns of a training batch, rows in the order of the part.
+class Reader:
+    """Part -> columns, rows in the order of the part.
 
-    image uint8 `[n, 3, H, W]`, text_ids, mlm_ids, mlm_labels int32 `[n, T]`, text_mask bool `[n, T]`,
-    image_key, text_key int64 `[n]`, valid bool `[n]`, step, position int64 `[n]`, id, problem str `[n]`.
-
-    A record that cannot be used gives a grey image, an empty text and valid = False, and `problem` says
-    why, with its address. A chunk that cannot be read raises `ShardError`. With `data.bad_shards` "mask", one that
-    is itself at fault (`DamagedShard`) is so many records that cannot be used.
+    The encoder's columns, and of every batch: valid bool `[n]`, step, position int64 `[n]`, id, problem str `[n]`.
+    A record that cannot be used has the columns' fill values and valid = False, and `problem` says why, with its
+    address. A chunk that cannot be read raises `ShardError`; with `mask_damaged`, one that is damaged or missing
+    (`DamagedShard`) is so many records that cannot be used.
     """
 
-    uri: str
-    data: DataConfig
-    image_size: int
-    max_text_len: int
-    vocab_size: int
-    seed: int
+    places: tuple[tuple[str, Schema], ...]  # of the data sets, as `Sources.places`
+    encoder: Encoder
+    seed: int | None = None  # None: an evaluation, nothing is drawn
+    mask_damaged: bool = False
+    retry_timeout_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        for uri, schema in self.places:
+            if missing := [name for name in self.encoder.fields if name not in schema]:
+                raise UserError(
+                    f"{uri} has no column {missing[0]!r} (it has {', '.join(schema.names)}), which this task reads; "
+                    "name another data set, or prepare this one again with that column"
+                )
+            for name, wanted in self.encoder.values.items():
+                if (found := schema.field(name).values) != wanted:
+                    raise UserError(
+                        f"{uri} has other values of {name!r} than the weights were trained on: {_some(found)} in "
+                        f"place of {_some(wanted)}; prepare it with the same list"
+                    )
 
     def __call__(self, part: Part) -> Columns:
-        def decode(record: Record, i: int) -> np.ndarray:
-            place = int(part.step[i]), int(part.position[i])
-            return decode_train(record.image, self.image_size, self.data, record.forbid, self.seed, *place)
+        n = len(part)
+        columns = {
+            name: np.empty((n, *column.shape), column.dtype) for name, column in self.encoder.columns.items()
+        }
+        ids, problems = np.full(n, "", dtype=object), np.full(n, "not read", dtype=object)
+        for index, (source, chunk) in enumerate(part.chunks):
+            uri, schema = self.places[source]
+            store = Store(uri, self.retry_timeout_s)
+            rows = np.flatnonzero(part.chunk == index)
+            try:
+                records = read_chunk(store, chunk, schema, self.encoder.fields)
+            except DamagedShard as error:
+                if not self.mask_damaged:
+                    raise
+                for i in rows:
+                    ids[i] = f"{store.address(chunk.shard)}#{chunk.index}:{part.row[i]}"
+                    problems[i] = f"{ids[i]}: its chunk is masked: {error}"
+                continue
+            for i in rows:
+                record = records[part.row[i]]
+                ids[i] = row_id(record)
+                try:
+                    if record.problem:
+                        raise RecordError(record.problem)
+                    row = self.encoder(record, self._draw(int(part.step[i]), int(part.position[i])))
+                except RecordError as error:
+                    problems[i] = encodable(f"{record.address}: {error}")
+                else:
+                    problems[i] = ""
+                    for name, column in columns.items():
+                        column[i] = row[name]
+        valid = np.array([not problem for problem in problems], dtype=bool)
+        for name, column in columns.items():
+            column[~valid] = self.encoder.columns[name].fill
+        places = {"step": part.step, "position": part.position}
+        return columns | {"valid": valid, "id": ids, "problem": problems} | places
 
-        store = Store(self.uri, self.data.patience_s)
-        mask = self.data.bad_shards == "mask"
-        columns = _read(part, store, self.image_size, self.max_text_len, decode, mask)
-        word, image_id, text = (columns.pop(name) for name in ("word", "image_id", "text"))
-        columns["mlm_ids"] = columns["text_ids"].copy()
-        columns["mlm_labels"] = np.full_like(columns["text_ids"], IGNORED_LABEL)
-        columns["image_key"] = np.array([rng.hash_text(key) for key in image_id], dtype=np.int64)
-        columns["text_key"] = np.array([rng.hash_text(normalise(key)) for key in text], dtype=np.int64)
-        for i in np.flatnonzero(columns["valid"]):
-            generator = rng.generator(self.seed, "mlm", int(part.step[i]), int(part.position[i]))
-            columns["mlm_ids"][i], columns["mlm_labels"][i] = mask_whole_words(
-                columns["text_ids"][i], word[i], self.vocab_size, self.data.mlm_probability, generator
-            )
-        columns["step"], columns["position"] = part.step, part.position
-        return columns
+    def _draw(self, step: int, position: int) -> Draw | None:
+        return None if self.seed is None else Draw(self.seed, step, position)
+
+    @property
+    def row_bytes(self) -> int:
+        """What a decoded row takes in memory, about."""
+        return 128 + sum(column.row_bytes for column in self.encoder.columns.values())
 
     def failure(self, sentence: str) -> Columns:
         """One row at step -1 with this `problem`: the message of a task that could not read its part."""
@@ -103,98 +166,21 @@ class TrainReader:
         return columns
 
 
-@dataclass(frozen=True)
-class EvalReader:
-    """Part -> columns without any draw, and without masking.
-
-    image, text_ids, text_mask, valid, id and problem as in `TrainReader`; image_id, text str `[n]`; chunk and
-    row int64 `[n]`, where the row is stored.
-    """
-
-    uri: str
-    image_size: int
-    max_text_len: int
-
-    def __call__(self, part: Part) -> Columns:
-        def decode(record: Record, i: int) -> np.ndarray:
-            return decode_eval(record.image, self.image_size)
-
-        columns = _read(part, Store(self.uri), self.image_size, self.max_text_len, decode)
-        del columns["word"]
-        columns["chunk"], columns["row"] = part.step, part.position
-        return columns
-
-
-@functools.lru_cache(maxsize=2)
-def _tokenizer(max_len: int) -> Tokenizer:  # a data process builds it once
-    return Tokenizer(max_len)
-
-
-def _read(
-    part: Part,
-    store: Store,
-    image_size: int,
-    max_text_len: int,
-    decode: Callable[[Record, int], np.ndarray],
-    mask_chunks: bool = False,
-) -> Columns:
-    n = len(part)
-    image = np.empty((n, 3, image_size, image_size), dtype=np.uint8)
-    text_ids = np.zeros((n, max_text_len), dtype=np.int32)
-    text_ids[:, :2] = CLS_ID, SEP_ID
-    text_mask = np.zeros((n, max_text_len), dtype=bool)
-    text_mask[:, :2] = True
-    word = np.full((n, max_text_len), -1, dtype=np.int16)
-    strings = {name: np.full(n, "", dtype=object) for name in ("id", "image_id", "text")}
-    strings["problem"] = np.full(n, "not read", dtype=object)
-    tokenizer = _tokenizer(max_text_len)
-    for index, chunk in enumerate(part.chunks):
-        rows = np.flatnonzero(part.chunk == index)
-        try:
-            records = read_chunk(store, chunk)
-        except DamagedShard as error:
-            if not mask_chunks:
-                raise
-            address = f"{store.address(chunk.shard)}#{chunk.index}"
-            for i in rows:
-                unread = f"{address}:{part.row[i]}"
-                strings["id"][i] = strings["image_id"][i] = strings["text"][i] = unread
-                strings["problem"][i] = f"{unread}: its chunk is masked: {error}"
-            continue
-        for i in rows:
-            record = records[part.row[i]]
-            strings["id"][i] = _id(record)
-            strings["image_id"][i] = _encodable(record.image_id or record.address)
-            try:
-                if record.problem:
-                    raise DecodeError(record.problem)
-                pixels, encoded = decode(record, i), tokenizer.encode(record.text)
-            except (DecodeError, TextError) as error:
-                strings["problem"][i] = _encodable(f"{record.address}: {error}")
-                strings["text"][i] = record.address  # its own may be anything; this is like no other
-            else:
-                strings["text"][i], strings["problem"][i] = record.text, ""
-                image[i] = pixels
-                text_ids[i], text_mask[i], word[i] = encoded
-    valid = np.array([not problem for problem in strings["problem"]], dtype=bool)
-    image[~valid] = GREY
-    arrays = {"image": image, "text_ids": text_ids, "text_mask": text_mask, "word": word, "valid": valid}
-    return arrays | strings
-
-
-def chunk_ids(store: Store, chunk: Chunk) -> dict[str, str]:
+def chunk_ids(manifest: Manifest, index: int) -> dict[str, str]:
     """Address -> id of a chunk's rows, as a batch has them: the rows of a damaged one have their addresses for ids."""
+    store, chunk = Store(manifest.uri), manifest.chunk(index)
     try:
-        return {record.address: _id(record) for record in read_chunk(store, chunk)}
+        records: Sequence[Record] = read_chunk(store, chunk, manifest.schema)
+        return {record.address: row_id(record) for record in records}
     except DamagedShard:
         addresses = [f"{store.address(chunk.shard)}#{chunk.index}:{row}" for row in range(chunk.rows)]
         return dict(zip(addresses, addresses, strict=True))
 
 
-def _id(record: Record) -> str:
-    return _encodable(record.id or record.address)
+def row_id(record: Record) -> str:
+    """The record's id, or its address where it has none."""
+    return encodable(record.id or record.address)
 
 
-def _encodable(text: str) -> str:
-    """JSON in a tar can hold half a surrogate pair, which neither a hash nor an Arrow column takes."""
-    return text.encode("utf-8", "replace").decode()
+def _some(values: tuple[str, ...]) -> str:
+    return f"{len(values)} ({', '.join(values[:3])}{', ...' if len(values) > 3 else ''})"

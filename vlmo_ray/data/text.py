@@ -12,7 +12,7 @@ from tokenizers.models import WordPiece
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 
-from vlmo_ray.errors import UserError
+from vlmo_ray.errors import RecordError, UserError
 
 PAD_ID, UNK_ID, CLS_ID, SEP_ID, MASK_ID = 0, 100, 101, 102, 103
 FIRST_WORD_ID = 999  # "!"; the ids between MASK_ID and this one are reserved and appear in no text
@@ -21,8 +21,8 @@ IGNORED_LABEL = -100
 _SPECIALS = {"[PAD]": PAD_ID, "[UNK]": UNK_ID, "[CLS]": CLS_ID, "[SEP]": SEP_ID, "[MASK]": MASK_ID}
 
 
-class TextError(ValueError):
-    """Why one record has no caption that can be trained on; short enough for a report line."""
+class TextError(RecordError):
+    """Why one record has no text that can be trained on."""
 
 
 class Tokenizer:

@@ -1,13 +1,14 @@
 """The main job in small, end to end: `make demo`.
 
 A SeaweedFS server on this machine holds the bucket. Scenes of coloured shapes are written into it as shards; a
-small VLMo is pre-trained from it with all three objectives by `vlmo pretrain` on two elastic CPU workers; one of
+small VLMo is pre-trained from it with all three objectives by `vlmo train` on two elastic CPU workers; one of
 them is killed on the way; zero-shot retrieval is measured on scenes that the training never saw. Everything is
 left under `demo-out/`: the table as JSON, the curves as a picture, the log, the bucket.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -76,8 +77,8 @@ def _write_data(console: Console) -> None:
 
 
 def _pretrain(console: Console) -> Story:
-    """Runs `vlmo pretrain demo` and kills one of its workers after the first checkpoint."""
-    command = [sys.executable, "-m", "vlmo_ray", "pretrain", "demo", "--data", TRAIN, "--storage", RUNS]
+    """Runs `vlmo train demo` and kills one of its workers after the first checkpoint."""
+    command = [sys.executable, "-m", "vlmo_ray", "train", "demo", "--data", TRAIN, "--storage", RUNS]
     console.rule("vlmo " + " ".join(command[3:]))
     environment = os.environ | {"PYTHONUNBUFFERED": "1", "RAY_DEDUP_LOGS": "0"}
     story, began = Story(), time.monotonic()
@@ -99,7 +100,7 @@ def _pretrain(console: Console) -> Story:
                     story.workers = {r: p for r, p in story.workers.items() if r < world} | {rank: pid}
                 elif found := re.search(r"resumed at step (\d+)", line):
                     story.resumed_step = int(found[1])
-                elif not re.match(r"step \d+/|.* steps, .* pairs|done:|masked|vlmo:", message):
+                elif not re.match(r"step \d+/|.* steps, .* samples|done:|masked|vlmo:", message):
                     continue
                 console.print(message, highlight=False, markup=False)
                 if not story.killed_pid and message.startswith("step ") and _has_checkpoint(run):
@@ -126,8 +127,8 @@ def _has_checkpoint(run: Store) -> bool:
 
 
 def _report(console: Console, story: Story, began: float) -> int:
-    from vlmo_ray.evaluate import retrieval, table
-    from vlmo_ray.runs.load import load
+    from vlmo_ray.evaluate import evaluate
+    from vlmo_ray.runs.evaluations import table
     from vlmo_ray.runs.metrics import read_metrics
     from vlmo_ray.session import ray_session
 
@@ -135,7 +136,7 @@ def _report(console: Console, story: Story, began: float) -> int:
     unseen = list(retrieval_records(SEED, NUM_UNSEEN, image_size=recipe("demo").model.image_size))
     held_out = [record["image_id"] for record in unseen if record["held_out"]]
     with ray_session():
-        result = retrieval(load(f"{RUNS}/demo"), EVAL, subset=held_out)
+        result = evaluate(f"{RUNS}/demo", EVAL, "retrieval", subset=held_out)
     metrics, repeated = read_metrics(open_store(f"{RUNS}/demo"))
     last, planned = int(metrics[-1]["step"]), recipe("demo").total_steps
     _draw(metrics, repeated, OUT / "losses.png")
@@ -152,9 +153,7 @@ def _report(console: Console, story: Story, began: float) -> int:
     run.add_row("picture of the losses", str(OUT / "losses.png"))
     console.print(run)
     summary = {
-        "reached": result.reached,
-        "chance": result.chance,
-        "held_out": result.subset,
+        "scores": {name: dataclasses.asdict(score) for name, score in result.scores.items()},
         "killed_pid": story.killed_pid,
         "repeated_steps": repeated,
         "last_step": last,
@@ -168,12 +167,12 @@ def _report(console: Console, story: Story, began: float) -> int:
         failures.append(f"the run reached step {last} of {planned}, or a step is missing from its log")
     if story.resumed_step < 1:
         failures.append("the run did not resume from a checkpoint after the kill")
-    if result.num_images != NUM_UNSEEN:
-        failures.append(f"{result.num_images} images were compared instead of {NUM_UNSEEN}")
+    if (num_images := result.scores["text_retrieval_r@1"].count) != NUM_UNSEEN:
+        failures.append(f"{num_images} images were compared instead of {NUM_UNSEEN}")
     failures += [
-        f"{name} is {result.reached[name]:.1%}, below {LEAST_R1:.0%}"
+        f"{name} is {result[name]:.1%}, below {LEAST_R1:.0%}"
         for name in ("text_retrieval_r@1", "image_retrieval_r@1")
-        if result.reached[name] < LEAST_R1
+        if result[name] < LEAST_R1
     ]
     for failure in failures:
         console.print(f"[bold red]The demo failed:[/] {failure}")

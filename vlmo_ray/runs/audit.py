@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.table import Table
 
-from vlmo_ray.data.batch import PairBatch
+from vlmo_ray.data.batch import Batch
 from vlmo_ray.data.manifest import Manifest, load_manifest
 from vlmo_ray.data.order import Schedule
 from vlmo_ray.data.reader import chunk_ids
@@ -36,7 +36,7 @@ class Consumed:
     attempt: str
     _steps: list[tuple[int, np.ndarray, list[str], np.ndarray]] = field(default_factory=list)
 
-    def add(self, step: int, batch: PairBatch) -> None:
+    def add(self, step: int, batch: Batch) -> None:
         self._steps.append((step, batch.position.numpy(force=True), batch.ids, batch.valid.numpy(force=True)))
 
     def take(self) -> dict[str, bytes]:
@@ -186,6 +186,5 @@ def _committed(store: Store, attempts: list[tuple[int, str]], stop: int) -> pa.T
 
 def _ids_of(manifest: Manifest) -> dict[str, str]:
     """Address -> id of every row."""
-    store = Store(manifest.uri)
-    chunks = (chunk_ids(store, manifest.chunk(i)) for i in range(manifest.num_chunks))
+    chunks = (chunk_ids(manifest, index) for index in range(manifest.num_chunks))
     return {address: name for chunk in chunks for address, name in chunk.items()}

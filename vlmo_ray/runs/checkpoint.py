@@ -15,9 +15,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_state_dict, set_state_dict
 
 from vlmo_ray.errors import UserError
 from vlmo_ray.runs.state import TrainState
@@ -31,16 +31,60 @@ class SaveError(UserError):
     """A checkpoint could not be written; raised on all workers, with the first one's reason."""
 
 
-def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainState) -> None:
+def stored_name(name: str) -> str:
+    """The name in stored weights of a task's parameter: the model's have none of the task in it, as they outlive it."""
+    return name.removeprefix("model.") if name.startswith("model.") else f"task.{name}"
+
+
+def weights_of(task: nn.Module) -> dict[str, Tensor]:
+    """All weights of a task by stored name, on the workers as they lie."""
+    return {stored_name(name): tensor for name, tensor in task.state_dict().items()}
+
+
+def _everything(
+    task: nn.Module, optimizer: torch.optim.Optimizer, average: dict[str, Tensor] | None
+) -> dict[str, Any]:
+    """What a checkpoint holds. Of the optimizer only its state: settings come from the config."""
+    moments = {
+        stored_name(name): dict(optimizer.state[parameter])
+        for name, parameter in task.named_parameters()
+        if parameter in optimizer.state
+    }
+    content = {"model": weights_of(task), "optimizer": {"state": moments}}
+    if average is not None:
+        content["average"] = {stored_name(name): tensor for name, tensor in average.items()}
+    return content
+
+
+def _start_moments(optimizer: torch.optim.Optimizer) -> None:
+    """The state of AdamW before its first step, to be filled from a checkpoint."""
+    for group in optimizer.param_groups:
+        device = group["params"][0].device if group["fused"] else torch.device("cpu")
+        for parameter in group["params"]:
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+
+
+def save(
+    folder: Path,
+    task: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: TrainState,
+    average: dict[str, Tensor] | None = None,
+) -> None:
     """Writes this worker's part into `folder`, which is its own; their union is the checkpoint.
 
-    Every worker calls. Raises SaveError on all of them if one could not write.
+    `average` holds the moving average of weights by parameter name. Every worker calls. Raises SaveError on all of
+    them if one could not write.
     """
-    weights, moments = get_state_dict(model, optimizer)
+    content = _everything(task, optimizer, average)
     together = dist.is_initialized()
     problem = ""
     try:
-        dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=folder, no_dist=not together)
+        dcp.save(content, checkpoint_id=folder, no_dist=not together)
     except CheckpointException as error:
         reasons = "; ".join(str(reason) for reason, _ in error.failures.values())
         # of a full disk the libraries say no more than that a file has an unexpected length
@@ -98,18 +142,37 @@ def read_state(folder: Path) -> TrainState:
     return parse_state(path.read_text())[0]
 
 
-def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainState:
-    """Fills model and optimizer in place; written by any number of workers, read by any number."""
-    weights, moments = get_state_dict(model, optimizer)
-    state = {"model": weights, "optimizer": moments}
-    dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
-    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+def load(
+    folder: Path,
+    task: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    average: dict[str, Tensor] | None = None,
+) -> TrainState:
+    """Fills the weights, the optimizer's state and the average in place; any number of workers may have written them.
+
+    An average that the checkpoint does not have begins at its weights.
+    """
+    _start_moments(optimizer)
+    averaged = average is not None and _has_average(folder)
+    content = _everything(task, optimizer, average if averaged else None)
+    dcp.load(content, checkpoint_id=folder, no_dist=not dist.is_initialized())
+    for name, parameter in task.named_parameters():
+        if average is not None and not averaged and name in average:
+            average[name].copy_(parameter.detach())
     return read_state(folder)
 
 
-def load_weights(folder: Path, model: nn.Module) -> TrainState:
-    """Fills the model alone, in a single process; for evaluation and export."""
-    weights = get_model_state_dict(model)
+def load_weights(folder: Path, task: nn.Module) -> None:
+    """Fills the weights alone, in a single process, for evaluation and export: their average if there is one."""
+    weights = weights_of(task)
     dcp.load({"model": weights}, checkpoint_id=folder, no_dist=True)
-    model.load_state_dict(weights)
-    return read_state(folder)
+    if _has_average(folder):
+        averaged = {stored_name(n): p.detach() for n, p in task.named_parameters()}
+        known = FileSystemReader(folder).read_metadata().state_dict_metadata
+        averaged = {name: tensor for name, tensor in averaged.items() if f"average.{name}" in known}
+        dcp.load({"average": averaged}, checkpoint_id=folder, no_dist=True)
+
+
+def _has_average(folder: Path) -> bool:
+    known = FileSystemReader(folder).read_metadata().state_dict_metadata
+    return any(name.startswith("average.") for name in known)

@@ -1,34 +1,69 @@
-"""What a run leaves behind: checkpoints, final weights; and models from any place that holds one."""
+"""Models from any place that holds one: a run, an imported folder, a released file; and what a run publishes."""
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from torch import Tensor
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
 
-from vlmo_ray.weights import folder as convert
+from vlmo_ray.config import Config
+from vlmo_ray.data.schema import PAIRS, Schema
 from vlmo_ray.data.store import Store, open_store
 from vlmo_ray.errors import UserError
 from vlmo_ray.model.vlmo import VLMo
-from vlmo_ray.overrides import from_dict
+from vlmo_ray.overrides import from_dict, to_dict
 from vlmo_ray.runs import checkpoint
 from vlmo_ray.runs.checkpoints import Checkpoints
 from vlmo_ray.runs.state import TrainState
+from vlmo_ray.tasks import build_task
+from vlmo_ray.weights import folder as folders
 
 _MODEL = "model"  # the folder of final weights
 _SOURCE = f"{_MODEL}/source"  # names the checkpoint that they are those of
+_TASK = "task.json"  # what was trained on which columns: in the run, and beside its final weights
+_OWN = "task.safetensors"  # weights that are the task's and not the model's
+_PREFIX = "task."
 
 
-def publish_model(model: VLMo, state: dict[str, Tensor], run: Store) -> None:
-    """Writes the weights of the run's newest checkpoint as its final ones.
+@dataclass(frozen=True)
+class Loaded:
+    """A model, and what is known of the task that it was trained for."""
 
-    The description comes after them, so that a half is no model, and last what they are made from.
+    model: VLMo
+    config: Config | None = None
+    schema: Schema | None = None
+    own: dict[str, Tensor] = field(default_factory=dict)  # weights of the task's own, by stored name
+
+    def fill(self, task: nn.Module) -> None:
+        """Gives a task around `model` the weights of its own."""
+        own = {name.removeprefix(_PREFIX): tensor for name, tensor in self.own.items()}
+        task.load_state_dict(task.state_dict() | own)
+
+
+def describe(run: Store, config: Config, schema: Schema, folder: str = "") -> None:
+    """Writes down what the run trains, and on which columns."""
+    content = {"config": to_dict(config), "schema": schema.to_json()}
+    run.write(f"{folder}{_TASK}", json.dumps(content, indent=1).encode())
+
+
+def publish(run: Store, model: VLMo, weights: dict[str, Tensor], config: Config, schema: Schema) -> None:
+    """Writes the weights (by stored name) of the run's newest checkpoint as its final ones.
+
+    `model.json` is written after all weights, so a partial upload cannot be loaded; the name of the checkpoint last.
     """
+    own = {name: tensor.contiguous() for name, tensor in weights.items() if name.startswith(_PREFIX)}
+    if own:
+        run.write(f"{_MODEL}/{_OWN}", save_tensors(own))
+    describe(run, config, schema, f"{_MODEL}/")
     with tempfile.TemporaryDirectory(prefix="vlmo-model-") as folder:
-        convert.save_model(model, folder, state)
+        folders.save_model(model, folder, {name: t for name, t in weights.items() if name not in own})
         for file in sorted(Path(folder).iterdir(), key=lambda file: file.suffix == ".json"):
             run.write(f"{_MODEL}/{file.name}", file.read_bytes())
     if newest := Checkpoints(run).newest():
@@ -49,23 +84,36 @@ def load(path: str | Path, **options) -> VLMo:
 
     `path` is a run (its final weights, or while it lasts those of its newest checkpoint), a folder that
     `vlmo import` wrote, or a released file. A run may be `s3://bucket/prefix`. `options` are those of
-    `convert.load_model`.
+    `weights.folder.load_model`.
     """
     with _model_folder(str(path)) as local:
-        return convert.load_model(local, **options)
+        return folders.load_model(local, **options)
+
+
+def load_all(path: str | Path) -> Loaded:
+    """The model at `path`, as for `load`, with what the run knows of its task."""
+    with _model_folder(str(path)) as local:
+        model = folders.load_model(local)
+        described = Path(local) / _TASK
+        if not described.is_file():
+            return Loaded(model)
+        content = json.loads(described.read_text())
+        own = Path(local) / _OWN
+        tensors = load_tensors(own.read_bytes()) if own.is_file() else {}
+        return Loaded(model, from_dict(content["config"]), Schema.from_json(content["schema"]), tensors)
 
 
 def export(path: str | Path, out: str | Path) -> None:
     """Writes the model at `path` (as for `load`) under the official keys."""
     with _model_folder(str(path)) as local:
-        convert.export_official(local, out)
+        folders.export_official(local, out)
 
 
 @contextmanager
 def _model_folder(path: str) -> Iterator[str]:
-    """A local folder or file that `convert` reads, made from a run if `path` is one."""
+    """A local folder or file that `weights.folder` reads, made from a run if `path` is one."""
     if not path.startswith("s3://") and not Path(path).is_dir():
-        yield path  # a released file, or nothing: `convert` says so
+        yield path  # a released file, or nothing: `weights.folder` says so
         return
     store = open_store(path)
     if store.exists("model.json") and not store.is_s3:
@@ -77,15 +125,29 @@ def _model_folder(path: str) -> Iterator[str]:
         if inner is not None:
             _download(store, inner, target)
         elif Checkpoints(store).fetch_newest(shards := target / "checkpoint"):
-            model = VLMo(from_dict(checkpoint.read_state(shards).config).model)
-            checkpoint.load_weights(shards, model)
-            convert.save_model(model, target)
+            _from_checkpoint(store, shards, target)
         else:
             raise UserError(
                 f"{path} holds no model: it has neither a model.json, nor a {_MODEL}/ folder, nor a checkpoint. Name a "
                 "run, a folder that `vlmo import` wrote, or a released file"
             )
         yield folder
+
+
+def _from_checkpoint(store: Store, shards: Path, target: Path) -> None:
+    config = from_dict(checkpoint.read_state(shards).config)
+    schema = None
+    if store.exists(_TASK):
+        described = store.read(_TASK)
+        (target / _TASK).write_bytes(described)
+        schema = Schema.from_json(json.loads(described)["schema"])
+    task = build_task(VLMo(config.model), config, schema or PAIRS)
+    checkpoint.load_weights(shards, task)
+    weights = checkpoint.weights_of(task)
+    own = {name: tensor for name, tensor in weights.items() if name.startswith(_PREFIX)}
+    if own:
+        (target / _OWN).write_bytes(save_tensors(own))
+    folders.save_model(task.model, target, {name: t for name, t in weights.items() if name not in own})
 
 
 def _download(store: Store, prefix: str, folder: Path) -> None:

@@ -11,6 +11,7 @@ import io
 import json
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from vlmo_ray.data.store import Store
@@ -21,8 +22,9 @@ _FLUSH_S = 5.0  # how often an open segment is written again
 class Meters:
     """Collects a step's figures on rank 0. `store` is the run's folder or prefix."""
 
-    def __init__(self, store: Store, total_steps: int, log_every: int):
+    def __init__(self, store: Store, total_steps: int, log_every: int, shown: Sequence[str] = ()):
         self.store, self.total_steps, self.log_every = store, total_steps, log_every
+        self.shown = shown  # metrics on the console line, beside the loss
         self.recent: list[dict[str, float]] = []
         self._open()
 
@@ -32,7 +34,7 @@ class Meters:
         self.flushed = time.monotonic()
 
     def add(self, figures: dict[str, float]) -> None:
-        """`figures` holds at least step (done steps), loss, pairs_per_s, step_s."""
+        """`figures` holds at least step (done steps), loss, samples_per_s, data_wait, step_s."""
         step = int(figures["step"])
         self.figures.append((time.time(), figures))
         self.recent.append(figures)
@@ -45,12 +47,12 @@ class Meters:
     def _print(self, step: int) -> None:
         mean = {k: sum(f[k] for f in self.recent) / len(self.recent) for k in self.recent[0]}
         left = mean["step_s"] * (self.total_steps - step)
-        terms = "  ".join(f"{name} {mean[name]:.3f}" for name in ("itc", "itm", "mlm"))
-        masked = sum(f["masked_pairs"] for f in self.recent)
+        terms = "  ".join(f"{name} {mean[name]:.3f}" for name in self.shown)
+        masked = sum(f["masked_rows"] for f in self.recent)
         print(
             f"step {step}/{self.total_steps}  loss {mean['loss']:.3f}  {terms}  "
-            f"{mean['pairs_per_s']:.0f} pairs/s  data wait {mean['data_wait']:.0%}  {_clock(left)} left"
-            + (f"  ({masked:.0f} pairs masked)" if masked else ""),
+            f"{mean['samples_per_s']:.0f} samples/s  data wait {mean['data_wait']:.0%}  {_clock(left)} left"
+            + (f"  ({masked:.0f} rows masked)" if masked else ""),
             flush=True,
         )
         self.recent.clear()

@@ -1,8 +1,8 @@
 """Vision-language pre-training: contrast, matching on global hard negatives, masked language modelling.
 
-A step has three parts (paper section 3.3). `singles` encodes images and texts apart, by both branches; `plan`
-looks at the whole global batch and decides what each local row needs from it: its contrastive gradient and
-its hard negatives; `fusion` encodes the pairs and closes the losses. `train/step.py` puts them in order.
+A step has three parts (paper section 3.3). `encode` runs the unimodal passes over images and texts, in both
+branches; `plan` looks at the whole global batch and decides what each local row needs from it: its contrastive
+gradient and its hard negatives; `losses` runs the passes over pairs. `train/step.py` puts them in order.
 """
 
 from __future__ import annotations
@@ -10,25 +10,31 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vlmo_ray.config import Config
-from vlmo_ray.data.batch import PairBatch
+from vlmo_ray.data.batch import Batch
+from vlmo_ray.data.encoders.pairs import MaskedPairs
+from vlmo_ray.data.schema import PAIRS, Schema
+from vlmo_ray.data.text import IGNORED_LABEL
+from vlmo_ray.model.flops import step_flops
 from vlmo_ray.model.heads import ContrastHead
 from vlmo_ray.model.vlmo import VLMo
 from vlmo_ray.objectives.contrastive import Contrast, contrast, sigmoid_contrast
 from vlmo_ray.objectives.gather import Workers
-from vlmo_ray.objectives.losses import Losses
 from vlmo_ray.objectives.masked_lm import masked_lm_loss
 from vlmo_ray.objectives.matching import hard_negatives, matching_loss, rows_to_match
 from vlmo_ray.objectives.pairs import Pairs
+from vlmo_ray.recipes.pretraining import PretrainingConfig
 from vlmo_ray.rng import Noise, stream
+from vlmo_ray.tasks.retrieval import Retrieval
+from vlmo_ray.tasks.task import Counts, GlobalTask, Losses, Term, pixels
 
 IMAGE, TEXT, IMAGE_VL, TEXT_VL = range(4)
 
 
 @dataclass
-class Singles:
+class Unimodal:
     """The dual-encoder side of a micro-batch, and what its pair passes share with it."""
 
     features: Tensor  # [b, 4, D], L2-normalised: image, text, image and text of the VL branch
@@ -47,8 +53,8 @@ class Plan:
     negative_mask: Tensor  # bool [b, T]
     kept: Tensor  # bool [b]: asked, valid, and with a negative
 
-    def rows(self, part: slice) -> Plan:
-        return Plan(*(getattr(self, name)[part] for name in self.__dataclass_fields__))
+    def rows(self, wanted: slice) -> Plan:
+        return Plan(*(getattr(self, name)[wanted] for name in self.__dataclass_fields__))
 
     def without_losses(self) -> Plan:
         """The same passes, nothing of which counts."""
@@ -67,36 +73,46 @@ class Totals:
     exchanged_bytes: int
 
 
-class Pretraining(nn.Module):
-    """The model with its passes; called through `forward(part, ...)` so that a wrapper sees every one."""
+class Pretraining(GlobalTask):
+    """VLMo pre-training; the three objectives share every weight of the model."""
 
-    def __init__(self, model: VLMo, config: Config):
-        super().__init__()
-        self.model = model
-        self.seed = config.seed
-        self.loss = config.loss
+    shown = ("itc", "itm", "mlm")
+
+    def __init__(self, model: VLMo, config: Config, schema: Schema = PAIRS):
+        super().__init__(model, config, schema)
+        assert isinstance(config.task, PretrainingConfig)
+        self.settings = config.task
+        self.data = config.data
         self.slice_size = config.slice_size
 
-    def forward(self, part: str, *args):
-        return {"singles": self.singles, "fusion": self.fusion}[part](*args)
+    def encoder(self) -> MaskedPairs:
+        config = self.model.config
+        return MaskedPairs(
+            config.image_size,
+            config.max_text_len,
+            self.data,
+            config.vocab_size,
+            self.settings.mlm_probability,
+        )
 
-    def _noise(self, name: str, position: Tensor, step: int) -> Noise | None:
-        if self.model.config.drop_path == 0:
-            return None
-        return Noise(self.seed, step, name, position)
+    def evaluation(self) -> Retrieval:
+        return Retrieval(self.model)
 
-    def _pixels(self, image: Tensor) -> Tensor:
-        """uint8 to [-1, 1], the mean and deviation of 0.5 that BEiT was trained with."""
-        return image.to(self.model.dtype) / 127.5 - 1.0
+    def flops_per_row(self) -> float:
+        return step_flops(self.model.config, self.model.config.max_text_len)
 
-    def singles(self, batch: PairBatch, step: int) -> Singles:
+    def without_losses(self, batch: Batch) -> Batch:
+        labels = torch.full_like(batch.mlm_labels, IGNORED_LABEL)
+        return batch.without_valid().with_columns(mlm_labels=labels)
+
+    def encode(self, batch: Batch, step: int) -> Unimodal:
         model = self.model
 
         def noise(name: str) -> Noise | None:
-            return self._noise(name, batch.position, step)
+            return self.noise(name, batch.position, step)
 
         bias = model.position_bias(batch.text_ids.shape[1])
-        tokens = model.embed_image(self._pixels(batch.image))
+        tokens = model.embed_image(pixels(model, batch.image))
         image = model.encode(image=tokens, bias=bias, vl_branch=True, noise=noise("image"))
         text = model.encode(
             text=batch.text_ids,
@@ -114,10 +130,10 @@ class Pretraining(nn.Module):
             ],
             dim=1,
         )
-        return Singles(features, tokens, bias)
+        return Unimodal(features, tokens, bias)
 
     @torch.no_grad()
-    def plan(self, batch: PairBatch, features: Tensor, workers: Workers, step: int) -> tuple[Plan, Totals]:
+    def plan(self, batch: Batch, features: Tensor, workers: Workers, step: int) -> tuple[Plan, Totals]:
         """`batch` and `features` `[b, 4, D]` are all rows of this worker; the collectives of a step are here."""
         facts = torch.stack(
             [batch.image_key, batch.text_key, batch.valid.long(), (batch.mlm_labels >= 0).sum(dim=1)], dim=1
@@ -130,7 +146,7 @@ class Pretraining(nn.Module):
         main = self._contrast(self.model.itc, features[:, :2], everything[:, :2], pairs, workers)
         vl = self._contrast(self.model.itc_vl, features[:, 2:], everything[:, 2:], pairs, workers)
 
-        asked = rows_to_match(workers.first, len(batch), self.slice_size, self.loss.itm_share)
+        asked = rows_to_match(workers.first, len(batch), self.slice_size, self.settings.itm_share)
         rows = asked.to(features.device)
 
         def negatives(of: int, among: int, purpose: str) -> Tensor:
@@ -142,7 +158,7 @@ class Pretraining(nn.Module):
                 pairs,
                 stream(self.seed, purpose, step),
                 asked=rows,
-                among=None if self.loss.negatives == "global" else self.slice_size,
+                among=None if self.settings.negatives == "global" else self.slice_size,
             )
             return torch.full_like(batch.position, -1).index_copy_(0, rows, chosen)
 
@@ -162,7 +178,7 @@ class Pretraining(nn.Module):
 
         feature_grad = torch.stack([main.image_grad, main.text_grad, vl.image_grad, vl.text_grad], dim=1)
         plan = Plan(
-            feature_grad=feature_grad * self.loss.feature_grad_scale,
+            feature_grad=feature_grad * self.settings.feature_grad_scale,
             asked=torch.zeros(len(batch), dtype=torch.bool).index_fill_(0, asked, True),
             negative_image=images,
             negative_text=text.clamp(min=0),
@@ -186,26 +202,42 @@ class Pretraining(nn.Module):
         features = (*local.unbind(1), *everything.unbind(1))
         if head.logit_bias is not None:
             return sigmoid_contrast(*features, head.log_scale, head.logit_bias, pairs)
-        smoothing = self.loss.label_smoothing
+        smoothing = self.settings.label_smoothing
         return contrast(*features, head.log_scale, pairs, workers, label_smoothing=smoothing)
 
-    def scalars(self, totals: Totals) -> tuple[Tensor, Tensor]:
-        """Per branch a 0-d tensor whose backward gives the contrast's gradients to temperature and bias."""
-        out = []
-        for head, branch in zip((self.model.itc, self.model.itc_vl), totals.branches, strict=True):
+    def closing(self, totals: Totals) -> Losses:
+        """The contrast's values, and terms whose backward gives its gradients to temperatures and biases."""
+        terms = {}
+        heads = {"itc": self.model.itc, "itc_vl": self.model.itc_vl}
+        for (name, head), branch in zip(heads.items(), totals.branches, strict=True):
             term = head.log_scale * branch.scale_grad
             if head.logit_bias is not None:
                 term = term + head.logit_bias * branch.bias_grad
-            out.append(term.sum())
-        return out[0], out[1]
+            terms[name] = Term(term.sum(), value=branch.loss)
+        sums = {
+            "negative_similarity": totals.negative_similarity,
+            "without_negative": totals.without_negative,
+            "exchanged_bytes": torch.tensor(totals.exchanged_bytes, device=totals.kept.device),
+        }
+        return Losses(terms, sums)
 
-    def fusion(
-        self, batch: PairBatch, singles: Singles, plan: Plan, totals: Totals, step: int
-    ) -> tuple[Losses, dict[str, Tensor]]:
+    def metrics(self, sums: Counts, totals: Totals) -> dict[str, Tensor]:
+        kept, targets = totals.kept.to(torch.float64), totals.targets.to(torch.float64)
+        main, vl = totals.branches
+        return {
+            "itm_accuracy": sums["itm_right"] / (3 * kept).clamp(min=1),
+            "mlm_accuracy": sums["mlm_right"] / targets.clamp(min=1),
+            "negative_similarity": sums["negative_similarity"] / (2 * kept).clamp(min=1),
+            "temperature": main.temperature,
+            "temperature_vl": vl.temperature,
+            "pairs_without_negative": sums["without_negative"],
+            "exchanged_bytes": sums["exchanged_bytes"],
+        }
+
+    def losses(self, batch: Batch, encoded: Unimodal, plan: Plan, totals: Totals, step: int) -> Losses:
         """The pair passes of a micro-batch: three for matching, one for masked language modelling.
 
-        The losses' contrastive terms hand on the gradients at the features; their values mean nothing, those
-        are in `totals.branches`.
+        The contrastive terms hand on the gradients at the features; their values are in `totals.branches`.
         """
         model = self.model
         rows = None if plan.asked.all() else plan.asked.nonzero().squeeze(1).to(batch.position.device)
@@ -214,16 +246,16 @@ class Pretraining(nn.Module):
             return x if rows is None else x[rows]
 
         def pair(name: str, position: Tensor, image: Tensor, text: Tensor, mask: Tensor):
-            noise = self._noise(name, position, step)
-            return model.encode(image=image, text=text, text_mask=mask, bias=singles.bias, noise=noise)
+            noise = self.noise(name, position, step)
+            return model.encode(image=image, text=text, text_mask=mask, bias=encoded.bias, noise=noise)
 
         def match(name: str, image: Tensor, text: Tensor, mask: Tensor) -> Tensor:
             states = pair(name, asked(batch.position), image, asked(text), asked(mask)).text
             return model.itm(model.pooler(states[:, 0]))
 
-        tokens = singles.image_tokens
+        tokens = encoded.image_tokens
         shown = asked(tokens)
-        other = model.embed_image(self._pixels(asked(plan.negative_image)))
+        other = model.embed_image(pixels(model, asked(plan.negative_image)))
         itm, itm_right = matching_loss(
             match("itm_positive", shown, batch.text_ids, batch.text_mask),
             match("itm_negative_image", other, batch.text_ids, batch.text_mask),
@@ -235,5 +267,12 @@ class Pretraining(nn.Module):
         target = batch.mlm_labels >= 0
         mlm, mlm_right = masked_lm_loss(model.mlm(hidden[target]), batch.mlm_labels[target], totals.targets)
 
-        itc, itc_vl = (singles.features * plan.feature_grad).sum(dim=(0, 2)).view(2, 2).sum(dim=1)
-        return Losses(itc, itc_vl, itm, mlm), {"itm_right": itm_right, "mlm_right": mlm_right}
+        itc, itc_vl = (encoded.features * plan.feature_grad).sum(dim=(0, 2)).view(2, 2).sum(dim=1)
+        weights, nothing = self.settings, torch.zeros_like(totals.branches[0].loss)
+        terms = {  # the contrastive term is the mean of its two branches
+            "itc": Term(itc, weights.itc * 0.5, nothing),
+            "itc_vl": Term(itc_vl, weights.itc * 0.5, nothing),
+            "itm": Term(itm, weights.itm),
+            "mlm": Term(mlm, weights.mlm),
+        }
+        return Losses(terms, {"itm_right": itm_right, "mlm_right": mlm_right})

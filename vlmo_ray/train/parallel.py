@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
@@ -19,34 +17,46 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from vlmo_ray.config import ClusterConfig
+from vlmo_ray.data.batch import Batch
 from vlmo_ray.objectives.pairs import columns_of
-from vlmo_ray.tasks.pretraining import Pretraining
+from vlmo_ray.tasks.task import GlobalTask, Losses, Task
 
 
 @dataclass(frozen=True)
 class Parallel:
-    """`Pretraining` on this worker, and how its gradients are joined with those of the others."""
+    """The task on this worker, and how its gradients are joined with those of the others."""
 
-    task: Pretraining
+    task: Task
     ddp: DistributedDataParallel | None = None
 
     @property
     def averages(self) -> bool:
         """Whether the backward leaves the mean of the workers' gradients."""
-        return self.ddp is not None or self._sharded
+        return self.ddp is not None or self.sharded
 
     @property
-    def _sharded(self) -> bool:
+    def sharded(self) -> bool:
+        """Whether every forward and backward is a collective, which all workers must enter."""
         return isinstance(self.task, FSDPModule)
 
-    def singles(self, *args):
-        # not through DDP: its forward may start a collective of its own (it broadcasts its buckets once, in the
-        # second step), which must come after those of `plan` on every worker, while workers with one
-        # micro-batch would start it before and those with several after
-        return self.task("singles", *args)
+    def encode(self, *args):
+        """`GlobalTask.encode`, not through DDP.
 
-    def fusion(self, *args):
-        return (self.ddp or self.task)("fusion", *args)
+        DDP's forward may start a collective of its own (it broadcasts its buckets once, in the second step), which
+        must come after those of `plan` on every worker. Workers with one micro-batch would start it before them,
+        those with several after.
+        """
+        assert isinstance(self.task, GlobalTask)
+        return self.task(self.task.encode, *args)
+
+    def losses(self, *args) -> Losses:
+        """`Task.losses`, in the pass whose gradients the workers share."""
+        return (self.ddp or self.task)(self.task.losses, *args)
+
+    def evaluate(self, rows: Callable[[Batch], dict[str, Tensor]], batch: Batch) -> dict[str, Tensor]:
+        """`Evaluation.rows`, without gradients."""
+        with torch.no_grad():
+            return self.task(rows, batch)
 
     def micro_batches(self, counts: tuple[int, ...], rank: int, size: int) -> list[slice | None]:
         """This worker's rows in micro-batches of at most `size`; None stands for an empty one.
@@ -54,14 +64,14 @@ class Parallel:
         Sharded, every forward and backward is a collective, so all workers make as many as the one with the
         most rows.
         """
-        parts: list[slice | None] = [*columns_of(counts[rank], size)]
-        rounds = -(-max(counts) // size) if self._sharded else len(parts)
-        return parts + [None] * (rounds - len(parts))
+        spans: list[slice | None] = [*columns_of(counts[rank], size)]
+        rounds = -(-max(counts) // size) if self.sharded else len(spans)
+        return spans + [None] * (rounds - len(spans))
 
     @contextmanager
     def backward(self, last: bool) -> Iterator[None]:
         """Around a micro-batch's forward and backward: gradients are joined once, in the last."""
-        if self._sharded:
+        if self.sharded:
             self.task.set_requires_gradient_sync(last)
             yield
         elif self.ddp is not None and not last:
@@ -71,8 +81,13 @@ class Parallel:
             yield
 
 
-def parallelize(task: Pretraining, cluster: ClusterConfig, world: int, device: torch.device) -> Parallel:
-    """Prepares `task`, whose weights are on `device` and equal on all workers; build the optimizer afterwards."""
+def parallelize(task: Task, cluster: ClusterConfig, world: int, device: torch.device) -> Parallel:
+    """Prepares `task`, whose weights are on `device` and equal on all workers; build the optimizer afterwards.
+
+    Freezes the parameters that the task does not train.
+    """
+    for name, parameter in task.named_parameters():
+        parameter.requires_grad_(task.trainable(name))
     for layer in task.model.layers:
         # on the method and not around the module, so that the names of the weights stay
         if cluster.compile:
@@ -107,8 +122,19 @@ def whole(x: Tensor) -> Tensor:
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
-def whole_state(model: nn.Module) -> dict[str, Tensor]:
-    """All weights on the CPU, on rank 0 at least; every worker must call."""
-    if not dist.is_initialized():
-        return model.state_dict()
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+def clip(model: nn.Module, largest: float, norm: float) -> None:
+    """Scales all gradients so that their norm, which is `norm`, becomes `largest` at most."""
+    if norm > largest:
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(largest / norm)
+
+
+def whole_state(tensors: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
+    """The tensors in full, on the CPU, or {} without `keep`; every worker must call."""
+    found = {}
+    for name, tensor in tensors.items():
+        full = whole(tensor.detach())
+        if keep:
+            found[name] = full.cpu()
+    return found

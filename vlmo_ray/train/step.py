@@ -3,93 +3,102 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from vlmo_ray.config import LossConfig
-from vlmo_ray.data.batch import PairBatch
+from vlmo_ray.data.batch import Batch
 from vlmo_ray.objectives.gather import Workers
-from vlmo_ray.objectives.losses import Losses
+from vlmo_ray.tasks.task import GlobalTask, Losses, weighted
 from vlmo_ray.train.parallel import Parallel
 
 
 def gradients(
     parallel: Parallel,
-    batch: PairBatch,
+    batch: Batch,
     workers: Workers,
     step: int,
-    weights: LossConfig,
     micro_batch: int,
     bf16: bool = False,
 ) -> dict[str, Tensor]:
     """Leaves d(total loss)/d(parameter) in `.grad`, and returns this step's global figures (0-d tensors).
 
-    batch: all rows of this worker, at least one. With one micro-batch nothing is computed twice. With several,
-    the single-modality encodings are computed once without a graph for the contrast over the whole global
-    batch, and again micro-batch by micro-batch to carry the contrast's gradient on (Gao et al. 2021, "Scaling
-    deep contrastive learning batch size under memory limited setup"). Every draw is stateless, so the second
-    encoding equals the first.
+    batch: all rows of this worker, at least one. Figures: loss, every term, the task's metrics, masked_rows.
     """
     assert len(batch), "a worker without rows"
-    parts = parallel.micro_batches(workers.counts, workers.rank, micro_batch)
+    task = parallel.task
+    spans = parallel.micro_batches(workers.counts, workers.rank, micro_batch)
     # an empty micro-batch is the worker's first row with all its losses left out
-    micros = [batch.rows(part or slice(0, 1)) for part in parts]
-    single = len(micros) == 1
+    micros = [batch.rows(span or slice(0, 1)) for span in spans]
 
     def precision() -> torch.autocast:
-        return torch.autocast(batch.image.device.type, torch.bfloat16, enabled=bf16)
+        return torch.autocast(batch.valid.device.type, torch.bfloat16, enabled=bf16)
 
+    if isinstance(task, GlobalTask):
+        closing, totals, given = _look_ahead(parallel, batch, micros, spans, workers, step, precision)
+    else:
+        local = task.counts(batch)
+        summed = workers.sum(torch.stack([count.to(torch.float64) for count in local.values()]))
+        totals = dict(zip(local, summed, strict=True))
+        closing, given = None, lambda index: (totals,)
+
+    sums: Counter[str] = Counter()
+    losses = Losses({})
+    for i, (micro, span) in enumerate(zip(micros, spans, strict=True)):
+        last = i == len(spans) - 1
+        with parallel.backward(last):
+            with precision():
+                rows = micro if span else task.without_losses(micro)
+                losses = parallel.losses(rows, *given(i), step)
+            if last and closing is not None:
+                losses = losses + closing()
+            # each term is already divided by its count in the whole step
+            (losses.total() * (workers.size if parallel.averages else 1)).backward()
+        sums.update({f"term/{name}": term.reported.double() for name, term in losses.terms.items()})
+        sums.update(losses.sums)
+
+    everything = {**sums, "valid": batch.valid.sum()}
+    summed = workers.sum(torch.stack([value.to(torch.float64) for value in everything.values()]))
+    figures = dict(zip(everything, summed, strict=True))
+    terms = {name: figures.pop(f"term/{name}") for name in losses.terms}
+    masked = sum(workers.counts) - figures.pop("valid")
+    total = weighted(terms, losses.weights)
+    return {"loss": total, **terms, **task.metrics(figures, totals), "masked_rows": masked}
+
+
+def _look_ahead(
+    parallel: Parallel,
+    batch: Batch,
+    micros: list[Batch],
+    spans: list[slice | None],
+    workers: Workers,
+    step: int,
+    precision: Callable[[], torch.autocast],
+) -> tuple[Callable[[], Losses], Any, Callable[[int], tuple]]:
+    """(closing losses, totals, what `losses` is given for micro-batch i) of a task over the whole global batch.
+
+    With one micro-batch nothing is computed twice. With several, the rows are first encoded without a graph, for
+    what depends on the whole batch, and again micro-batch by micro-batch (Gao et al. 2021, "Scaling deep
+    contrastive learning batch size under memory limited setup"). Every draw is stateless, so the second encoding
+    equals the first.
+    """
+    task = parallel.task
+    assert isinstance(task, GlobalTask)
+    single = len(micros) == 1
     with precision(), torch.set_grad_enabled(single):
-        encoded = [parallel.singles(micro, step) for micro in micros]
-    own = [singles.features.detach() for singles, part in zip(encoded, parts, strict=True) if part]
+        encoded = [parallel.encode(micro, step) for micro in micros]
+    own = [some.features.detach() for some, span in zip(encoded, spans, strict=True) if span]
     features = torch.cat(own)
     if not single:
         encoded.clear()
+    plan, totals = task.plan(batch, features, workers, step)
 
-    plan, totals = parallel.task.plan(batch, features, workers, step)
-    sums: Counter[str] = Counter()
-    for i, (micro, part) in enumerate(zip(micros, parts, strict=True)):
-        last = i == len(parts) - 1
-        with parallel.backward(last):
-            with precision():
-                singles = encoded[0] if single else parallel.singles(micro, step)
-                needs = plan.rows(part) if part else plan.rows(slice(0, 1)).without_losses()
-                micro = micro if part else micro.without_targets()
-                losses, right = parallel.fusion(micro, singles, needs, totals, step)
-            if last:  # the temperatures' gradients, once, in the backward that the workers share
-                itc, itc_vl = parallel.task.scalars(totals)
-                losses = Losses(losses.itc + itc, losses.itc_vl + itc_vl, losses.itm, losses.mlm)
-            # each term is already divided by its count in the whole step
-            (losses.total(weights) * (workers.size if parallel.averages else 1)).backward()
-        sums.update({"itm": losses.itm.detach().double(), "mlm": losses.mlm.detach().double(), **right})
+    def given(i: int) -> tuple:
+        span = spans[i]
+        again = encoded[0] if single else parallel.encode(micros[i], step)
+        needs = plan.rows(span) if span else plan.rows(slice(0, 1)).without_losses()
+        return again, needs, totals
 
-    main, vl = totals.branches
-    local = {
-        "itc": main.loss,
-        "itc_vl": vl.loss,
-        **sums,
-        "negative_similarity": totals.negative_similarity,
-        "valid": batch.valid.sum(),
-        "without_negative": totals.without_negative,
-        "exchanged_bytes": torch.tensor(totals.exchanged_bytes, device=features.device),
-    }
-    summed = workers.sum(torch.stack([value.to(torch.float64) for value in local.values()]))
-    figures = dict(zip(local, summed, strict=True))
-    terms = Losses(figures["itc"], figures["itc_vl"], figures["itm"], figures["mlm"])
-    kept, targets = totals.kept.to(torch.float64), totals.targets.to(torch.float64)
-    return {
-        "loss": terms.total(weights),
-        "itc": terms.itc,
-        "itc_vl": terms.itc_vl,
-        "itm": terms.itm,
-        "mlm": terms.mlm,
-        "itm_accuracy": figures["itm_right"] / (3 * kept).clamp(min=1),
-        "mlm_accuracy": figures["mlm_right"] / targets.clamp(min=1),
-        "negative_similarity": figures["negative_similarity"] / (2 * kept).clamp(min=1),
-        "temperature": main.temperature,
-        "temperature_vl": vl.temperature,
-        "masked_pairs": sum(workers.counts) - figures["valid"],
-        "pairs_without_negative": figures["without_negative"],
-        "exchanged_bytes": figures["exchanged_bytes"],
-    }
+    return lambda: task.closing(totals), totals, given

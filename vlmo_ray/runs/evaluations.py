@@ -1,0 +1,118 @@
+"""What an evaluation found, and where a run keeps it: `evaluations/<step>-<n>.json`, beside the metrics."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from rich.table import Table
+
+from vlmo_ray.data.store import Store
+from vlmo_ray.errors import UserError
+from vlmo_ray.runs.checkpoints import Checkpoints
+from vlmo_ray.tasks.task import Columns, Evaluation, Score
+
+_FOLDER = "evaluations"
+
+
+@dataclass(frozen=True)
+class Result:
+    """Scores on one data set."""
+
+    scores: dict[str, Score]
+    data: str  # URI of the data set
+    num_rows: int  # that were scored
+    problems: tuple[str, ...] = ()  # rows left out, with their address and reason
+
+    def __getitem__(self, name: str) -> float:
+        return self.scores[name].value
+
+
+def scored(evaluation: Evaluation, blocks: Iterable[Columns], data: str) -> Result:
+    """The scores of the valid rows of `blocks`, which also have the columns valid and problem.
+
+    Raises UserError if no row is valid.
+    """
+    problems: list[str] = []
+    num_valid = 0
+
+    def valid_rows() -> Iterator[Columns]:
+        nonlocal num_valid
+        for block in blocks:
+            valid = block["valid"].astype(bool)
+            problems.extend(block["problem"][~valid])
+            num_valid += int(valid.sum())
+            if valid.any():
+                yield {name: column[valid] for name, column in block.items() if name != "problem"}
+
+    checked = _not_empty(valid_rows(), data, problems)
+    return Result(evaluation.score(checked), data, num_valid, tuple(problems))
+
+
+def _not_empty(blocks: Iterator[Columns], data: str, problems: list[str]) -> Iterator[Columns]:
+    first = next(blocks, None)
+    if first is None:
+        why = f"no row of {data} can be read; the first: {problems[0]}" if problems else f"{data} has no rows"
+        raise UserError(why)
+    yield first
+    yield from blocks
+
+
+def keep(run: Store, step: int, result: Result) -> None:
+    """Writes a result into the run. The same data set evaluated again at this step replaces it."""
+    name = hashlib.sha256(result.data.encode()).hexdigest()[:8]
+    content = {"step": step} | dataclasses.asdict(result)
+    run.write(f"{_FOLDER}/{step:08d}-{name}.json", json.dumps(content, indent=1, default=_plain).encode())
+
+
+def keep_in_run(path: str, result: Result) -> None:
+    """Keeps a result in the run at `path`, at the step of its newest checkpoint; nothing if that is no run."""
+    if not path.startswith("s3://") and not Path(path).is_dir():
+        return
+    run = Store(path)
+    if state := Checkpoints(run).newest():
+        keep(run, state.step, result)
+
+
+def read_evaluations(run: Store) -> list[tuple[int, Result]]:
+    """(step, result) of every evaluation that the run keeps, in the order of steps."""
+    found = []
+    for name in run.list(f"{_FOLDER}/"):
+        content = json.loads(run.read(name))
+        scores = {key: Score(**score) for key, score in content["scores"].items()}
+        result = Result(scores, content["data"], content["num_rows"], tuple(content["problems"]))
+        found.append((content["step"], result))
+    return found
+
+
+def _plain(value):
+    """NumPy's numbers as Python's."""
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"{type(value).__name__} cannot be written as JSON")
+
+
+def line(result: Result) -> str:
+    """One line for the console; metrics of a value and a chance in per cent."""
+    shown = list(result.scores.items())[:4]
+    return "  ".join(f"{name} {_cell(score.value)}" for name, score in shown)
+
+
+def table(result: Result, title: str) -> Table:
+    """Every metric beside chance."""
+    out = Table("metric", title=f"{title}: {result.num_rows:,} rows")
+    for head in ("chance", "reached", "count"):
+        out.add_column(head, justify="right")
+    for name, score in result.scores.items():
+        chance = "" if score.chance is None else _cell(score.chance)
+        out.add_row(name, chance, _cell(score.value), f"{score.count:,}")
+    return out
+
+
+def _cell(value: float) -> str:
+    return f"{value:.1%}" if 0 <= value <= 1 else f"{value:.4g}"

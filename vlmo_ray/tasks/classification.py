@@ -1,0 +1,104 @@
+"""Image classification with the image encoder (paper section 4.4): patches are averaged, one linear layer follows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vlmo_ray.config import Config
+from vlmo_ray.data.batch import Batch
+from vlmo_ray.data.encoders.classes import Classes
+from vlmo_ray.data.schema import Schema
+from vlmo_ray.errors import UserError
+from vlmo_ray.model.flops import pass_flops
+from vlmo_ray.model.vlmo import VLMo
+from vlmo_ray.recipes.classification import ClassificationConfig
+from vlmo_ray.tasks.task import Columns, Counts, Evaluation, Losses, Score, Task, Term, pixels
+
+
+class Classification(Task):
+    """One label an image; the classes are those of the data set's `label` column."""
+
+    shown = ("cross_entropy", "accuracy")
+
+    def __init__(self, model: VLMo, config: Config, schema: Schema):
+        super().__init__(model, config, schema)
+        assert isinstance(config.task, ClassificationConfig)
+        self.settings, self.data = config.task, config.data
+        if "label" not in schema or len(schema.field("label").values) < 2:
+            raise UserError("classification needs a 'label' column with two or more classes: `vlmo prepare folders`")
+        self.names = schema.field("label").values
+        self.head = nn.Linear(model.config.width, len(self.names))
+        self.init_linear("head", self.head)
+
+    def encoder(self) -> Classes:
+        return Classes(self.model.config.image_size, self.names, self.data)
+
+    def trainable(self, name: str) -> bool:
+        """What an image passes through."""
+        other = ("text_embed", "experts.text", "experts.vl", "itc", "itm", "mlm", "pooler", "vqa", "nlvr2")
+        return not any(f".{part}" in name for part in other)
+
+    def lr_scale(self, name: str) -> float:
+        """`head_lr_scale` for the head; below it `layer_decay` to the power of the distance from the top."""
+        if name.startswith("head."):
+            return self.settings.head_lr_scale
+        depth = self.model.config.depth
+        _, place, rest = name.partition("model.layers.")
+        height = int(rest.split(".")[0]) + 1 if place else depth + 1 if name.startswith("model.norm") else 0
+        return self.settings.layer_decay ** (depth + 1 - height)
+
+    def logits(self, image: Tensor, noise=None) -> Tensor:
+        """uint8 [B,3,H,W] -> [B,C]."""
+        states = self.model.encode(image=pixels(self.model, image), noise=noise).image
+        assert states is not None
+        return self.head(states[:, 1:].mean(dim=1))
+
+    def losses(self, batch: Batch, totals: Counts, step: int) -> Losses:
+        logits = self.logits(batch.image, self.noise("image", batch.position, step))
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        smoothing = self.settings.label_smoothing
+        each = F.cross_entropy(logits, batch.label, reduction="none", label_smoothing=smoothing)
+        right = (logits.argmax(dim=1) == batch.label) & batch.valid
+        loss = (each * batch.valid).sum() / totals["rows"].clamp(min=1)
+        return Losses({"cross_entropy": Term(loss)}, {"right": right.sum()})
+
+    def metrics(self, sums: Counts, totals: Counts) -> dict[str, Tensor]:
+        return {"accuracy": sums["right"] / totals["rows"].clamp(min=1)}
+
+    def flops_per_row(self) -> float:
+        return 3.0 * pass_flops(self.model.config, 0, image=True)
+
+    def evaluation(self) -> TopK:
+        return TopK(self)
+
+
+class TopK(Evaluation):
+    """The share of images whose class is among the 1 and the 5 with the highest logits."""
+
+    def __init__(self, task: Classification):
+        self.task = task
+
+    def encoder(self) -> Classes:
+        return self.task.encoder()
+
+    def rows(self, batch: Batch) -> dict[str, Tensor]:
+        logits = self.task.logits(batch.image)
+        own = logits.gather(1, batch.label[:, None])
+        # a wrong class as high as the right one stands before it
+        return {"rank": (logits >= own).sum(dim=1) - 1}
+
+    def score(self, blocks: Iterable[Columns]) -> dict[str, Score]:
+        right, count, num_classes = {1: 0, 5: 0}, 0, len(self.task.names)
+        for block in blocks:
+            count += len(block["rank"])
+            for k in right:
+                right[k] += int((block["rank"] < k).sum())
+        return {
+            f"top{k}": Score(right[k] / count, min(1.0, k / num_classes), count)
+            for k in right
+            if k == 1 or k < num_classes
+        }

@@ -1,0 +1,69 @@
+"""Zero-shot image-text retrieval with the dual encoder (paper section 3.5)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+
+import numpy as np
+from torch import Tensor
+
+from vlmo_ray import rng
+from vlmo_ray.config import DataConfig
+from vlmo_ray.data.batch import Batch
+from vlmo_ray.data.encoders.pairs import Pairs
+from vlmo_ray.errors import UserError
+from vlmo_ray.model.vlmo import VLMo
+from vlmo_ray.tasks.metrics import chance_recall, recall_at_k
+from vlmo_ray.tasks.task import Columns, Evaluation, Score, joined, pixels
+
+
+class Retrieval(Evaluation):
+    """Recall at 1, 5 and 10 in both directions, with the main contrastive branch.
+
+    Every distinct image of the data set is a candidate for every text, and the other way round. `subset` names
+    images (`image_id`); their queries are then also scored alone, as `subset_...`, over the same candidates.
+    """
+
+    zero_shot = True
+
+    def __init__(self, model: VLMo, subset: Collection[str] = ()):
+        if model.itc is None:
+            raise UserError(
+                "this model has no contrastive head ('itc'), which retrieval needs; load a pre-trained one"
+            )
+        self.model, self.head = model, model.itc
+        self.subset = [rng.hash_text(name) for name in subset]
+
+    def encoder(self) -> Pairs:
+        config = self.model.config
+        return Pairs(config.image_size, config.max_text_len, DataConfig())
+
+    def rows(self, batch: Batch) -> dict[str, Tensor]:
+        image = self.model.encode(image=pixels(self.model, batch.image)).image
+        text = self.model.encode(text=batch.text_ids, text_mask=batch.text_mask).text
+        assert image is not None and text is not None
+        return {
+            "image_feature": self.head.image(image[:, 0]).float(),
+            "text_feature": self.head.text(text[:, 0]).float(),
+            "image_key": batch.image_key,
+        }
+
+    def score(self, blocks: Iterable[Columns]) -> dict[str, Score]:
+        found = joined(blocks)
+        keys, first, image_of_text = np.unique(found["image_key"], return_index=True, return_inverse=True)
+        images, texts = found["image_feature"][first], found["text_feature"]
+        chance = chance_recall(image_of_text, len(keys))
+        scores = _scores("", recall_at_k(images, texts, image_of_text), chance, len(keys), len(texts))
+        if self.subset:
+            asked = np.isin(keys, self.subset)
+            reached = recall_at_k(images, texts, image_of_text, asked=asked)
+            num_texts = int(asked[image_of_text].sum())
+            scores |= _scores("subset_", reached, chance, int(asked.sum()), num_texts)
+        return scores
+
+
+def _scores(
+    prefix: str, reached: dict[str, float], chance: dict[str, float], num_images: int, num_texts: int
+) -> dict[str, Score]:
+    counts = {name: num_images if name.startswith("text_retrieval") else num_texts for name in reached}
+    return {f"{prefix}{name}": Score(reached[name], chance[name], counts[name]) for name in reached}

@@ -1,0 +1,220 @@
+"""What a task is: the interface that the loop, the step, the launcher and the evaluation work with.
+
+A `Task` turns batches into named loss terms, row by row: VQA, classification. A `GlobalTask` first looks at the
+whole global batch, since one row's loss depends on the others: contrast, hard negatives. An `Evaluation` turns rows
+into scores. A new task is one file here, one encoder, and one recipe with its config.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vlmo_ray import rng
+from vlmo_ray.config import Config
+from vlmo_ray.data.batch import Batch
+from vlmo_ray.data.encoders import Encoder
+from vlmo_ray.data.schema import Schema
+from vlmo_ray.model.vlmo import VLMo
+from vlmo_ray.objectives.gather import Workers
+
+Counts = dict[str, Tensor]
+Columns = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Term:
+    """One named part of the loss, for some of this worker's rows."""
+
+    loss: Tensor  # 0-d: the sum over these rows, divided by the count of such rows in the whole step
+    weight: float = 1.0
+    value: Tensor | None = None  # what to report, where `loss` is a stand-in that only carries gradients
+
+    def __add__(self, other: Term) -> Term:
+        return Term(self.loss + other.loss, self.weight, self.reported + other.reported)
+
+    @property
+    def reported(self) -> Tensor:
+        return self.loss.detach() if self.value is None else self.value
+
+
+@dataclass(frozen=True)
+class Losses:
+    """The terms, and whatever else the metrics need summed over all rows of the step (0-d tensors)."""
+
+    terms: dict[str, Term]
+    sums: dict[str, Tensor] = field(default_factory=dict)
+
+    def __add__(self, other: Losses) -> Losses:
+        terms = self.terms | {name: self.terms[name] + term for name, term in other.terms.items()}
+        return Losses(terms, self.sums | other.sums)
+
+    def total(self) -> Tensor:
+        """The weighted sum that is differentiated."""
+        return weighted({name: term.loss for name, term in self.terms.items()}, self.weights)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        return {name: term.weight for name, term in self.terms.items()}
+
+
+def weighted(values: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
+    """The sum of `values`, each times its weight, in the order of `weights`."""
+    first, *rest = weights
+    total = weights[first] * values[first]
+    for name in rest:
+        total = total + weights[name] * values[name]
+    return total
+
+
+@dataclass(frozen=True)
+class Score:
+    """One metric of an evaluation."""
+
+    value: float
+    chance: float | None  # what guessing would give; None where that says nothing
+    count: int  # rows, queries or pixels that it is the mean of
+
+
+class Evaluation:
+    """Rows of a data set -> scores. The result depends neither on workers nor on how rows are cut into batches."""
+
+    zero_shot: ClassVar[bool] = False  # whether `cls(model)` evaluates any model that has the heads
+
+    def encoder(self) -> Encoder:
+        """Called with `draw` None."""
+        raise NotImplementedError
+
+    def rows(self, batch: Batch) -> dict[str, Tensor]:
+        """What the score needs of each row, `[B, ...]`. Called without gradients, on any worker."""
+        raise NotImplementedError
+
+    def score(self, blocks: Iterable[Columns]) -> dict[str, Score]:
+        """The metrics. `blocks` holds the valid rows only, in the order of the data set, chunk by chunk."""
+        raise NotImplementedError
+
+
+class Task(nn.Module):
+    """A model with what one task adds to it; a row's loss depends on that row alone.
+
+    Rows with `valid` False must add nothing to any loss, count or sum. Parameters of the task's own (a head) are
+    attributes beside `model`; they are stored as `task.<name>`, those of the model under their own names.
+    """
+
+    shown: ClassVar[tuple[str, ...]] = ()  # metrics on the console line, beside the loss
+
+    def __init__(self, model: VLMo, config: Config, schema: Schema):
+        super().__init__()
+        self.model = model
+        self.seed = config.seed
+
+    def forward(self, method, *args):
+        """Calls a method. DDP and FSDP see every pass, as each goes through here."""
+        return method(*args)
+
+    def encoder(self) -> Encoder:
+        raise NotImplementedError
+
+    def trainable(self, name: str) -> bool:
+        """Whether the parameter `name` is trained. A frozen one has no optimizer state.
+
+        A parameter that takes no part in the loss must be frozen: DDP waits for its gradient.
+        """
+        return True
+
+    def lr_scale(self, name: str) -> float:
+        """Multiplies the learning rate of the parameter `name`: a head's own rate, layer-wise decay."""
+        return 1.0
+
+    def counts(self, batch: Batch) -> Counts:
+        """What losses are divided by, of these rows; summed over all rows of the step before any loss."""
+        return {"rows": batch.valid.sum()}
+
+    def losses(self, batch: Batch, totals: Any, step: int) -> Losses:
+        """The terms of these rows. `totals` holds the sums of `counts` over the whole step."""
+        raise NotImplementedError
+
+    def metrics(self, sums: Counts, totals: Any) -> dict[str, Tensor]:
+        """Figures of the step from the global sums; terms, loss and masked rows are reported anyway."""
+        return {}
+
+    def without_losses(self, batch: Batch) -> Batch:
+        """The same rows, none of which counts; for passes that only keep the workers in step."""
+        return batch.without_valid()
+
+    def flops_per_row(self) -> float:
+        """Floating point operations of forward and backward, the backward counted as twice the forward."""
+        raise NotImplementedError
+
+    def evaluation(self) -> Evaluation:
+        """How this task is measured."""
+        raise NotImplementedError
+
+    def noise(self, name: str, position: Tensor, step: int) -> rng.Noise | None:
+        """The drop path and dropout draws of the pass `name` for the rows at `position`; None without either."""
+        if self.model.config.drop_path == 0:
+            return None
+        return rng.Noise(self.seed, step, name, position)
+
+    def init_linear(self, name: str, linear: nn.Linear) -> None:
+        """Starts a layer of the task's own as the model's are: a truncated normal from the seed, and 0."""
+        generator = torch.Generator().manual_seed(rng.stream(self.seed, f"init/task.{name}") >> 1)
+        std = self.model.config.init_std
+        with torch.no_grad():
+            values = torch.empty(linear.weight.shape)
+            nn.init.trunc_normal_(values, std=std, generator=generator)
+            linear.weight.copy_(values)
+            linear.bias.zero_()
+
+
+class Encoded(Protocol):
+    features: Tensor  # [b, ...]: what the rest of the global batch must know of these rows
+
+
+class GlobalPlan(Protocol):
+    """What the global batch means for some local rows."""
+
+    def rows(self, wanted: slice) -> GlobalPlan: ...
+
+    def without_losses(self) -> GlobalPlan:
+        """The same passes, nothing of which counts."""
+        ...
+
+
+class GlobalTask(Task):
+    """A task whose losses depend on the whole global batch. `train/step.py` puts its parts in order."""
+
+    def encode(self, batch: Batch, step: int) -> Encoded:
+        """The passes over single rows; with several micro-batches it is called twice for each."""
+        raise NotImplementedError
+
+    def plan(self, batch: Batch, features: Tensor, workers: Workers, step: int) -> tuple[GlobalPlan, Any]:
+        """(plan of this worker's rows, totals of the step). All collectives of the task are here."""
+        raise NotImplementedError
+
+    def losses(self, batch: Batch, encoded: Any, plan: Any, totals: Any, step: int) -> Losses:  # type: ignore[override]
+        """The terms of a micro-batch."""
+        raise NotImplementedError
+
+    def closing(self, totals: Any) -> Losses:
+        """What is added once per worker and step, in its last backward; the keys are those of `losses`."""
+        raise NotImplementedError
+
+
+def joined(blocks: Iterable[Columns]) -> Columns:
+    """All blocks as one; for scores that need all rows at once."""
+    together: dict[str, list[np.ndarray]] = {}
+    for block in blocks:
+        for name, values in block.items():
+            together.setdefault(name, []).append(values)
+    return {name: np.concatenate(values) for name, values in together.items()}
+
+
+def pixels(model: VLMo, image: Tensor) -> Tensor:
+    """uint8 to [-1, 1], the mean and deviation of 0.5 that BEiT was trained with."""
+    return image.to(model.dtype) / 127.5 - 1.0

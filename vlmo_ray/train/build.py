@@ -1,0 +1,101 @@
+"""From a config to what the loop works with: model, task, order of the data, precision."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from vlmo_ray.config import Config
+from vlmo_ray.data.manifest import Manifest, load_manifest
+from vlmo_ray.data.order import Order, Schedule
+from vlmo_ray.data.pipeline import Stream
+from vlmo_ray.data.reader import Reader, Sources
+from vlmo_ray.errors import UserError
+from vlmo_ray.model.vlmo import VLMo, init_weights
+from vlmo_ray.runs.load import load
+from vlmo_ray.tasks import build_task
+from vlmo_ray.tasks.task import Task
+from vlmo_ray.weights.resize import fit_state
+
+# Dense bf16 peak, TFLOP/s, from the vendors' data sheets; MFU is left out on other devices.
+_PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "V100": 125, "L4": 121, "A10G": 70}
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """What a worker needs to know; equal on all workers."""
+
+    config: Config
+    data: str  # URI of the data set
+    run: str  # URI of the run: metrics, checkpoints, final weights
+    fingerprint: str  # of the data set, as the launcher saw it
+    eval_data: str = ""  # URI of the data set that is evaluated every `evaluate_every` steps
+    in_process_data: bool = False  # read and decode in the training process, without Ray Data
+    data_tasks: int = 1  # of this worker at once
+    accept_changes: bool = False  # of data and settings, since the run's newest checkpoint
+
+
+def build_model(config: Config) -> VLMo:
+    """The model at its starting point: random from the seed, or the weights named by `config.init`."""
+    model = VLMo(config.model)
+    init_weights(model, config.seed)
+    if config.init:
+        start = load(config.init, allow_missing=True)
+        fitted = fit_state(start.state_dict(), start.config, config.model)
+        model.load_state_dict(fitted.state, strict=False)
+    return model
+
+
+def begin(spec: RunSpec) -> tuple[Manifest, Task]:
+    """The data set and the task at its starting point. Raises UserError if either cannot be had."""
+    config = spec.config
+    manifest = load_manifest(spec.data, config.data.retry_timeout_s)
+    if manifest.fingerprint != spec.fingerprint:
+        raise UserError(f"the data set at {spec.data} changed while the run was starting; start it again")
+    return manifest, build_task(build_model(config), config, manifest.schema)
+
+
+def schedule_of(config: Config) -> Schedule:
+    return Schedule(tuple((p.steps, p.global_batch) for p in config.phases), config.slice_size)
+
+
+def stream_of(spec: RunSpec, manifest: Manifest, task: Task, start: int, rank: int, world: int) -> Stream:
+    """The batches of a worker from step `start` on."""
+    config = spec.config
+    sources = Sources((manifest,))
+    reader = Reader(
+        sources.places,
+        task.encoder(),
+        config.seed,
+        mask_damaged=config.data.bad_shards == "mask",
+        retry_timeout_s=config.data.retry_timeout_s,
+    )
+    return Stream(
+        sources,
+        reader,
+        Order(manifest.chunk_rows, config.seed, schedule_of(config), config.data.group_steps),
+        start=start,
+        stop=config.total_steps,
+        rank=rank,
+        num_workers=world,
+        tasks=spec.data_tasks,
+        in_process=spec.in_process_data,
+    )
+
+
+def precision_of(config: Config, device: torch.device) -> tuple[torch.dtype, bool]:
+    """The type of the weights, and whether passes run under bf16 autocast."""
+    if config.precision == "float64":
+        return torch.float64, False
+    on_gpu = device.type == "cuda"
+    return torch.float32, config.precision == "bf16" or (config.precision == "auto" and on_gpu)
+
+
+def mfu(flops_per_s: float, device: torch.device) -> dict[str, float]:
+    """Model FLOPs utilisation of one device, {} where its peak is not known."""
+    if device.type != "cuda":
+        return {}
+    name = torch.cuda.get_device_name(device)
+    peak = next((tflops for key, tflops in _PEAK_TFLOPS.items() if key in name), None)
+    return {} if peak is None else {"mfu": flops_per_s / (peak * 1e12)}

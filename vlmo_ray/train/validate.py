@@ -1,0 +1,73 @@
+"""Evaluation inside a run: each worker takes some chunks of the data set, and rank 0 scores all rows.
+
+A chunk is one batch here as in `vlmo evaluate`, so the scores depend neither on the number of workers nor on which
+of the two commands computed them.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from vlmo_ray.data.batch import Batch
+from vlmo_ray.data.manifest import load_manifest
+from vlmo_ray.data.order import deal
+from vlmo_ray.data.reader import Reader, Sources, whole_chunk
+from vlmo_ray.runs.evaluations import Result, scored
+from vlmo_ray.tasks.task import Columns
+from vlmo_ray.train.agree import Agreement
+from vlmo_ray.train.parallel import Parallel
+
+
+def validate(
+    parallel: Parallel,
+    data: str,
+    agreement: Agreement,
+    *,
+    rank: int,
+    world: int,
+    device: torch.device,
+    bf16: bool,
+    retry_timeout_s: float,
+) -> Result | None:
+    """The task's scores on the data set at `data`, on rank 0; None on other ranks, and if a worker has a problem.
+
+    Every worker must call. Its problem is kept by `agreement`, and is agreed on before the next step.
+    """
+    evaluation = parallel.task.evaluation()
+
+    def open_data() -> tuple[Sources, Reader]:
+        sources = Sources((load_manifest(data, retry_timeout_s),))
+        return sources, Reader(sources.places, evaluation.encoder(), retry_timeout_s=retry_timeout_s)
+
+    opened = agreement.attempt(open_data)
+    if agreement.stops("evaluation"):
+        return None
+    assert opened is not None
+    sources, reader = opened
+    first, last = deal(sources.num_chunks, world, rank)
+    # sharded, every pass is a collective: a worker with fewer chunks repeats one, and leaves its rows out
+    rounds = -(-sources.num_chunks // world) if parallel.sharded else last - first
+    found: list[Columns] = []
+    for i in range(rounds):
+        index = first + i if first + i < last else min(first, sources.num_chunks - 1)
+        columns = agreement.attempt(reader, whole_chunk(sources, index))
+        if parallel.sharded and agreement.stops("evaluation"):
+            return None
+        if columns is None:
+            break
+        batch = Batch.from_numpy(columns).to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            rows = parallel.evaluate(evaluation.rows, batch)
+        if first + i < last:
+            own = {name: tensor.cpu().numpy() for name, tensor in rows.items()}
+            found.append(own | {name: columns[name] for name in ("valid", "id", "problem")})
+    if agreement.stops("evaluation"):
+        return None
+    everything = [found]
+    if world > 1:
+        everything = [[] for _ in range(world)] if rank == 0 else None
+        dist.gather_object(found, everything, 0)
+    if everything is None:
+        return None
+    return agreement.attempt(scored, evaluation, (block for blocks in everything for block in blocks), data)
