@@ -25,7 +25,8 @@ from vlmo_ray import rng
 from vlmo_ray.config import DataConfig
 from vlmo_ray.data.batch import PairBatch
 from vlmo_ray.data.decode import decode_eval, decode_train
-from vlmo_ray.data.manifest import Manifest, chunk_table, index_parquet, write_manifest
+from vlmo_ray.data.index import index_parquet
+from vlmo_ray.data.manifest import Manifest, chunk_table, write_manifest
 from vlmo_ray.data.order import Order, Schedule
 from vlmo_ray.data.pipeline import PairStream, eval_dataset
 from vlmo_ray.data.prefetch import Overlapped, Prefetch, user_error

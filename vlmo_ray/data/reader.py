@@ -16,7 +16,8 @@ from vlmo_ray.config import DataConfig
 from vlmo_ray.data.decode import DecodeError, decode_eval, decode_train
 from vlmo_ray.data.manifest import Chunk, Manifest
 from vlmo_ray.data.order import Rows
-from vlmo_ray.data.read import DamagedShard, Record, read_chunk
+from vlmo_ray.data.read import DamagedShard, read_chunk
+from vlmo_ray.data.schema import Record
 from vlmo_ray.data.store import Store
 from vlmo_ray.data.text import (
     CLS_ID,
@@ -78,7 +79,9 @@ class TrainReader:
     def __call__(self, part: Part) -> Columns:
         def decode(record: Record, i: int) -> np.ndarray:
             place = int(part.step[i]), int(part.position[i])
-            return decode_train(record.image, self.image_size, self.data, record.forbid, self.seed, *place)
+            return decode_train(
+                record.values["image"], self.image_size, self.data, record.forbid, self.seed, *place
+            )
 
         store = Store(self.uri, self.data.patience_s)
         mask = self.data.bad_shards == "mask"
@@ -117,7 +120,7 @@ class EvalReader:
 
     def __call__(self, part: Part) -> Columns:
         def decode(record: Record, i: int) -> np.ndarray:
-            return decode_eval(record.image, self.image_size)
+            return decode_eval(record.values["image"], self.image_size)
 
         columns = _read(part, Store(self.uri), self.image_size, self.max_text_len, decode)
         del columns["word"]
@@ -168,12 +171,12 @@ def _read(
             try:
                 if record.problem:
                     raise DecodeError(record.problem)
-                pixels, encoded = decode(record, i), tokenizer.encode(record.text)
+                pixels, encoded = decode(record, i), tokenizer.encode(record.values["text"])
             except (DecodeError, TextError) as error:
                 strings["problem"][i] = _encodable(f"{record.address}: {error}")
                 strings["text"][i] = record.address  # its own may be anything; this is like no other
             else:
-                strings["text"][i], strings["problem"][i] = record.text, ""
+                strings["text"][i], strings["problem"][i] = record.values["text"], ""
                 image[i] = pixels
                 text_ids[i], text_mask[i], word[i] = encoded
     valid = np.array([not problem for problem in strings["problem"]], dtype=bool)
