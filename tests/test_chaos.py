@@ -36,7 +36,8 @@ from safetensors.torch import load
 from small_run import job
 
 from vlmo_ray.config import Phase
-from vlmo_ray.data.manifest import chunk_table, index_parquet, load_manifest, write_manifest
+from vlmo_ray.data.index import index_parquet
+from vlmo_ray.data.manifest import chunk_table, load_manifest, write_manifest
 from vlmo_ray.data.prepare.shards import write_dataset
 from vlmo_ray.data.read import read_chunk
 from vlmo_ray.data.store import Store
@@ -246,7 +247,7 @@ def test_damaged_records_and_shards_are_masked_to_the_row(tmp_path, monkeypatch,
     reasons = {
         f"{data}/00000.parquet#0:3": "damaged image: ",
         f"{data}/00001.parquet#1:1": "the column 'text' is not UTF-8",
-        f"{data}/00001.parquet#1:3": "there is no caption",
+        f"{data}/00001.parquet#1:3": "there is no text",
         f"{data}/00002.parquet#1:2": "image of 10000 x 10000 pixels",
     }
     chunks = {f"{cut}#0": "Parquet magic bytes", f"{cut}#1": "Parquet magic", f"{flipped}#0": "the checksum"}

@@ -42,7 +42,7 @@ def show(recipe: Positional[str], settings: Settings = ()) -> None:
 
 
 def prepare(
-    format: Positional[Literal["karpathy", "webdataset", "parquet", "table"]],
+    format: Positional[str],
     source: Positional[str],
     out: Positional[str] = "",
     option: Options = (),
@@ -54,22 +54,24 @@ def prepare(
     verify: bool = False,
     forbid: tuple[Literal["crop", "flip", "color", "geometric"], ...] = (),
 ) -> None:
-    """Turn image-text pairs of a public format into shuffled shards with a manifest; goes on where it stopped.
+    """Turn records of a public format into shuffled shards with a manifest; goes on where it stopped.
 
     Args:
         format: karpathy (COCO, Flickr8k/30k JSON), webdataset (tars, img2dataset's too), parquet (Hugging
-            Face or img2dataset layout) or table (CSV or TSV of path and caption).
+            Face or img2dataset layout), table (CSV or TSV of path and caption) or folders (of images, one
+            for each class).
         source: a file, folder or `s3://bucket/prefix` of that format.
         out: the folder or `s3://bucket/prefix` to write.
         option: of the format, `--option name=value`: karpathy has split, images; parquet image_column,
-            text_column; table image_column, text_column, header, quoting, images.
+            text_column, columns; webdataset columns; table image_column, text_column, header, quoting,
+            images; folders classes.
         index: rewrite nothing, add a manifest beside the shards of the source (webdataset, parquet).
         seed: of the shuffle.
-        memory_mb: how much of the pairs one task may hold.
+        memory_mb: how much of the records one task may hold.
         shard_mb: size of the shards.
         rows_per_group: rows that are read at once.
         verify: decode every image to the last pixel instead of reading its header.
-        forbid: augmentations that would make captions of this data untrue.
+        forbid: augmentations that would make records of this data untrue.
     """
     from vlmo_ray.data.prepare import prepare as run
 

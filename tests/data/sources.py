@@ -11,14 +11,15 @@ import numpy as np
 from conftest import make_image
 
 from vlmo_ray.data.manifest import load_manifest
-from vlmo_ray.data.read import Record, read_chunk
+from vlmo_ray.data.read import read_chunk
+from vlmo_ray.data.schema import Record
 from vlmo_ray.data.store import Store
 
 
 def read_all(uri: str) -> list[Record]:
     manifest = load_manifest(uri)
-    store = Store(uri)
-    records = [r for i in range(manifest.num_chunks) for r in read_chunk(store, manifest.chunk(i), retries=0)]
+    store, chunks = Store(uri), map(manifest.chunk, range(manifest.num_chunks))
+    records = [r for chunk in chunks for r in read_chunk(store, chunk, manifest.schema, retries=0)]
     assert all(r.problem == "" for r in records)
     return records
 

@@ -26,7 +26,8 @@ from vlmo_ray.config import DataConfig
 from vlmo_ray.data.batch import Batch
 from vlmo_ray.data.encoders.pairs import MaskedPairs, Pairs
 from vlmo_ray.data.decode import decode_eval, decode_train
-from vlmo_ray.data.manifest import Manifest, chunk_table, index_parquet, write_manifest
+from vlmo_ray.data.index import index_parquet
+from vlmo_ray.data.manifest import Manifest, chunk_table, write_manifest
 from vlmo_ray.data.order import Order, Schedule
 from vlmo_ray.data.pipeline import Stream, eval_dataset
 from vlmo_ray.data.prefetch import Overlapped, Prefetch, user_error

@@ -13,10 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import make_image
+from PIL import Image
 from sources import dropped, put, read_all, tar_of
 
+from vlmo_ray.data.decode import image_problem
 from vlmo_ray.data.prepare import Counts, prepare
-from vlmo_ray.data.prepare.source import image_problem, name_in
+from vlmo_ray.data.prepare.source import name_in
 from vlmo_ray.data.prepare.stage import WORK
 from vlmo_ray.data.store import Store
 from vlmo_ray.errors import UserError
@@ -51,14 +53,14 @@ def test_karpathy(ray_cluster, places):
     put(f"{source}/images", pictures | {"text.jpg": b"not an image"})
     counts = prepare("karpathy", source, out, split="train+restval")
     reasons = {
-        "the caption is empty": 1,
+        "there is no text": 1,
         "the image file is missing": 1,
         "the image header is unreadable": 1,
         "the image path leads out of the image folder": 1,
     }
     assert counts == Counts(8, 4, reasons)
-    assert "8 pairs read, 4 kept, 4 dropped" in str(counts)
-    read = {r.id: (r.image_id, r.text, r.image) for r in read_all(out)}
+    assert "8 records read, 4 kept, 4 dropped" in str(counts)
+    read = {r.id: (r.image_id, r.values["text"], r.values["image"]) for r in read_all(out)}
     assert read == {
         "a.jpg#0": ("a.jpg", "first", pictures["a.jpg"]),
         "a.jpg#2": ("a.jpg", "third", pictures["a.jpg"]),
@@ -98,13 +100,13 @@ def test_webdataset(ray_cluster, places):
         6,
         2,
         {
-            "the caption is empty": 1,
+            "there is no text": 1,
             "the id is a duplicate": 1,
             "the image header is unreadable": 1,
             "there is no image": 1,
         },
     )
-    read = {r.id: (r.image_id, r.text, r.forbid) for r in read_all(out)}
+    read = {r.id: (r.image_id, r.values["text"], r.forbid) for r in read_all(out)}
     assert read == {"a/00.tar/1": ("a/00.tar/1", "one", ()), "my-2": ("im", "two", ("color",))}
     duplicate = next(e for e in dropped(out) if "duplicate" in e["reason"])
     assert duplicate["address"] == f"{source}/b.tgz#6"  # the later one
@@ -134,9 +136,9 @@ def test_parquet(ray_cluster, places, tmp_path):
         pq.write_table(pa.table(columns), file, row_group_size=2)
         put(source, {name: file.getvalue()})
     counts = prepare("parquet", source, out)
-    assert counts == Counts(7, 5, {"the caption is empty": 1, "there is no image": 1})
+    assert counts == Counts(7, 5, {"there is no text": 1, "there is no image": 1})
     read = {r.id: r for r in read_all(out)}
-    assert {k: (r.text, pictures.index(r.image)) for k, r in read.items()} == {
+    assert {k: (r.values["text"], pictures.index(r.values["image"])) for k, r in read.items()} == {
         "hf.parquet:0#0": ("a", 0),
         "hf.parquet:0#1": ("b", 0),
         "hf.parquet:1#0": ("c", 1),
@@ -160,8 +162,8 @@ def _table(rows: list[list[str]], **dialect) -> bytes:
 def test_table(ray_cluster, places, monkeypatch):
     source, out = places
     monkeypatch.setattr(
-        "vlmo_ray.data.prepare.table.SPLIT_BYTES", 2500
-    )  # some rows per split, cut in the driver
+        "vlmo_ray.data.prepare.table.UNIT_BYTES", 2500
+    )  # some rows per unit, cut in the driver
     put(source, {f"im/{i}.jpg": make_image(i) for i in range(12)})
     captions = [f'caption {i}, "quoted"\nand on a second line' for i in range(12)]
     rows = [["title", "n", "filepath"], *([c, str(i), f"im/{i}.jpg"] for i, c in enumerate(captions))]
@@ -179,31 +181,42 @@ def test_table(ray_cluster, places, monkeypatch):
         },
     )
     by_row = {int(r.id.removeprefix("t.csv:")): r for r in read_all(out)}
-    assert {i: r.text for i, r in by_row.items()} == {i: c for i, c in enumerate(captions) if i != 3}
-    assert by_row[2].image_id == "im/2.jpg" and by_row[2].image == make_image(2)
+    assert {i: r.values["text"] for i, r in by_row.items()} == {
+        i: c for i, c in enumerate(captions) if i != 3
+    }
+    assert by_row[2].image_id == "im/2.jpg" and by_row[2].values["image"] == make_image(2)
     assert Store(out).exists("prepare.json") and not Store(out).list(WORK)
 
     plain = "\n".join(f'images/{i}.jpg\t"{i} is open' for i in range(3)).encode()
     put(source, {"plain.tsv": plain} | {f"deep/images/{i}.jpg": make_image(i) for i in range(3)})
     options = {"header": False, "quoting": False, "images": f"{source}/deep"}
     assert prepare("table", f"{source}/plain.tsv", f"{out}2", **options).kept == 3
-    assert {r.text for r in read_all(f"{out}2")} == {f'"{i} is open' for i in range(3)}
+    assert {r.values["text"] for r in read_all(f"{out}2")} == {f'"{i} is open' for i in range(3)}
     with pytest.raises(UserError, match=r"has no image column .* it has title, n, filename;"):
         put(source, {"u.csv": b"title,n,filename\n"})
         prepare("table", f"{source}/u.csv", f"{out}3", image_column="file")
 
 
 def test_image_problem():
-    good = make_image(3, size=(64, 48))
+    """Preparing refuses what training would: the same formats, sizes and damage."""
+    good, grey = make_image(3, size=(64, 48)), io.BytesIO()
+    Image.new("L", (4, 3)).save(grey, "PNG")
     cut = good[: len(good) // 2]
     assert image_problem(good, verify=True) == image_problem(cut, verify=False) == ""
     assert image_problem(cut, verify=True) == "the image cannot be decoded"
-    assert image_problem(None, False) == image_problem(b"", True) == "there is no image"
-    assert image_problem(b"GIF89a" + good, False) == "the image header is unreadable"
-    bomb = bytearray(make_image(0, "PNG"))
-    bomb[16:24] = (100_000).to_bytes(4, "big") * 2  # width and height
-    bomb[29:33] = zlib.crc32(bytes(bomb[12:29])).to_bytes(4, "big")
-    assert image_problem(bytes(bomb), False) == "the image is too large"
+    assert image_problem(b"no image" + good, verify=True) == "the image header is unreadable"
+    assert image_problem(grey.getvalue(), True, is_mask=True) == ""
+    assert image_problem(good, False, is_mask=True) == "the mask has several channels"
+    for format in ("GIF", "BMP", "WEBP"):
+        assert image_problem(make_image(3, format), verify=True) == ""
+    assert image_problem(make_image(3, "TIFF"), verify=False) == "the image header is unreadable"
+    for width, height in ((8_001, 8_000), (30_001, 1), (100_000, 100_000)):
+        large = bytearray(make_image(0, "PNG"))
+        large[16:24] = width.to_bytes(4, "big") + height.to_bytes(4, "big")
+        large[29:33] = zlib.crc32(bytes(large[12:29])).to_bytes(4, "big")
+        assert image_problem(bytes(large), verify=False) == "the image size is outside the limits"
+        with pytest.raises(DecodeError, match="outside the limits"):
+            decode_eval(bytes(large), 16)
 
 
 def test_name_in(tmp_path):
@@ -223,8 +236,8 @@ def test_real_photos(ray_cluster, tmp_path):
     counts = prepare("karpathy", str(tmp_path), str(tmp_path / "out"), **options)
     assert counts == Counts(150, 150)
     read = read_all(str(tmp_path / "out"))
-    assert {(r.image_id, r.text) for r in read} == {
+    assert {(r.image_id, r.values["text"]) for r in read} == {
         (e["filename"], s["raw"]) for e in some for s in e["sentences"]
     }
     for r in read[:10]:
-        assert r.image == (FLICKR / "images" / r.image_id).read_bytes()
+        assert r.values["image"] == (FLICKR / "images" / r.image_id).read_bytes()

@@ -20,9 +20,9 @@ from sources import dropped, files, ids, put, tar_of, tars
 from vlmo_ray.data import prepare as package
 from vlmo_ray.data.manifest import MANIFEST, load_manifest
 from vlmo_ray.data.prepare import Counts, prepare, shuffle
-from vlmo_ray.data.prepare.source import Split
+from vlmo_ray.data.prepare.source import WorkUnit
 from vlmo_ray.data.prepare.stage import WORK
-from vlmo_ray.data.read import Record
+from vlmo_ray.data.schema import PAIRS, Record
 from vlmo_ray.data.store import Store
 from vlmo_ray.errors import UserError
 
@@ -59,24 +59,25 @@ def test_shards_of_the_wished_size(ray_cluster, tmp_path):
 
 
 class Faulty:
-    """40 pairs in each of 6 splits; the last three cannot be read while the file `fault` exists."""
+    """40 pairs in each of 6 units; the last three cannot be read while the file `fault` exists."""
 
-    listing = "made up"
+    format, schema, listing = "faulty", PAIRS, "made up"
 
     def __init__(self, uri: str, rows: list[dict]) -> None:
         self.uri, self.rows = uri, rows
 
-    def splits(self) -> list[Split]:
-        return [Split(str(i), 400_000) for i in range(6)]
+    def units(self) -> list[WorkUnit]:
+        return [WorkUnit(str(i), 400_000) for i in range(6)]
 
-    def records(self, split: Split):
+    def records(self, unit: WorkUnit):
         with open(f"{self.uri}/log", "a") as log:
-            log.write(split.name)
+            log.write(unit.name)
         for i, row in enumerate(self.rows):
-            if i == 30 and int(split.name) >= 3 and os.path.exists(f"{self.uri}/fault"):
-                raise UserError(f"injected into split {split.name}")
-            id, text = f"{split.name}-{i}", "" if i == 5 else row["text"]
-            yield Record(id, row["image_id"], row["image"], text, (), "", f"at {id}")
+            if i == 30 and int(unit.name) >= 3 and os.path.exists(f"{self.uri}/fault"):
+                raise UserError(f"injected into unit {unit.name}")
+            id, text = f"{unit.name}-{i}", "" if i == 5 else row["text"]
+            values = {"image": row["image"], "text": text}
+            yield Record(id, row["image_id"], values, address=f"at {id}")
 
 
 def test_resume_after_failures_in_both_passes(ray_cluster, tmp_path, monkeypatch):
@@ -87,10 +88,10 @@ def test_resume_after_failures_in_both_passes(ray_cluster, tmp_path, monkeypatch
         return prepare("faulty", source, str(place), memory=1 << 20)
 
     undisturbed = run(calm)
-    assert undisturbed == Counts(240, 234, {"the caption is empty": 6})
+    assert undisturbed == Counts(240, 234, {"there is no text": 6})
     (tmp_path / "log").unlink()
     (tmp_path / "fault").touch()
-    with pytest.raises(UserError, match=r"injected into split [345]"):
+    with pytest.raises(UserError, match=r"injected into unit [345]"):
         run(out)
     done = {int(p.stem) for p in (out / WORK / "scatter").iterdir()}
     assert done <= {0, 1, 2} and done and not (out / MANIFEST).exists()
@@ -149,10 +150,10 @@ def test_refusals(ray_cluster, tmp_path):
     cases = {
         r"thesis\.txt is in the way": ("webdataset", source, str(tmp_path / "taken"), {}),
         "lies inside of the source": ("webdataset", source, f"{source}/sub", {}),
-        "'csv' is not a format; choose from karpathy": ("csv", source, out, {}),
+        "'csv' is not a format; choose from folders, karpathy": ("csv", source, out, {}),
         "'split' is not an option of webdataset": ("webdataset", source, out, {"split": "train"}),
         "say where": ("webdataset", source, None, {}),
-        "only webdataset and parquet": ("table", f"{source}/000.tar", None, {"index": True}),
+        "only parquet and webdataset": ("table", f"{source}/000.tar", None, {"index": True}),
         "holds no Parquet files": ("parquet", source, out, {}),
         "forbid='spin'": ("webdataset", source, out, {"forbid": ("spin",)}),
         "at least 1 MiB": ("webdataset", source, out, {"memory": 5}),

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import io
 import math
+import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,14 +25,10 @@ from PIL import Image, ImageEnhance, ImageOps
 from vlmo_ray import rng
 from vlmo_ray.config import DataConfig
 from vlmo_ray.data.encoders import Column, Draw
-from vlmo_ray.data.schema import Record
+from vlmo_ray.data.schema import IMAGE_FORMATS, MAX_PIXELS, MAX_SIDE, Record
 from vlmo_ray.errors import RecordError
 
 FORBIDDABLE = ("crop", "flip", "color", "geometric")
-MAX_PIXELS = 64_000_000  # 192 MB once decoded to RGB; a header can claim far more in a few bytes
-MAX_SIDE = 30_000
-
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # Pillow would also try formats that run other programs
 _CROP_RATIO = (3 / 4, 4 / 3)
 _CROP_ATTEMPTS = 10
 _OPERATION_PROBABILITY = 0.5
@@ -42,6 +39,10 @@ _MAX_TRANSLATION_PX = 10
 
 class DecodeError(RecordError):
     """Why the bytes of one record are no image that can be trained on."""
+
+
+class SizeError(DecodeError):
+    """The image has too many pixels, or none."""
 
 
 def decode_train(
@@ -293,11 +294,35 @@ def _open(image: bytes) -> Image.Image:
     if not image:
         raise DecodeError("no image bytes")
     with _reported():
-        picture = Image.open(io.BytesIO(image), formats=_FORMATS)
+        picture = Image.open(io.BytesIO(image), formats=IMAGE_FORMATS)
     width, height = picture.size
     if min(width, height) < 1 or max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
-        raise DecodeError(f"image of {width} x {height} pixels is outside the limits")
+        raise SizeError(f"image of {width} x {height} pixels is outside the limits")
     return picture
+
+
+def image_problem(image: bytes, verify: bool, *, is_mask: bool = False) -> str:
+    """Why training could not decode these bytes, "" if it can; the sentences have no values, to be counted.
+
+    Reads the header, and with `verify` decodes all pixels. A mask must have a single channel.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            picture = _open(image)
+        except SizeError:
+            return "the image size is outside the limits"
+        except DecodeError:
+            return "the image header is unreadable"
+        if is_mask and len(picture.getbands()) != 1:
+            return "the mask has several channels"
+        try:
+            if verify:
+                with _reported():
+                    _to_rgb(picture)
+        except DecodeError:
+            return "the image cannot be decoded"
+    return ""
 
 
 @contextmanager
@@ -307,7 +332,9 @@ def _reported() -> Iterator[None]:
         yield
     except MemoryError:  # the machine's trouble, not the record's
         raise
+    except Image.DecompressionBombError as error:
+        raise SizeError(f"image outside the limits: {type(error).__name__}: {error}") from error
     except Image.UnidentifiedImageError:
-        raise DecodeError(f"not an image in a known format ({', '.join(_FORMATS)})") from None
+        raise DecodeError(f"not an image in a known format ({', '.join(IMAGE_FORMATS)})") from None
     except Exception as error:
         raise DecodeError(f"damaged image: {type(error).__name__}: {str(error)[:120]}") from error

@@ -1,7 +1,7 @@
 """The table of a data set's chunks: where each lies, how many rows it has, and its checksum.
 
 A chunk is what is read at once: a row group of a Parquet shard, or a run of records of a WebDataset tar.
-A thousand million pairs are some four million chunks, so there is no Python object per chunk: the manifest is
+A thousand million records are some four million chunks, so there is no Python object per chunk: the manifest is
 six NumPy columns, 32 bytes a chunk. Reading it lists no bucket and opens no shard.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
@@ -18,14 +17,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from vlmo_ray.data.schema import FORBID, PAIRS, Schema
 from vlmo_ray.data.store import Store, open_store
-from vlmo_ray.data.tar import TarError, iter_groups, iter_members
 from vlmo_ray.errors import UserError
 
 MANIFEST = "manifest.parquet"
-VERSION = 1
+VERSION = 2  # the schema is stated since this one; before, all data sets were `PAIRS`
 Format = Literal["parquet", "webdataset"]
-FORBID = ("crop", "flip", "color", "geometric")  # the augmentations that a caption may rule out
 _COLUMNS = {
     "index": np.int32,
     "offset": np.int64,
@@ -63,8 +61,9 @@ class Manifest:
     chunk_rows: np.ndarray  # int32 [C]
     chunk_crc: np.ndarray  # uint32 [C]
     forbid: tuple[str, ...]
-    fingerprint: str  # sha256 over all of the above but the address
+    fingerprint: str  # sha256 over all but the address and the source
     source: str = ""
+    schema: Schema = PAIRS
 
     @property
     def num_chunks(self) -> int:
@@ -87,8 +86,19 @@ class Manifest:
         )
 
 
-def _assemble(uri: str, format: Format, table: pa.Table, forbid: tuple[str, ...], source: str) -> Manifest:
-    """A manifest from a table with a `shard` column, plain or dictionary-encoded, and `_COLUMNS`."""
+def _assemble(
+    uri: str,
+    format: Format,
+    table: pa.Table,
+    forbid: tuple[str, ...],
+    source: str,
+    schema: Schema,
+    version: int = VERSION,
+) -> Manifest:
+    """A manifest from a table with a `shard` column, plain or dictionary-encoded, and `_COLUMNS`.
+
+    The fingerprint is that of the version that wrote it, as stored runs refer to it.
+    """
     table = table.unify_dictionaries()
     shard = table.column("shard").combine_chunks()
     if isinstance(shard, pa.ChunkedArray):  # combine_chunks of a column without rows
@@ -103,7 +113,8 @@ def _assemble(uri: str, format: Format, table: pa.Table, forbid: tuple[str, ...]
     shards = tuple(shard.dictionary.to_pylist())
     # Shards are numbered by first appearance, so that equal data sets have equal fingerprints.
     assert (np.diff(number, prepend=-1) >= 0).all() and (np.diff(number, prepend=-1) <= 1).all()
-    digest = hashlib.sha256(json.dumps([VERSION, format, shards, forbid]).encode())
+    facts = [version, format, shards, forbid] + ([schema.to_json()] if version > 1 else [])
+    digest = hashlib.sha256(json.dumps(facts).encode())
     for array in (number, *columns.values()):
         digest.update(memoryview(array).cast("B") if len(array) else b"")
     return Manifest(
@@ -115,6 +126,7 @@ def _assemble(uri: str, format: Format, table: pa.Table, forbid: tuple[str, ...]
         forbid=forbid,
         fingerprint=digest.hexdigest(),
         source=source,
+        schema=schema,
     )
 
 
@@ -126,7 +138,13 @@ def chunk_table(chunks: list[Chunk]) -> pa.Table:
 
 
 def write_manifest(
-    uri: str, format: Format, chunks: pa.Table, *, forbid: tuple[str, ...] = (), source: str = ""
+    uri: str,
+    format: Format,
+    chunks: pa.Table,
+    *,
+    forbid: tuple[str, ...] = (),
+    source: str = "",
+    schema: Schema = PAIRS,
 ) -> Manifest:
     """Write `manifest.parquet`, the last file of a data set: with it, the data set exists.
 
@@ -134,9 +152,9 @@ def write_manifest(
     """
     check_forbid(forbid)
     store = Store(uri)
-    manifest = _assemble(store.uri, format, chunks, tuple(forbid), source)
+    manifest = _assemble(store.uri, format, chunks, tuple(forbid), source, schema)
     if not manifest.num_rows:
-        raise UserError(f"{store.uri}: not one pair is left, so there is no data set to write")
+        raise UserError(f"{store.uri}: not one record is left, so there is no data set to write")
     shard = pa.DictionaryArray.from_arrays(manifest.chunk_shard, pa.array(manifest.shards, pa.string()))
     columns = (getattr(manifest, f"chunk_{name}") for name in _COLUMNS)
     facts = {
@@ -146,6 +164,7 @@ def write_manifest(
         "num_rows": manifest.num_rows,
         "forbid": manifest.forbid,
         "source": source,
+        "schema": schema.to_json(),
     }
     table = pa.table([shard, *columns], names=["shard", *_COLUMNS])
     table = table.replace_schema_metadata({"vlmo": json.dumps(facts)})
@@ -171,14 +190,18 @@ def load_manifest(uri: str, patience_s: float | None = None) -> Manifest:
         table = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True).read()
         facts = json.loads(table.schema.metadata[b"vlmo"])
         version = facts["version"]
+        if version in (1, VERSION):
+            schema = PAIRS if version == 1 else Schema.from_json(facts["schema"])
+            manifest = _assemble(
+                store.uri, facts["format"], table, tuple(facts["forbid"]), facts["source"], schema, version
+            )
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{address} is not a manifest or is damaged ({error}); prepare it again") from error
-    if version != VERSION:
+    if version not in (1, VERSION):
         raise UserError(
-            f"{address} has version {version}, this program reads version {VERSION}; "
+            f"{address} has version {version}, this program reads versions 1 to {VERSION}; "
             "prepare the data set again, or install the version of vlmo-ray that made it"
         )
-    manifest = _assemble(store.uri, facts["format"], table, tuple(facts["forbid"]), facts["source"])
     if (manifest.fingerprint, manifest.num_rows) != (facts["fingerprint"], facts["num_rows"]):
         raise UserError(f"{address} does not have the fingerprint that it states; prepare the data set again")
     return manifest
@@ -189,91 +212,6 @@ def check_forbid(forbid: tuple[str, ...]) -> None:
     for name in forbid:
         if name not in FORBID:
             raise UserError(f"forbid={name!r} is not an augmentation; choose from {', '.join(FORBID)}")
-
-
-def row_group_range(footer: pq.FileMetaData, index: int) -> tuple[int, int]:
-    """Offset and length of the bytes that hold row group `index`: its column chunks lie side by side."""
-    group = footer.row_group(index)
-    starts, ends = [], []
-    for i in range(group.num_columns):
-        column = group.column(i)
-        start = column.data_page_offset
-        if column.has_dictionary_page and column.dictionary_page_offset:
-            start = min(start, column.dictionary_page_offset)
-        starts.append(start)
-        ends.append(start + column.total_compressed_size)
-    return min(starts), max(ends) - min(starts)
-
-
-def _check_columns(address: str, schema: pa.Schema) -> None:
-    kinds = {
-        "id": (pa.string(), pa.large_string()),
-        "image_id": (pa.string(), pa.large_string()),
-        "image": (pa.binary(), pa.large_binary()),
-        "text": (pa.string(), pa.large_string()),
-    }
-    for name, types in kinds.items():
-        have = schema.field(name).type if name in schema.names else "missing"
-        if have not in types:
-            raise UserError(
-                f"{address}: the column {name!r} is {have}, not {types[0]}; "
-                "rewrite the data set with `vlmo prepare parquet` instead of indexing it"
-            )
-
-
-def parquet_chunks(file: pa.NativeFile, name: str) -> list[Chunk]:
-    """The chunks of one open Parquet file; reads every byte once, for the checksums."""
-    footer, chunks = pq.read_metadata(file), []
-    for index in range(footer.num_row_groups):
-        if rows := footer.row_group(index).num_rows:
-            offset, length = row_group_range(footer, index)
-            file.seek(offset)
-            chunks.append(Chunk("parquet", name, index, offset, length, rows, zlib.crc32(file.read(length))))
-    return chunks
-
-
-def index_parquet(store: Store, names: list[str]) -> list[Chunk]:
-    """The chunks of Parquet shards that already have our columns; UserError for other columns."""
-    chunks = []
-    for name in names:
-        address = store.address(name)
-        try:
-            with store.open_input(name) as file:
-                _check_columns(address, pq.read_schema(file))
-                chunks += parquet_chunks(file, name)
-        except FileNotFoundError as error:
-            raise UserError(f"{address} does not exist") from error
-        except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{address} cannot be read as Parquet: {error}") from error
-    return chunks
-
-
-def index_tar(store: Store, names: list[str], rows_per_chunk: int = 256) -> list[Chunk]:
-    """The chunks of plain tars: runs of `rows_per_chunk` records; reads every byte once, in order."""
-    chunks = []
-    for name in names:
-        index = start = end = rows = crc = 0
-        try:
-            with store.open_stream(name) as file:
-                for group in iter_groups(iter_members(file.read)):
-                    if rows == rows_per_chunk:
-                        chunks.append(Chunk("webdataset", name, index, start, end - start, rows, crc))
-                        index, rows, crc = index + 1, 0, 0
-                    if rows == 0 and not group.is_record:
-                        continue
-                    if rows == 0:
-                        start = end = group.offset
-                    for data in group.raw:
-                        crc = zlib.crc32(data, crc)
-                        end += len(data)
-                    rows += group.is_record
-            if rows:
-                chunks.append(Chunk("webdataset", name, index, start, end - start, rows, crc))
-        except FileNotFoundError as error:
-            raise UserError(f"{store.address(name)} does not exist") from error
-        except (TarError, OSError) as error:
-            raise UserError(f"{store.address(name)}: {error}; fetch or make this tar again") from error
-    return chunks
 
 
 def check_shards(manifest: Manifest, store: Store | None = None, sample: int = 64) -> None:

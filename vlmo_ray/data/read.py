@@ -7,19 +7,20 @@ import io
 import random
 import time
 import zlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vlmo_ray.data.manifest import FORBID, MANIFEST, Chunk, row_group_range
+from vlmo_ray.data.index import row_group_range
+from vlmo_ray.data.manifest import MANIFEST, Chunk
 from vlmo_ray.data.s3 import StorageBusy
+from vlmo_ray.data.schema import FORBID, PAIRS, Record, Schema, problem_of
 from vlmo_ray.data.store import Store
-from vlmo_ray.data.tar import TarError, encodable, iter_groups, iter_members, pair_fields
+from vlmo_ray.data.tar import TarError, iter_members, iter_samples, record_of
 from vlmo_ray.errors import UserError
 
-_COLUMNS = ("id", "image_id", "image", "text", "forbid")
 _TAIL_BYTES = 64 << 10  # read at first of a shard's end: most footers are shorter
 
 
@@ -28,24 +29,21 @@ class ShardError(UserError):
 
 
 class DamagedShard(ShardError):
-    """What is stored is at fault, not the way to it. Only this may be masked (`data.bad_shards`)."""
+    """The stored data is wrong or missing. Only this error may be masked (`data.bad_shards`)."""
 
 
-@dataclass
-class Record:
-    """One pair as it is stored; a record with a `problem` keeps its place but must be masked out."""
-
-    id: str
-    image_id: str
-    image: bytes | None
-    text: str | None
-    forbid: tuple[str, ...]  # augmentations that would make the caption untrue
-    problem: str  # "" where all is well
-    address: str  # <uri>/<shard>#<chunk>:<row>
-
-
-def read_chunk(store: Store, chunk: Chunk, *, retries: int = 4, wait_s: float = 0.5) -> list[Record]:
+def read_chunk(
+    store: Store,
+    chunk: Chunk,
+    schema: Schema = PAIRS,
+    names: Collection[str] | None = None,
+    *,
+    retries: int = 4,
+    wait_s: float = 0.5,
+) -> list[Record]:
     """The `chunk.rows` records of a chunk, in order, from one range read.
+
+    `schema` is that of the manifest. Of its fields, only `names` are decoded and judged, by default all.
 
     Storage that is busy or away is asked again for `store.patience_s`. Wrong checksums and other errors, which
     may come from the way, are tried again `retries` times, after `wait_s`, twice that, and so on, with jitter.
@@ -61,10 +59,15 @@ def read_chunk(store: Store, chunk: Chunk, *, retries: int = 4, wait_s: float = 
                 raise DamagedShard(f"the shard ends {chunk.bytes - len(data)} bytes before the chunk does")
             if zlib.crc32(data) != chunk.crc:
                 raise DamagedShard("the checksum is wrong: the shard has changed since it was prepared")
-            rows = _DECODERS[chunk.format](store, chunk, data)
-            if len(rows) != chunk.rows:
-                raise DamagedShard(f"{len(rows)} records were found where the manifest says {chunk.rows}")
-            return [_record(row, chunk, f"{address}:{i}") for i, row in enumerate(rows)]
+            wanted = schema.names if names is None else names
+            records = _DECODERS[chunk.format](store, chunk, data, schema, wanted)
+            if len(records) != chunk.rows:
+                raise DamagedShard(f"{len(records)} records were found where the manifest says {chunk.rows}")
+            for row, record in enumerate(records):
+                record.problem = problem_of(record, schema, wanted)
+                own, record.address = record.forbid, f"{address}:{row}"
+                record.forbid = tuple(name for name in FORBID if name in chunk.forbid or name in own)
+            return records
         except FileNotFoundError as error:
             raise DamagedShard(f"{address}: the shard does not exist; prepare it again") from error
         except StorageBusy as error:
@@ -93,25 +96,6 @@ def _take(store: Store, shard: str, take: Callable[[pa.NativeFile], bytes]) -> b
             nor = store.address(MANIFEST)
             raise UserError(f"neither the shard nor {nor} exists; check the bucket or the mount") from error
         raise
-
-
-def _record(row: dict, chunk: Chunk, address: str) -> Record:
-    image, text, problem = row["image"], row["text"], row.get("problem", "")
-    own = tuple(row.get("forbid") or ())
-    forbid = tuple(name for name in FORBID if name in chunk.forbid or name in own)
-    unknown = sorted(set(own) - set(FORBID))
-    if not problem:
-        if not image:
-            problem = "there is no image"
-        elif not isinstance(text, str) or not text.strip():
-            problem = "there is no caption"
-        elif not text.isascii() and encodable(text) != text:
-            problem = "the caption is not valid Unicode"
-        elif not row["id"] or not row["image_id"]:
-            problem = "there is no id or no image_id"
-        elif unknown:
-            problem = f"forbid={unknown[0]!r} is not one of {', '.join(FORBID)}"
-    return Record(row["id"] or "", row["image_id"] or "", image, text, forbid, problem, address)
 
 
 class _Range(io.RawIOBase):
@@ -157,34 +141,51 @@ def _tail(file: pa.NativeFile) -> bytes:
     return file.read_at(length, size - length) if longer else tail
 
 
-def _decode_parquet(store: Store, chunk: Chunk, data: bytes) -> list[dict]:
+def _decode_parquet(
+    store: Store, chunk: Chunk, data: bytes, schema: Schema, names: Collection[str]
+) -> list[Record]:
     footer = _footer(store, chunk.shard)
     known = chunk.index < footer.num_row_groups
     if not known or row_group_range(footer, chunk.index) != (chunk.offset, chunk.bytes):
         raise DamagedShard("the footer of the shard does not agree with the manifest; prepare it again")
     source = pa.PythonFile(_Range(data, chunk.offset, chunk.offset + chunk.bytes), mode="r")
     file = pq.ParquetFile(source, metadata=footer, page_checksum_verification=True, pre_buffer=False)
-    columns = [name for name in _COLUMNS if name in file.schema_arrow.names]
+    for name in names:
+        if name not in file.schema_arrow.names:
+            raise DamagedShard(f"the shard has no column {name!r}; prepare it again")
+    columns = [name for name in ("id", "image_id", *names, "forbid") if name in file.schema_arrow.names]
     table = file.read_row_group(chunk.index, columns=columns, use_threads=False)
-    for i, name in enumerate(table.schema.names):  # Arrow does not check UTF-8 when it reads
-        if name in ("id", "image_id", "text"):
-            table = table.set_column(i, name, table.column(name).cast(pa.large_binary()))
-    return [_decoded(row) for row in table.to_pylist()]
+    records = [Record("", "", {}) for _ in range(table.num_rows)]
+    for name in columns:
+        for record, (value, readable) in zip(records, _values(table.column(name)), strict=True):
+            if not readable:
+                record.problem = record.problem or f"the column {name!r} is not UTF-8"
+            if name in names:
+                record.values[name] = value
+            else:
+                setattr(record, name, tuple(value or ()) if name == "forbid" else value or "")
+    return records
 
 
-def _decoded(row: dict) -> dict:
-    for name in ("id", "image_id", "text"):
-        try:
-            row[name] = None if row[name] is None else row[name].decode()
-        except UnicodeDecodeError:
-            row[name] = row[name].decode("utf-8", "replace")
-            row["problem"] = f"the column {name!r} is not UTF-8"
-    return row
+def _values(column: pa.ChunkedArray) -> Iterator[tuple[Any, bool]]:
+    """The values, and whether they could be read: Arrow checks UTF-8 only when it makes Python strings."""
+    try:
+        values = column.to_pylist()
+    except UnicodeDecodeError:
+        for scalar in column:
+            try:
+                yield scalar.as_py(), True
+            except UnicodeDecodeError:
+                yield None, False
+    else:
+        yield from ((value, True) for value in values)
 
 
-def _decode_webdataset(store: Store, chunk: Chunk, data: bytes) -> list[dict]:
-    groups = iter_groups(iter_members(io.BytesIO(data).read, whole=False))
-    return [pair_fields(chunk.shard, group) for group in groups if group.is_record]
+def _decode_webdataset(
+    store: Store, chunk: Chunk, data: bytes, schema: Schema, names: Collection[str]
+) -> list[Record]:
+    samples = iter_samples(iter_members(io.BytesIO(data).read, whole=False))
+    return [record_of(chunk.shard, sample, schema, names) for sample in samples if sample.is_record]
 
 
 _DECODERS = {"parquet": _decode_parquet, "webdataset": _decode_webdataset}

@@ -15,9 +15,8 @@ from vlmo_ray.data.encoders import Draw, Encoder
 from vlmo_ray.data.manifest import Chunk, Manifest
 from vlmo_ray.data.order import Rows
 from vlmo_ray.data.read import DamagedShard, read_chunk
-from vlmo_ray.data.schema import Record, Schema
+from vlmo_ray.data.schema import Record, Schema, encodable
 from vlmo_ray.data.store import Store
-from vlmo_ray.data.tar import encodable
 from vlmo_ray.errors import RecordError, UserError
 
 Columns = dict[str, np.ndarray]

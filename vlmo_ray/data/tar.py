@@ -1,4 +1,4 @@
-"""WebDataset tars as a strict stream of members, grouped into records.
+"""WebDataset tars as a strict stream of members, and the samples that these make up.
 
 Python's `tarfile` ends quietly at a damaged header in the middle of a file, and all after it would be lost
 unseen; here every byte is accounted for. Nothing is ever written to the disk, so member names are only names.
@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import json
 import tarfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 
+from vlmo_ray.data.schema import Record, Schema, encodable
+
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+_MEMBERS = {("text", "text"): "txt", ("label", "label"): "cls"}  # (name, kind) of a field -> suffix
 _BLOCK = tarfile.BLOCKSIZE
 _MAX_NAME_BYTES = 1 << 20
 _READ_BYTES = 16 << 20
@@ -36,7 +39,7 @@ class Member:
 
 
 @dataclass
-class Group:
+class Sample:
     """The consecutive members of one key: lower-case suffix -> data, and the bytes that they occupy."""
 
     key: str
@@ -46,7 +49,7 @@ class Group:
 
     @property
     def is_record(self) -> bool:
-        """Whether there is an image or a caption; other groups (a lone JSON, a README) are passed over."""
+        """Whether there is an image or a text; other samples (a lone JSON, a README) are passed over."""
         return any(suffix in self.files for suffix in (*IMAGE_SUFFIXES, "txt"))
 
 
@@ -59,17 +62,17 @@ def iter_members(read: Callable[[int], bytes], *, whole: bool = True) -> Iterato
 
     def take(n: int, what: str, may_end: bool = False) -> bytes:
         nonlocal offset
-        parts, missing = [], n
+        blocks, missing = [], n
         while missing:
-            part = read(min(missing, _READ_BYTES))  # a damaged size must not reserve all memory
-            if not part and may_end and missing == n:
+            block = read(min(missing, _READ_BYTES))  # a damaged size must not reserve all memory
+            if not block and may_end and missing == n:
                 return b""
-            if not part:
+            if not block:
                 raise TarError(f"the tar is cut short in {what}, after byte {offset + n - missing}")
-            parts.append(part)
-            missing -= len(part)
+            blocks.append(block)
+            missing -= len(block)
         offset += n
-        return b"".join(parts)
+        return b"".join(blocks)
 
     while True:
         header = take(_BLOCK, f"the header after {last}", may_end=True)
@@ -128,47 +131,60 @@ def _pax_records(data: bytes) -> dict[str, str]:
     return records
 
 
-def iter_groups(members: Iterable[Member]) -> Iterator[Group]:
+def iter_samples(members: Iterable[Member]) -> Iterator[Sample]:
     """Consecutive regular members with the same key; the key ends at the first dot of the file name."""
-    group = None
+    sample = None
     for member in members:
         folder, slash, base = member.name.rpartition("/")
         stem, _, suffix = base.partition(".")
         key = f"{folder}{slash}{stem}"
-        if group is not None and (not member.is_file or key == group.key):
-            group.raw.append(member.raw)  # folders and links belong to whatever they follow
+        if sample is not None and (not member.is_file or key == sample.key):
+            sample.raw.append(member.raw)  # folders and links belong to whatever they follow
         else:
-            if group is not None:
-                yield group
-            group = Group(key, member.offset, raw=[member.raw])
+            if sample is not None:
+                yield sample
+            sample = Sample(key, member.offset, raw=[member.raw])
         if member.is_file:
-            group.files.setdefault(suffix.lower(), member.data)
-    if group is not None:
-        yield group
+            sample.files.setdefault(suffix.lower(), member.data)
+    if sample is not None:
+        yield sample
 
 
-def encodable(text: str) -> str:
-    """Without the lone surrogates that names in a tar and JSON can hold, and Arrow cannot."""
-    return text.encode("utf-8", "replace").decode()
+def record_of(tar_name: str, sample: Sample, schema: Schema, names: Collection[str] | None = None) -> Record:
+    """The record of a sample, with the fields `names` (by default all) and a problem if they cannot be read.
 
-
-def pair_fields(tar_name: str, group: Group) -> dict:
-    """`id, image_id, image, text, forbid, problem` of a group; problem is "" where all is well."""
-    address = encodable(f"{tar_name}/{group.key}")
-    row = {"id": address, "image_id": address, "image": None, "text": None, "forbid": (), "problem": ""}
-    row["image"] = next((bytes(group.files[s]) for s in IMAGE_SUFFIXES if s in group.files), None)
+    An image or mask is the member `<key>.<field>.<suffix>`, or for the field "image" `<key>.jpg` and the like.
+    The field "text" is the member `.txt`, else `caption` in the JSON; "label" is the member `.cls`, else in the
+    JSON by its name, as are all other fields. The JSON may also have `id`, `image_id` and `forbid`.
+    """
+    address = encodable(f"{tar_name}/{sample.key}")
+    record, files = Record(address, address, {}), sample.files
+    wanted = [column for column in schema.fields if names is None or column.name in names]
+    encoded = [column.name for column in wanted if column.kind in ("image", "mask")]
+    for name in encoded:
+        suffixes = [suffix if name == "image" else f"{name}.{suffix}" for suffix in IMAGE_SUFFIXES]
+        record.values[name] = next((bytes(files[s]) for s in suffixes if s in files), None)
     try:
-        extra = json.loads(bytes(group.files["json"])) if "json" in group.files else {}
-        if not isinstance(extra, dict):
+        facts = json.loads(bytes(files["json"])) if "json" in files else {}
+        if not isinstance(facts, dict):
             raise ValueError("not an object")
-        for name in ("id", "image_id"):
-            if extra.get(name) is not None:
-                row[name] = encodable(str(extra[name]))
-        forbid = extra.get("forbid") or ()
-        row["forbid"] = (forbid,) if isinstance(forbid, str) else tuple(map(str, forbid))
-        row["text"] = bytes(group.files["txt"]).decode() if "txt" in group.files else extra.get("caption")
-    except UnicodeDecodeError:
-        row["problem"] = "the caption is not UTF-8"
+        record.id, record.image_id = (
+            address if facts.get(name) is None else encodable(str(facts[name])) for name in ("id", "image_id")
+        )
+        forbid = facts.get("forbid") or ()
+        record.forbid = (forbid,) if isinstance(forbid, str) else tuple(map(str, forbid))
     except (ValueError, TypeError, RecursionError):
-        row["problem"] = "the .json member cannot be read"
-    return row
+        record.problem = "the .json member cannot be read"
+        return record
+    for column in wanted:
+        member = _MEMBERS.get((column.name, column.kind))
+        if member in files:
+            try:
+                text = bytes(files[member]).decode()
+                record.values[column.name] = int(text) if member == "cls" else text
+            except ValueError as error:
+                what = "UTF-8" if isinstance(error, UnicodeDecodeError) else "an integer"
+                record.problem = f"the .{member} member is not {what}"
+        elif column.name not in encoded:
+            record.values[column.name] = facts.get("caption" if member == "txt" else column.name)
+    return record

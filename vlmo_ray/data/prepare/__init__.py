@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib
 import inspect
 import json
+import pkgutil
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -16,39 +18,47 @@ from vlmo_ray.data.manifest import (
     MANIFEST,
     check_forbid,
     chunk_table,
-    index_parquet,
-    index_tar,
     write_manifest,
 )
 from vlmo_ray.data.prepare import shuffle
-from vlmo_ray.data.prepare.karpathy import Karpathy
-from vlmo_ray.data.prepare.parquet import Parquet
 from vlmo_ray.data.prepare.shards import write_dataset
-from vlmo_ray.data.prepare.source import Source
+from vlmo_ray.data.prepare.source import Indexable, Source, WorkUnit
 from vlmo_ray.data.prepare.stage import WORK, results, run_stage
-from vlmo_ray.data.prepare.table import Table
-from vlmo_ray.data.prepare.webdataset import WebDataset
+from vlmo_ray.data.schema import PAIRS
 from vlmo_ray.data.store import Store, open_store
 from vlmo_ray.errors import UserError
 from vlmo_ray.session import ray_session
 
 __all__ = ["FORMATS", "Counts", "prepare", "write_dataset"]
 
-FORMATS = {"karpathy": Karpathy, "webdataset": WebDataset, "parquet": Parquet, "table": Table}
 STATE, DROPPED = "prepare.json", "dropped.jsonl"
 
 
 @dataclass
 class Counts:
-    """What became of the pairs of the source: `read == kept + sum(dropped.values())`."""
+    """What became of the records of the source: `read == kept + sum(dropped.values())`."""
 
     read: int = 0
     kept: int = 0
     dropped: dict[str, int] = field(default_factory=dict)  # by reason
 
     def __str__(self) -> str:
-        lines = [f"{self.read:,} pairs read, {self.kept:,} kept, {self.read - self.kept:,} dropped"]
+        lines = [f"{self.read:,} records read, {self.kept:,} kept, {self.read - self.kept:,} dropped"]
         return "\n".join(lines + [f"  {n:,}: {reason}" for reason, n in sorted(self.dropped.items())])
+
+
+def _formats() -> dict[str, type[Source]]:
+    """The classes of this package that have a `format`, so that a new module needs to be named nowhere."""
+    found = {}
+    for module in pkgutil.iter_modules(__path__, f"{__name__}."):
+        for name, value in vars(importlib.import_module(module.name)).items():
+            if isinstance(value, type) and value.__module__ == module.name and hasattr(value, "format"):
+                assert value.format not in found, (name, value.format)
+                found[value.format] = value
+    return found
+
+
+FORMATS = _formats()
 
 
 def prepare(
@@ -70,10 +80,10 @@ def prepare(
     `index=True` (webdataset, parquet) rewrites nothing: it adds a manifest beside the shards of `source`, in
     their order. Such a data set is not shuffled here and ids are not compared; training still shuffles.
 
-    `memory` is how many bytes of pairs one task may hold, besides some 200 MB for the process; `verify`
+    `memory` is how many bytes of records one task may hold, besides some 200 MB for the process; `verify`
     decodes every image to its last pixel instead of reading its header; `forbid` lists augmentations that
-    would make captions untrue; `options` are those of the format's class. Stopped at any point, the same call
-    goes on where it was; when finished, it returns its counts again. Dropped pairs are listed in
+    would make records untrue; `options` are those of the format's class. Stopped at any point, the same call
+    goes on where it was; when finished, it returns its counts again. Dropped records are listed in
     `OUT/dropped.jsonl`. Two calls must not run at the same time with one `out`. Raises UserError for what the
     user can mend.
     """
@@ -82,30 +92,34 @@ def prepare(
     if rows_per_group < 1 or memory < 1 << 20 or shard_bytes < 1:
         raise UserError("rows_per_group and shard_bytes must be at least 1, memory at least 1 MiB (1048576)")
     place = _place(opened, out, index)
-    splits = opened.splits()
-    plan = [(split.name, split.bytes) for split in splits]
+    units = opened.units()
+    cut = [(unit.name, unit.bytes) for unit in units]
     state = {
         "version": 1,  # of the files in the work folder: a newer program must not go on with older ones
         "format": format,
         "source": opened.uri,
-        # with the splits, as other splits would not fit the markers of an earlier, unfinished run
-        "listing": hashlib.sha256(repr((opened.listing, plan)).encode()).hexdigest(),
+        # with the units, as other units would not fit the markers of an earlier, unfinished run
+        "listing": hashlib.sha256(repr((opened.listing, cut)).encode()).hexdigest(),
         "index": index,
         "rows_per_group": rows_per_group,
         "forbid": sorted(forbid),
         "options": {name: str(value) for name, value in options.items()},
     }
+    if opened.schema != PAIRS:  # which goes without saying, as in preparations that are older than schemas
+        state |= {"schema": opened.schema.to_json()}
     if not index:
         state |= {"seed": seed, "memory": memory, "shard_bytes": shard_bytes, "verify": verify}
     finished = _begin(place, state, index)
     if finished is None:
         with ray_session():
             if index:
-                finished = _index(opened, place, rows_per_group, memory, forbid)
+                finished = _index(opened, place, units, rows_per_group, memory, forbid)
             else:
-                buckets = shuffle.num_buckets(sum(split.bytes for split in splits), memory)
-                job = shuffle.Job(opened, place, seed, buckets, memory, shard_bytes, rows_per_group, verify)
-                finished = _shuffle(job, forbid, state["source"])
+                buckets = shuffle.num_buckets(sum(unit.bytes for unit in units), memory)
+                spec = shuffle.Shuffle(
+                    opened, place, seed, buckets, memory, shard_bytes, rows_per_group, verify
+                )
+                finished = _shuffle(spec, units, forbid, state["source"])
         place.write(STATE, json.dumps(state | {"counts": asdict(finished)}, indent=1).encode())
     place.delete_folder(WORK)
     return finished
@@ -113,7 +127,7 @@ def prepare(
 
 def _open_source(format: str, uri: str, options: dict) -> Source:
     if format not in FORMATS:
-        raise UserError(f"{format!r} is not a format; choose from {', '.join(FORMATS)}")
+        raise UserError(f"{format!r} is not a format; choose from {', '.join(sorted(FORMATS))}")
     known = list(inspect.signature(FORMATS[format]).parameters)[1:]
     for name in options:
         if name not in known:
@@ -125,8 +139,9 @@ def _place(source: Source, out: str | None, index: bool) -> Store:
     """Where to write, after a check that it is a sensible place."""
     store = getattr(source, "store", None)
     if index:
-        if store is None:
-            raise UserError("only webdataset and parquet sources can be indexed; leave out `index`")
+        if not hasattr(source, "chunks"):
+            can = " and ".join(sorted(name for name, kind in FORMATS.items() if hasattr(kind, "chunks")))
+            raise UserError(f"only {can} sources can be indexed; leave out `index`")
         if out is not None and Store(out).uri != store.uri:
             raise UserError(f"index=True writes beside the shards, in {store.uri}; leave out {out!r}")
         return store
@@ -172,20 +187,21 @@ def _begin(out: Store, state: dict, index: bool) -> Counts | None:
     return Counts(**counts) if counts is not None and out.exists(MANIFEST) else None
 
 
-def _shuffle(job: shuffle.Job, forbid: Iterable[str], source: str) -> Counts:
-    splits = list(enumerate(job.source.splits()))
-    run_stage(job.out, "scatter", splits, functools.partial(shuffle.scatter, job), job.memory)
+def _shuffle(spec: shuffle.Shuffle, units: list[WorkUnit], forbid: Iterable[str], source: str) -> Counts:
+    run_stage(
+        spec.out, "scatter", list(enumerate(units)), functools.partial(shuffle.scatter, spec), spec.memory
+    )
     pieces, tally, listed = [], Counter(), []
     num_read = 0
-    for result in results(job.out, "scatter", len(splits)):
+    for result in results(spec.out, "scatter", len(units)):
         pieces.append(result["pieces"])
         num_read += result["read"]
         tally.update(result["dropped"])
         listed += result["listed"][: shuffle.MAX_LISTED - len(listed)]
-    buckets = list(range(job.num_buckets))
-    run_stage(job.out, "gather", buckets, functools.partial(shuffle.gather, job, pieces), job.memory)
+    buckets = list(range(spec.num_buckets))
+    run_stage(spec.out, "gather", buckets, functools.partial(shuffle.gather, spec, pieces), spec.memory)
     tables = []
-    for result in results(job.out, "gather", len(buckets)):
+    for result in results(spec.out, "gather", len(buckets)):
         tables.append(chunk_table(shuffle.unpack_chunks("parquet", result["chunks"])))
         tally.update(result["dropped"])
         listed += result["listed"][: shuffle.MAX_LISTED - len(listed)]
@@ -195,35 +211,49 @@ def _shuffle(job: shuffle.Job, forbid: Iterable[str], source: str) -> Counts:
         lines.append(
             json.dumps({"note": f"{tally.total() - len(listed)} more were dropped and are not listed"})
         )
-    job.out.write(DROPPED, "".join(f"{line}\n" for line in lines).encode())
+    spec.out.write(DROPPED, "".join(f"{line}\n" for line in lines).encode())
     if not counts.kept:
-        raise UserError(f"no pair of {source} is left:\n{counts}\nsee {job.out.address(DROPPED)}")
+        raise UserError(f"no record of {source} is left:\n{counts}\nsee {spec.out.address(DROPPED)}")
     manifest = write_manifest(
-        job.out.uri, "parquet", pa.concat_tables(tables), forbid=tuple(forbid), source=source
+        spec.out.uri,
+        "parquet",
+        pa.concat_tables(tables),
+        forbid=tuple(forbid),
+        source=source,
+        schema=spec.source.schema,
     )
     assert manifest.num_rows == counts.kept, (manifest.num_rows, counts)
     return counts
 
 
-def _index_shard(store: Store, format: str, rows_per_chunk: int, name: str) -> dict:
-    make = (
-        index_parquet if format == "parquet" else functools.partial(index_tar, rows_per_chunk=rows_per_chunk)
-    )
-    return {"chunks": shuffle.pack_chunks(make(store, [name]))}
+def _index_unit(source: Indexable, rows_per_chunk: int, unit: WorkUnit) -> dict:
+    return {"chunks": shuffle.pack_chunks(source.chunks(unit, rows_per_chunk))}
 
 
-def _index(source: Source, out: Store, rows_per_chunk: int, memory: int, forbid: Iterable[str]) -> Counts:
-    format = "parquet" if isinstance(source, Parquet) else "webdataset"
-    names = [split.name for split in source.splits()]
-    if compressed := [name for name in names if name.endswith(("gz", "tgz"))]:
+def _index(
+    source: Indexable,
+    out: Store,
+    units: list[WorkUnit],
+    rows_per_chunk: int,
+    memory: int,
+    forbid: Iterable[str],
+) -> Counts:
+    if compressed := [unit.name for unit in units if unit.name.endswith(("gz", "tgz"))]:
         raise UserError(
             f"{out.address(compressed[0])} is compressed, so that no part of it can be read alone; "
             "unpack it, or rewrite the data set by leaving out `index`"
         )
-    run_stage(out, "index", names, functools.partial(_index_shard, out, format, rows_per_chunk), memory)
+    run_stage(out, "index", units, functools.partial(_index_unit, source, rows_per_chunk), memory)
     tables = [
-        chunk_table(shuffle.unpack_chunks(format, result["chunks"]))
-        for result in results(out, "index", len(names))
+        chunk_table(shuffle.unpack_chunks(source.format, result["chunks"]))
+        for result in results(out, "index", len(units))
     ]
-    manifest = write_manifest(out.uri, format, pa.concat_tables(tables), forbid=tuple(forbid), source=out.uri)
+    manifest = write_manifest(
+        out.uri,
+        source.format,
+        pa.concat_tables(tables),
+        forbid=tuple(forbid),
+        source=out.uri,
+        schema=source.schema,
+    )
     return Counts(manifest.num_rows, manifest.num_rows)

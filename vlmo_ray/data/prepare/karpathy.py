@@ -6,15 +6,16 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 from vlmo_ray.data.prepare.source import (
-    SPLIT_BYTES,
-    Split,
+    WorkUnit,
+    cut_units,
     mean_image_bytes,
     open_file,
     read_images,
 )
-from vlmo_ray.data.read import Record
+from vlmo_ray.data.schema import PAIRS, Record, Schema
 from vlmo_ray.data.store import Store, open_store
 from vlmo_ray.errors import UserError
 
@@ -26,6 +27,9 @@ class Karpathy:
     Images are looked for in `images`, by default the folder `images` beside the JSON; those of COCO first in
     the entry's `filepath` (`val2014/...`) below it.
     """
+
+    format: ClassVar[str] = "karpathy"
+    schema: ClassVar[Schema] = PAIRS
 
     uri: str  # of the JSON, or of a folder with exactly one dataset_*.json
     split: str = "train"
@@ -71,25 +75,18 @@ class Karpathy:
                 f"{self.uri} is not in Karpathy's format: {type(error).__name__} {error}"
             ) from error
 
-    def splits(self) -> list[Split]:
+    def units(self) -> list[WorkUnit]:
         mean = mean_image_bytes(self._images, [entry["paths"] for entry in self._entries])
-        splits, content, size = [], [], 0
-        for entry in self._entries:
-            content.append(entry)
-            size += mean * len(entry["captions"])
-            if size >= SPLIT_BYTES:
-                splits.append(Split(f"{self._name} part {len(splits)}", size, content))
-                content, size = [], 0
-        if content:
-            splits.append(Split(f"{self._name} part {len(splits)}", size, content))
-        return splits
+        return cut_units(self._name, ((entry, mean * len(entry["captions"])) for entry in self._entries))
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_entries": []}  # a task has those of its split
+        return self.__dict__ | {"_entries": []}  # a task has those of its unit
 
-    def records(self, split: Split) -> Iterator[Record]:
-        images = read_images(self._images, (entry["paths"] for entry in split.content))
-        for entry, (image, problem) in zip(split.content, images, strict=True):
+    def records(self, unit: WorkUnit) -> Iterator[Record]:
+        images = read_images(self._images, (entry["paths"] for entry in unit.content))
+        for entry, (image, problem) in zip(unit.content, images, strict=True):
             for number, text in entry["captions"]:
                 id = f"{entry['image_id']}#{number}"
-                yield Record(id, entry["image_id"], image, text, (), problem, f"{self.uri}#{number}")
+                values = {"image": image, "text": text}
+                address = f"{self.uri}#{number}"
+                yield Record(id, entry["image_id"], values, problem=problem, address=address)

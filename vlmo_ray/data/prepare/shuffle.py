@@ -1,9 +1,9 @@
 """The engine: any source, of any size, to shuffled shards in bounded memory.
 
-Every pair gets a key, a hash of (seed, id), and the data set is the pairs in the order of their keys. So the
-order is a random permutation of all pairs that depends on nothing else: not on the number of tasks, nor on
-how the source is cut. Two passes make it with little memory. The first ("scatter") reads splits of the source
-and writes pieces, each with its pairs sorted by key and cut into buckets, which are ranges of keys. The
+Every record gets a key, a hash of (seed, id), and the data set is the records in the order of their keys. So the
+order is a random permutation of all records that depends on nothing else: not on the number of tasks, nor on
+how the source is cut. Two passes make it with little memory. The first ("scatter") reads units of the source
+and writes pieces, each with its records sorted by key and cut into buckets, which are ranges of keys. The
 second ("gather") reads one bucket out of all pieces, some hundred megabytes, sorts it, and writes its shards.
 Bucket 0 followed by bucket 1 and so on is the whole order. Equal ids have equal keys and so meet in a bucket,
 where all but the first in the source are dropped.
@@ -15,34 +15,33 @@ import hashlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from vlmo_ray.data.manifest import FORBID, Chunk
-from vlmo_ray.data.prepare.shards import SCHEMA, write_shards
-from vlmo_ray.data.prepare.source import Source, Split, image_problem
+from vlmo_ray.data.decode import image_problem
+from vlmo_ray.data.manifest import Chunk
+from vlmo_ray.data.prepare.shards import write_shards
+from vlmo_ray.data.prepare.source import Source, WorkUnit
 from vlmo_ray.data.prepare.stage import WORK
-from vlmo_ray.data.read import Record
+from vlmo_ray.data.schema import Record, Schema, check_declared, encodable, problem_of
 from vlmo_ray.data.store import Store
-from vlmo_ray.data.tar import encodable
 
-MAX_LISTED = 10_000  # dropped pairs that are listed by address; all are counted
-_ROW_BYTES = 400  # what a pair takes in memory besides its image and caption
-_PIECE = SCHEMA.append(pa.field("address", pa.string())).append(pa.field("order", pa.int64()))
-_PIECE = _PIECE.set(_PIECE.get_field_index("image"), pa.field("image", pa.large_binary()))
+MAX_LISTED = 10_000  # dropped records that are listed by address; all are counted
+_ROW_BYTES = 400  # what a record takes in memory besides its values
 _CHUNK_FIELDS = ("shard", "index", "offset", "bytes", "rows", "crc")
 
 
 @dataclass(frozen=True)
-class Job:
+class Shuffle:
     """What both passes need to know; picklable."""
 
     source: Source
     out: Store
     seed: int
     num_buckets: int
-    memory: int  # bytes of pairs that a task may hold
+    memory: int  # bytes of records that a task may hold
     shard_bytes: int
     rows_per_group: int
     verify: bool
@@ -54,7 +53,7 @@ def num_buckets(source_bytes: int, memory: int) -> int:
 
 
 def key_of(seed: int, id: str) -> int:
-    """The place of a pair in the order: 64 random bits."""
+    """The place of a record in the order: 64 random bits."""
     return int.from_bytes(hashlib.blake2b(f"{seed}/{id}".encode(), digest_size=8).digest(), "little")
 
 
@@ -76,100 +75,125 @@ class _Dropped:
             self.listed.append({"id": id, "address": address, "reason": reason})
 
 
-def problem_of(record: Record, verify: bool) -> str:
-    """Why a pair must be dropped, "" if it is kept."""
-    if record.problem:
-        return record.problem
-    if not isinstance(record.text, str) or not record.text.strip():
-        return "the caption is empty"
-    if not record.id or not record.image_id:
-        return "there is no id or no image_id"
-    if any(encodable(s) != s for s in (record.id, record.image_id, record.text)):
-        return "the caption or an id is not valid Unicode"
-    if any(name not in FORBID for name in record.forbid):
-        return f"forbid has a value other than {', '.join(FORBID)}"
-    return image_problem(record.image, verify)
+def _problem(record: Record, schema: Schema, verify: bool) -> str:
+    """Why a record must be dropped, "" if it is kept; looks into its images."""
+    problem = problem_of(record, schema)
+    for field in schema.fields:
+        if not problem and field.kind in ("image", "mask"):
+            problem = image_problem(record.values[field.name], verify, is_mask=field.kind == "mask")
+    return problem
 
 
-def scatter(job: Job, task: tuple[int, Split]) -> dict:
-    """First pass, one split: write its good pairs as pieces `<split>-<n>`; count and list the bad."""
-    number, split = task
+def _num_bytes(value: Any) -> int:
+    """About what a value takes in memory."""
+    if isinstance(value, bytes | str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(_num_bytes, value.values()))
+    return sum(map(_num_bytes, value)) if isinstance(value, list | tuple) else 32
+
+
+def scatter(shuffle: Shuffle, numbered: tuple[int, WorkUnit]) -> dict:
+    """First pass, one unit: write its good records as pieces `<unit>-<n>`; count and list the bad."""
+    number, unit = numbered
+    schema = shuffle.source.schema
     dropped, rows, held, num_read, num_pieces = _Dropped(), [], 0, 0, 0
-    for record in job.source.records(split):
+    for record in shuffle.source.records(unit):
         num_read += 1
+        check_declared(record.values, schema)
         record.address = encodable(record.address)
-        if reason := problem_of(record, job.verify):
+        if reason := _problem(record, schema, shuffle.verify):
             dropped.add(record.id, record.address, reason)
             continue
-        rows.append((key_of(job.seed, record.id), (number << 32) + num_read, record))
-        held += len(record.image) + len(record.text) + _ROW_BYTES
-        if held >= job.memory // 4:
-            _write_piece(job, f"{number:07d}-{num_pieces}", rows)
+        rows.append((key_of(shuffle.seed, record.id), (number << 32) + num_read, record))
+        held += sum(map(_num_bytes, record.values.values())) + _ROW_BYTES
+        if held >= shuffle.memory // 4:
+            _write_piece(shuffle, f"{number:07d}-{num_pieces}", rows)
             rows, held, num_pieces = [], 0, num_pieces + 1
     if rows:
-        _write_piece(job, f"{number:07d}-{num_pieces}", rows)
+        _write_piece(shuffle, f"{number:07d}-{num_pieces}", rows)
         num_pieces += 1
     return {"read": num_read, "pieces": num_pieces, "dropped": dropped.counts, "listed": dropped.listed}
 
 
-def _write_piece(job: Job, name: str, rows: list[tuple[int, int, Record]]) -> None:
+def _piece_schema(schema: Schema) -> pa.Schema:
+    """As stored, and where each record is from; a section may hold more than 2 GiB of images."""
+    columns = {field.name: field.type for field in schema.arrow}
+    large = {name: pa.large_binary() if kind == pa.binary() else kind for name, kind in columns.items()}
+    return pa.schema(large | {"_address": pa.string(), "_order": pa.int64()})
+
+
+def _write_piece(shuffle: Shuffle, name: str, rows: list[tuple[int, int, Record]]) -> None:
     """One file: the offset of each bucket's section, then the sections as Arrow streams, or nothing."""
     rows.sort(key=lambda row: row[:2])
-    bucket = np.array([bucket_of(key, job.num_buckets) for key, _, _ in rows])
-    edges = np.searchsorted(bucket, np.arange(job.num_buckets + 1))
-    offsets = np.zeros(job.num_buckets + 1, np.int64)
-    with job.out.create(f"{WORK}/pieces/{name}") as file:
+    schema = _piece_schema(shuffle.source.schema)
+    bucket = np.array([bucket_of(key, shuffle.num_buckets) for key, _, _ in rows])
+    edges = np.searchsorted(bucket, np.arange(shuffle.num_buckets + 1))
+    offsets = np.zeros(shuffle.num_buckets + 1, np.int64)
+    with shuffle.out.create(f"{WORK}/pieces/{name}") as file:
         file.write(offsets.tobytes())
-        for b in range(job.num_buckets):
+        for b in range(shuffle.num_buckets):
             offsets[b] = file.tell()
-            part = rows[edges[b] : edges[b + 1]]
-            if part:
-                columns = {n: [getattr(r, n) for _, _, r in part] for n in _PIECE.names if n != "order"}
-                columns["order"] = [order for _, order, _ in part]
-                with pa.ipc.new_stream(file, _PIECE) as stream:
-                    stream.write_batch(pa.record_batch(columns, schema=_PIECE))
+            section = [
+                record.values
+                | {"id": record.id, "image_id": record.image_id, "forbid": record.forbid}
+                | {"_address": record.address, "_order": order}
+                for _, order, record in rows[edges[b] : edges[b + 1]]
+            ]
+            if section:
+                columns = {name: [row[name] for row in section] for name in schema.names}
+                with pa.ipc.new_stream(file, schema) as stream:
+                    stream.write_batch(pa.record_batch(columns, schema=schema))
         offsets[-1] = file.tell()
         file.seek(0)
         file.write(offsets.tobytes())
 
 
-def _read_section(job: Job, name: str, bucket: int) -> list[pa.RecordBatch]:
-    with job.out.open_input(f"{WORK}/pieces/{name}") as file:
+def _read_section(shuffle: Shuffle, name: str, bucket: int) -> list[pa.RecordBatch]:
+    with shuffle.out.open_input(f"{WORK}/pieces/{name}") as file:
         start, end = np.frombuffer(file.read_at(16, 8 * bucket), np.int64).tolist()
         return list(pa.ipc.open_stream(file.read_at(end - start, start))) if end > start else []
 
 
-def gather(job: Job, pieces: list[int], bucket: int) -> dict:
-    """Second pass, one bucket: its pairs from all pieces, in order, to its shards `<bucket>-<n>.parquet`.
+def gather(shuffle: Shuffle, pieces: list[int], bucket: int) -> dict:
+    """Second pass, one bucket: its records from all pieces, in order, to its shards `<bucket>-<n>.parquet`.
 
-    `pieces` is how many the first pass made of each split.
+    `pieces` is how many the first pass made of each unit.
     """
     names = [f"{number:07d}-{n}" for number, count in enumerate(pieces) for n in range(count)]
     with ThreadPoolExecutor(4) as pool:
-        batches = [b for part in pool.map(lambda n: _read_section(job, n, bucket), names) for b in part]
+        sections = pool.map(lambda n: _read_section(shuffle, n, bucket), names)
+        batches = [batch for section in sections for batch in section]
     rows = []
     for b, batch in enumerate(batches):
         for i, (id, order) in enumerate(
-            zip(batch["id"].to_pylist(), batch["order"].to_pylist(), strict=True)
+            zip(batch["id"].to_pylist(), batch["_order"].to_pylist(), strict=True)
         ):
-            rows.append((key_of(job.seed, id), id, order, b, i))
+            rows.append((key_of(shuffle.seed, id), id, order, b, i))
     rows.sort()
-    dropped = _Dropped()
+    dropped, schema = _Dropped(), shuffle.source.schema.arrow
 
     def kept() -> Iterator[dict]:
         last = None
         for _, id, _, b, i in rows:
             if id == last:
-                dropped.add(id, batches[b]["address"][i].as_py(), "the id is a duplicate")
+                dropped.add(id, batches[b]["_address"][i].as_py(), "the id is a duplicate")
             else:
-                yield {name: batches[b][name][i].as_py() for name in SCHEMA.names}
+                yield {name: batches[b][name][i].as_py() for name in schema.names}
             last = id
 
     # Shards of equal size, instead of full ones and a small rest.
     total = sum(batch.nbytes for batch in batches)
-    shard_bytes = total // max(1, round(total / job.shard_bytes)) + 1
+    shard_bytes = total // max(1, round(total / shuffle.shard_bytes)) + 1
     name = f"{bucket:05d}-{{:03d}}.parquet"
-    chunks = write_shards(job.out, kept(), name, rows_per_group=job.rows_per_group, shard_bytes=shard_bytes)
+    chunks = write_shards(
+        shuffle.out,
+        kept(),
+        name,
+        rows_per_group=shuffle.rows_per_group,
+        shard_bytes=shard_bytes,
+        schema=shuffle.source.schema,
+    )
     return {
         "chunks": pack_chunks(chunks),
         "dropped": dropped.counts,

@@ -1,31 +1,25 @@
-"""What the public formats have in common: splits of work, images from folders, and a look at each image."""
+"""What the public formats have in common: units of work, and images from folders."""
 
 from __future__ import annotations
 
-import io
 import itertools
 import posixpath
-import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
-from PIL import Image
-
-from vlmo_ray.data.manifest import MANIFEST
-from vlmo_ray.data.read import Record
+from vlmo_ray.data.manifest import MANIFEST, Chunk
+from vlmo_ray.data.schema import Record, Schema
 from vlmo_ray.data.store import Store, open_store
 from vlmo_ray.errors import UserError
 
-SPLIT_BYTES = 64 << 20  # of the pairs in one task, where the format lets us choose
-_IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
-_MAX_PIXELS = 178_956_970  # the size at which Pillow itself suspects a decompression bomb
+UNIT_BYTES = 64 << 20  # of the records in one task, where the format lets us choose
 
 
 @dataclass(frozen=True)
-class Split:
-    """A piece of the source for one task; `bytes` estimates what its pairs take."""
+class WorkUnit:
+    """What one task reads of the source; `bytes` estimates what its records take."""
 
     name: str
     bytes: int
@@ -33,37 +27,42 @@ class Split:
 
 
 class Source(Protocol):
-    """A public format, opened. Picklable: `records` runs in other processes."""
+    """A public format, opened. Picklable: `records` runs in other processes.
 
+    Every class in a module of this package that has a `format` is a source that `prepare` knows by that name.
+    Its first argument is the address, the others are the options of the format.
+    """
+
+    format: ClassVar[str]
     uri: str  # complete
     listing: str  # changes when the source does
+    schema: Schema  # of its records
 
-    def splits(self) -> list[Split]: ...
+    def units(self) -> list[WorkUnit]: ...
 
-    def records(self, split: Split) -> Iterator[Record]:
-        """Every pair of the split, bad ones with their `problem`; UserError if the split cannot be read."""
+    def records(self, unit: WorkUnit) -> Iterator[Record]:
+        """Every record of the unit, bad ones with their `problem`; UserError if the unit cannot be read."""
         ...
 
 
-def image_problem(image: bytes | None, verify: bool) -> str:
-    """Why the encoded image cannot be used, "" if it can; reads its header, with `verify` also its pixels."""
-    if not image:
-        return "there is no image"
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(image), formats=_IMAGE_FORMATS) as opened:
-                if opened.width * opened.height > _MAX_PIXELS:
-                    return "the image is too large"
-                if verify:
-                    opened.load()
-    except Image.DecompressionBombError:
-        return "the image is too large"
-    except Exception as error:  # Pillow's readers raise nearly anything on damaged data
-        if isinstance(error, MemoryError):
-            raise
-        return "the image cannot be decoded" if verify else "the image header is unreadable"
-    return ""
+class Indexable(Source, Protocol):
+    """A source whose files training can read as they are; `format` is one of `manifest.Format`."""
+
+    store: Store
+
+    def chunks(self, unit: WorkUnit, rows_per_chunk: int) -> list[Chunk]: ...
+
+
+def cut_units(name: str, items: Iterable[tuple[Any, int]]) -> list[WorkUnit]:
+    """Units `<name> part 0`, ... of about `UNIT_BYTES`, from items and their bytes; `content` lists the items."""
+    units, content, size = [], [], 0
+    for item, num_bytes in items:
+        content.append(item)
+        size += num_bytes
+        if size >= UNIT_BYTES:
+            units.append(WorkUnit(f"{name} part {len(units)}", size, content))
+            content, size = [], 0
+    return [*units, WorkUnit(f"{name} part {len(units)}", size, content)] if content else units
 
 
 def open_file(uri: str) -> tuple[Store, str]:

@@ -16,8 +16,8 @@ _WORKER_BYTES = 256 << 20  # a Python worker with pyarrow and Pillow, before it 
 _MAX_BLOCKS = 4096  # Ray Data needs about 25 ms for each
 
 
-def run_stage(out: Store, stage: str, tasks: list, work: Callable[[Any], dict], memory: int) -> None:
-    """Call `work(task)` for every task that has no marker, and write its result as its marker.
+def run_stage(out: Store, stage: str, units: list, work: Callable[[Any], dict], memory: int) -> None:
+    """Call `work(unit)` in a task for every unit that has no marker, and write its result as its marker.
 
     `work` must have written all its data when it returns, must give the same result if called again, and
     holds at most `memory` bytes; Ray is told, and runs as many at once as fit. A failed task is a UserError.
@@ -25,7 +25,7 @@ def run_stage(out: Store, stage: str, tasks: list, work: Callable[[Any], dict], 
     import ray.data
 
     done = {name.rpartition("/")[2] for name in out.list(f"{WORK}/{stage}/")}
-    left = [(i, task) for i, task in enumerate(tasks) if _marker(i) not in done]
+    left = [(i, unit) for i, unit in enumerate(units) if _marker(i) not in done]
     if not left:
         return
     need = memory + _WORKER_BYTES
@@ -37,15 +37,15 @@ def run_stage(out: Store, stage: str, tasks: list, work: Callable[[Any], dict], 
         )
 
     def do(batch: dict) -> dict:
-        (item,) = batch["task"]
-        i, task = pickle.loads(item)
+        (item,) = batch["unit"]
+        i, unit = pickle.loads(item)
         try:
-            out.write(f"{WORK}/{stage}/{_marker(i)}", json.dumps(work(task)).encode())
+            out.write(f"{WORK}/{stage}/{_marker(i)}", json.dumps(work(unit)).encode())
         except (UserError, OSError) as error:  # as data, since Ray turns exceptions into others
             return {"error": [str(error)]}  # an OSError here: the disk is full, or a piece has been deleted
         return {"error": [""]}
 
-    items = [{"task": pickle.dumps(item)} for item in left]
+    items = [{"unit": pickle.dumps(item)} for item in left]
     dataset = ray.data.from_items(items, override_num_blocks=min(len(items), _MAX_BLOCKS))
     dataset.context.enable_progress_bars = dataset.context.enable_progress_bars and len(items) > 8
     dataset = dataset.map_batches(do, batch_size=1, num_cpus=1, memory=need)
@@ -54,10 +54,10 @@ def run_stage(out: Store, stage: str, tasks: list, work: Callable[[Any], dict], 
             raise UserError(row["error"])
 
 
-def results(out: Store, stage: str, num_tasks: int) -> Iterator[dict]:
-    """The results of a finished stage, in the order of its tasks."""
+def results(out: Store, stage: str, num_units: int) -> Iterator[dict]:
+    """The results of a finished stage, in the order of its units."""
     with ThreadPoolExecutor(16) as pool:
-        names = (f"{WORK}/{stage}/{_marker(i)}" for i in range(num_tasks))
+        names = (f"{WORK}/{stage}/{_marker(i)}" for i in range(num_units))
         yield from map(json.loads, pool.map(out.read, names))
 
 

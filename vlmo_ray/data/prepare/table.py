@@ -7,15 +7,16 @@ import hashlib
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 from vlmo_ray.data.prepare.source import (
-    SPLIT_BYTES,
-    Split,
+    UNIT_BYTES,
+    WorkUnit,
     mean_image_bytes,
     open_file,
     read_images,
 )
-from vlmo_ray.data.read import Record
+from vlmo_ray.data.schema import PAIRS, Record, Schema
 from vlmo_ray.data.store import Store, open_store
 from vlmo_ray.errors import UserError
 
@@ -53,6 +54,9 @@ class Table:
     quotation marks as they are. Tabs separate columns in `.tsv` and `.txt` tables, commas in others.
     """
 
+    format: ClassVar[str] = "table"
+    schema: ClassVar[Schema] = PAIRS
+
     uri: str
     image_column: str | int | None = None
     text_column: str | int | None = None
@@ -68,9 +72,9 @@ class Table:
             "delimiter": "\t" if self._name.endswith((".tsv", ".txt")) else ",",
             "quoting": csv.QUOTE_MINIMAL if self.quoting else csv.QUOTE_NONE,
         }
-        self._splits = self._scan()
+        self._units = self._scan()
 
-    def _scan(self) -> list[Split]:
+    def _scan(self) -> list[WorkUnit]:
         """Read the table once, to cut it between rows and to fingerprint it; sets the column numbers."""
         starts, first, rows, sample = [], [], 0, []
         with io.BufferedReader(self._store.open_stream(self._name)) as file:
@@ -90,7 +94,7 @@ class Table:
                     if every == 0 and (row is None or len(sample) == _SAMPLE_ROWS):
                         # The first rows tell how large images are, and so how many rows a task gets.
                         self._mean = mean_image_bytes(self._images, sample)
-                        every = max(1, SPLIT_BYTES // self._mean)
+                        every = max(1, UNIT_BYTES // self._mean)
                         starts = [s for i, s in enumerate(starts) if i % every == 0]
                     if row is None:
                         break
@@ -105,7 +109,7 @@ class Table:
             self.listing, end = lines.digest.hexdigest(), lines.offset
         ends = [*starts[1:], (end, rows)]
         return [
-            Split(f"{self._name} rows {row} to {last}", (last - row) * self._mean, (start, stop, row))
+            WorkUnit(f"{self._name} rows {row} to {last}", (last - row) * self._mean, (start, stop, row))
             for (start, row), (stop, last) in zip(starts, ends, strict=True)
         ]
 
@@ -125,14 +129,14 @@ class Table:
             f"{', '.join(header)}; name it with {what}_column=..., or say header=False"
         )
 
-    def splits(self) -> list[Split]:
-        return self._splits
+    def units(self) -> list[WorkUnit]:
+        return self._units
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_splits": []}
+        return self.__dict__ | {"_units": []}
 
-    def records(self, split: Split) -> Iterator[Record]:
-        start, stop, first_row = split.content
+    def records(self, unit: WorkUnit) -> Iterator[Record]:
+        start, stop, first_row = unit.content
         data = self._store.read(self._name, start, stop - start)
         rows = list(csv.reader(_Lines(iter(io.BytesIO(data))), **self._dialect))
         if first_row == 0 and rows and rows[0]:
@@ -147,4 +151,5 @@ class Table:
             if text is not None and any("\ud800" <= c <= "\udfff" for c in text):
                 problem = "the caption is not UTF-8"
             at = f"{self._name}:{number}"
-            yield Record(at, path, image, text, (), problem, f"{self.uri}:{number}")
+            values = {"image": image, "text": text}
+            yield Record(at, path, values, problem=problem, address=f"{self.uri}:{number}")

@@ -7,10 +7,13 @@ import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
-from vlmo_ray.data.prepare.source import Split, list_shards
-from vlmo_ray.data.read import Record
-from vlmo_ray.data.tar import TarError, iter_groups, iter_members, pair_fields
+from vlmo_ray.data.index import index_tar
+from vlmo_ray.data.manifest import Chunk
+from vlmo_ray.data.prepare.source import WorkUnit, list_shards
+from vlmo_ray.data.schema import PAIRS, Record, Schema
+from vlmo_ray.data.tar import TarError, iter_members, iter_samples, record_of
 from vlmo_ray.errors import UserError
 
 
@@ -19,30 +22,40 @@ class WebDataset:
     """Every tar (also `.tar.gz`, `.tgz`) of a folder or prefix: `<key>.jpg`, `<key>.txt`, `<key>.json`.
 
     `id` and `image_id` come from the JSON where it has them, else both are `<tar name>/<key>`. A caption may
-    also be the JSON's `caption`.
+    also be the JSON's `caption`. `columns` (see `Schema.parse`) says what else there is, for example
+    "image,label" for tars with `<key>.jpg` and `<key>.cls`; `tar.record_of` says where each is looked for.
     """
 
+    format: ClassVar[str] = "webdataset"
+
     uri: str
+    columns: str | None = None
 
     def __post_init__(self) -> None:
         self.uri, self.store, self.sizes = list_shards(self.uri, (".tar", ".tar.gz", ".tgz"), what="tars")
         self.listing = json.dumps(self.sizes)
+        self.schema = Schema.parse(self.columns) if self.columns else PAIRS
 
-    def splits(self) -> list[Split]:
-        return [Split(name, size) for name, size in self.sizes.items()]
+    def units(self) -> list[WorkUnit]:
+        return [WorkUnit(name, size) for name, size in self.sizes.items()]
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"sizes": {}, "listing": ""}
 
-    def records(self, split: Split) -> Iterator[Record]:
-        address = self.store.address(split.name)
+    def records(self, unit: WorkUnit) -> Iterator[Record]:
+        address = self.store.address(unit.name)
         try:
-            with self.store.open_stream(split.name) as file:
+            with self.store.open_stream(unit.name) as file:
                 stream = (
-                    file if split.name.endswith(".tar") else gzip.GzipFile(fileobj=io.BufferedReader(file))
+                    file if unit.name.endswith(".tar") else gzip.GzipFile(fileobj=io.BufferedReader(file))
                 )
-                for group in iter_groups(iter_members(stream.read)):
-                    if group.is_record:
-                        yield Record(**pair_fields(split.name, group), address=f"{address}#{group.key}")
+                for sample in iter_samples(iter_members(stream.read)):
+                    if sample.is_record:
+                        record = record_of(unit.name, sample, self.schema)
+                        record.address = f"{address}#{sample.key}"
+                        yield record
         except (TarError, OSError, EOFError) as error:
             raise UserError(f"{address}: {error}; fetch or make this tar again") from error
+
+    def chunks(self, unit: WorkUnit, rows_per_chunk: int) -> list[Chunk]:
+        return index_tar(self.store, [unit.name], rows_per_chunk)

@@ -1,0 +1,65 @@
+"""Images in one folder per class, as ImageNet is unpacked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from vlmo_ray.data.prepare.source import WorkUnit, cut_units, open_file, read_images
+from vlmo_ray.data.schema import Field, Record, Schema
+from vlmo_ray.data.store import open_store
+from vlmo_ray.errors import UserError
+
+
+@dataclass
+class Folders:
+    """`<class>/.../x.jpg`: the label is the place of the class among the sorted folders; the ids are the path.
+
+    `classes` is a file with a class a line, which fixes their order; a folder that it does not name is an error.
+    Without it, a folder with no file in it is no class, as object storage has none. Every file is taken for an
+    image, but those with a name, or below a folder, that begins with a dot.
+    """
+
+    format: ClassVar[str] = "folders"
+
+    uri: str
+    classes: str | None = None
+
+    def __post_init__(self) -> None:
+        self.store = open_store(self.uri)
+        self.uri = self.store.uri
+        sizes = {n: size for n, size in self.store.sizes().items() if not f"/{n}".count("/.")}
+        found = sorted({name.partition("/")[0] for name in sizes if "/" in name})
+        classes = self._listed() if self.classes else found
+        if unlisted := [name for name in found if name not in set(classes)]:
+            raise UserError(
+                f"{self.store.address(unlisted[0])} is no class of {self.classes}; add a line, or move it"
+            )
+        if not found:
+            raise UserError(
+                f"{self.uri} holds no folder with files in it; give one with a folder for each class"
+            )
+        self.schema = Schema((Field("image", "image"), Field("label", "label", tuple(classes))))
+        self.listing = hashlib.sha256(json.dumps([sizes, classes]).encode()).hexdigest()
+        number = {name: label for label, name in enumerate(classes)}
+        self._images = [((n, number.get(n.partition("/")[0])), size) for n, size in sizes.items()]
+
+    def _listed(self) -> list[str]:
+        store, name = open_file(self.classes)
+        return [line.strip() for line in store.read(name).decode().splitlines() if line.strip()]
+
+    def units(self) -> list[WorkUnit]:
+        return cut_units("images", self._images)
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_images": []}  # a task has those of its unit
+
+    def records(self, unit: WorkUnit) -> Iterator[Record]:
+        images = read_images(self.store, (name for name, _ in unit.content))
+        for (name, label), (image, problem) in zip(unit.content, images, strict=True):
+            problem = problem if label is not None else "the file lies in no folder of a class"
+            values = {"image": image, "label": label}
+            yield Record(name, name, values, problem=problem, address=self.store.address(name))

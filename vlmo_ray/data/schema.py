@@ -1,0 +1,258 @@
+"""What a record is, what makes one valid, and the limits: one rule for preparing a data set and for reading it.
+
+A record has an id, an image_id, a list of forbidden augmentations, and the fields that its data set declares.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from numbers import Integral, Real
+from typing import Any, Literal, get_args
+
+import numpy as np
+import pyarrow as pa
+
+from vlmo_ray.errors import UserError
+
+Kind = Literal["image", "text", "label", "mask", "answers", "captions", "boxes"]
+
+FORBID = ("crop", "flip", "color", "geometric")  # the augmentations that a record may rule out
+MAX_PIXELS = 64_000_000  # 192 MB once decoded to RGB; a header can claim far more in a few bytes
+MAX_SIDE = 30_000
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # Pillow would also try formats that run other programs
+
+_RESERVED = ("id", "image_id", "forbid")
+_TYPES = {
+    "image": pa.binary(),
+    "text": pa.string(),
+    "label": pa.int32(),
+    "mask": pa.binary(),
+    "answers": pa.list_(pa.struct({"answer": pa.string(), "score": pa.float32()})),
+    "captions": pa.list_(pa.string()),
+    "boxes": pa.list_(pa.list_(pa.float32())),
+}
+
+
+@dataclass(frozen=True)
+class Field:
+    """One declared column. Its values in a record, by kind:
+
+    image     encoded bytes
+    text      a string that is not blank
+    label     an integer from 0, less than the number of `values` where they are given
+    mask      encoded bytes of an image with one channel
+    answers   a list of {"answer": string, "score": 0 to 1}, maybe empty; answers are among `values` where given
+    captions  a list of at least one text
+    boxes     a list of [x0, y0, x1, y1] in pixels of the stored image, x0 < x1 and y0 < y1, maybe empty
+    """
+
+    name: str  # of the column; "image_2" is a second image
+    kind: Kind
+    values: tuple[
+        str, ...
+    ] = ()  # names of the classes of a label, or the answers that are possible; () if open
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise UserError(f"{self.kind!r} is not a kind of column; choose from {', '.join(get_args(Kind))}")
+        if not re.fullmatch("[A-Za-z][A-Za-z0-9_]*", self.name) or self.name in _RESERVED:
+            raise UserError(
+                f"{self.name!r} cannot name a column; use letters, digits and '_', and none of "
+                f"{', '.join(_RESERVED)}"
+            )
+        if self.values and self.kind not in ("label", "answers"):
+            raise UserError(f"the column {self.name!r} is of kind {self.kind!r}, which has no list of values")
+        if len(set(self.values)) < len(self.values):
+            twice = next(value for i, value in enumerate(self.values) if value in self.values[:i])
+            raise UserError(f"the column {self.name!r} has the value {twice!r} twice; name it once")
+
+    @cached_property
+    def known(self) -> frozenset[str]:
+        """`values`, quick to look into."""
+        return frozenset(self.values)
+
+
+@dataclass(frozen=True)
+class Schema:
+    """The columns that a data set declares besides `id`, `image_id` and `forbid`, which every data set has."""
+
+    fields: tuple[Field, ...]
+
+    def __post_init__(self) -> None:
+        if not self.fields:
+            raise UserError("a data set needs at least one column besides its ids")
+        if twice := [name for name in self.names if self.names.count(name) > 1]:
+            raise UserError(f"the column {twice[0]!r} is declared twice; declare it once")
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        return tuple(field.name for field in self.fields)
+
+    @property
+    def has_image(self) -> bool:
+        return any(field.kind == "image" for field in self.fields)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.names
+
+    def field(self, name: str) -> Field:
+        """The field of this name; UserError if it is not declared."""
+        for field in self.fields:
+            if field.name == name:
+                return field
+        raise UserError(f"the data set has no column {name!r}; it has {', '.join(self.names)}")
+
+    @property
+    def arrow(self) -> pa.Schema:
+        """As it is stored: id, image_id, the fields in their order, forbid."""
+        columns = {field.name: _TYPES[field.kind] for field in self.fields}
+        ids = {"id": pa.string(), "image_id": pa.string()}
+        return pa.schema(ids | columns | {"forbid": pa.list_(pa.string())})
+
+    def to_json(self) -> list[dict]:
+        """Lists and dicts for `json.dumps`."""
+        return [
+            {"name": field.name, "kind": field.kind}
+            | ({"values": list(field.values)} if field.values else {})
+            for field in self.fields
+        ]
+
+    @classmethod
+    def from_json(cls, fields: list[dict]) -> Schema:
+        """The inverse of `to_json`; KeyError, TypeError or UserError for anything else."""
+        return cls(tuple(Field(f["name"], f["kind"], tuple(f.get("values", ()))) for f in fields))
+
+    @classmethod
+    def parse(cls, columns: str) -> Schema:
+        """From "image,label" or "left:image,image_2,question:text".
+
+        A column is `name:kind`. The kind may be left out where the name is a kind, or a kind and a number.
+        """
+        fields = []
+        for column in columns.split(","):
+            name, colon, kind = column.strip().partition(":")
+            fields.append(Field(name, kind if colon else re.sub(r"_\d+$", "", name)))
+        return cls(tuple(fields))
+
+
+PAIRS = Schema((Field("image", "image"), Field("text", "text")))  # also of manifests that state no schema
+
+
+@dataclass
+class Record:
+    """One row as it is stored. A record with a `problem` keeps its place but must be masked out."""
+
+    id: str
+    image_id: str
+    values: dict[str, Any]  # of the declared fields, or of those that were asked for
+    forbid: tuple[str, ...] = ()  # augmentations that would make the record untrue
+    problem: str = ""  # "" where all is well
+    address: str = ""  # <uri>/<shard>#<chunk>:<row>
+
+
+def problem_of(record: Record, schema: Schema, names: Collection[str] | None = None) -> str:
+    """Why the record cannot be used, "" if it can; looks at the fields `names`, by default at all.
+
+    This is the only rule of what is valid. Whether encoded bytes are an image is left to `decode.image_problem`.
+    The sentences name columns and no values, so that they can be counted.
+    """
+    if record.problem:
+        return record.problem
+    for field in schema.fields:
+        if names is None or field.name in names:
+            value = record.values.get(field.name)
+            problem = f"there is no {field.name}" if value is None else _problem_of_value(value, field)
+            if problem:
+                return problem
+    if not record.id or (schema.has_image and not record.image_id):
+        return "there is no id or no image_id"
+    if not (_is_unicode(record.id) and _is_unicode(record.image_id)):
+        return "an id is not valid Unicode text"
+    if any(name not in FORBID for name in record.forbid):
+        return f"forbid has a value other than {', '.join(FORBID)}"
+    return ""
+
+
+def check_declared(columns: Iterable[str], schema: Schema) -> None:
+    """UserError if one of the columns is not declared: it would be lost."""
+    for name in columns:
+        if name not in schema:
+            raise UserError(
+                f"the column {name!r} is not declared, and would be lost: the schema has "
+                f"{', '.join(schema.names)}; declare it there, or leave it out of the records"
+            )
+
+
+def encodable(text: str) -> str:
+    """Without the lone surrogates that names in a tar and JSON can hold, and Arrow cannot."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def _is_unicode(text: str) -> bool:
+    return isinstance(text, str) and (text.isascii() or encodable(text) == text)
+
+
+def _problem_of_value(value: Any, field: Field) -> str:
+    name = field.name
+    match field.kind:
+        case "image" | "mask":
+            if not isinstance(value, bytes):
+                return f"the {name} is not bytes"
+            return "" if value else f"there is no {name}"
+        case "text":
+            return _problem_of_text(value, name)
+        case "label":
+            if not isinstance(value, Integral) or isinstance(value, bool | np.bool_):
+                return f"the {name} is not an integer"
+            in_range = 0 <= value < (len(field.values) or 2**31)
+            return "" if in_range else f"the {name} is not the number of a class"
+        case "answers":
+            if not isinstance(value, list | tuple):
+                return f"the {name} are not a list"
+            return next(filter(None, (_problem_of_answer(answer, field) for answer in value)), "")
+        case "captions":
+            if not isinstance(value, list | tuple):
+                return f"the {name} are not a list"
+            if not value:
+                return f"there are no {name}"
+            return next(filter(None, (_problem_of_text(text, f"text in {name}") for text in value)), "")
+        case "boxes":
+            if not isinstance(value, list | tuple | np.ndarray):
+                return f"the {name} are not a list"
+            return "" if all(map(_is_box, value)) else f"{name} has a value that is no box"
+    raise AssertionError(field.kind)
+
+
+def _problem_of_text(text: Any, name: str) -> str:
+    if text is None or (isinstance(text, str) and not text.strip()):
+        return f"there is no {name}"
+    if not isinstance(text, str):
+        return f"the {name} is not a string"
+    return "" if _is_unicode(text) else f"the {name} is not valid Unicode"
+
+
+def _problem_of_answer(answer: Any, field: Field) -> str:
+    name = f"answer in {field.name}"
+    if not isinstance(answer, Mapping) or set(answer) != {"answer", "score"}:
+        return f"an {name} is not an answer and a score"
+    if problem := _problem_of_text(answer["answer"], name):
+        return problem
+    if field.values and answer["answer"] not in field.known:
+        return f"an {name} is not one of the values"
+    score = answer["score"]
+    in_range = isinstance(score, Real) and not isinstance(score, bool) and 0 <= score <= 1
+    return "" if in_range else f"a score in {field.name} is not between 0 and 1"
+
+
+def _is_box(box: Any) -> bool:
+    """As it will be stored: in float32, where near numbers become equal and huge ones infinite."""
+    try:
+        with np.errstate(over="ignore"):
+            x0, y0, x1, y1 = map(float, np.asarray(box, dtype=np.float32))
+    except (TypeError, ValueError):
+        return False
+    return x0 < x1 and y0 < y1 and all(map(math.isfinite, (x0, y0, x1, y1)))
