@@ -34,7 +34,7 @@ from vlmo_ray.data.order import Order, Rows, Schedule, deal
 from vlmo_ray.data.prefetch import Overlapped
 from vlmo_ray.data.read import ShardError
 from vlmo_ray.data.reader import Columns, Part, Reader, Sources, make_part, whole_chunk
-from vlmo_ray.data.reader import Columns, EvalReader, Part, TrainReader, make_part
+
 
 if TYPE_CHECKING:  # both are slow to import, and a data task needs neither
     import ray.data
