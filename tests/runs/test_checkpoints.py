@@ -277,7 +277,7 @@ def test_storage_that_stays_away_ends_the_run_with_its_address(
             CONFIG,
             phases=(Phase(400, 8),),
             checkpoint_every=10,
-            data=dataclasses.replace(CONFIG.data, patience_s=1),
+            data=dataclasses.replace(CONFIG.data, retry_timeout_s=1),
         )
         run = Store(f"{bucket}/run")
 

@@ -18,10 +18,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 
-from vlmo_ray.config import ClusterConfig, Config, LossConfig, ModelConfig, Phase
+from vlmo_ray.config import ClusterConfig, Config, ModelConfig, Phase
 from vlmo_ray.data.batch import PairBatch
 from vlmo_ray.model.vlmo import VLMo, init_weights
 from vlmo_ray.objectives.gather import Workers
+from vlmo_ray.recipes.pretraining import PretrainingConfig
 from vlmo_ray.rng import Noise, stream, uniforms_torch
 from vlmo_ray.tasks.pretraining import Pretraining
 from vlmo_ray.train.parallel import Parallel, parallelize, whole
@@ -29,7 +30,7 @@ from vlmo_ray.train.step import gradients
 
 STEP, SEED = 5, 3
 IMAGE_BYTES = 3 * 8 * 8
-WEIGHTS = LossConfig(itc=0.9, itm=1.1, mlm=0.3)
+WEIGHTS = PretrainingConfig(itc=0.9, itm=1.1, mlm=0.3)
 CONFIG = Config(
     name="test",
     model=ModelConfig(
@@ -40,7 +41,7 @@ CONFIG = Config(
     slice_size=4,
     micro_batch=4,
     seed=SEED,
-    loss=WEIGHTS,
+    task=WEIGHTS,
 )  # fmt: skip
 
 OBJECTIVES = {
@@ -56,7 +57,7 @@ OBJECTIVES = {
 def config_of(objective: str = "exact", **cluster) -> Config:
     loss = OBJECTIVES[objective]
     model = dataclasses.replace(CONFIG.model, init_logit_bias=-2.0 if loss.contrast == "sigmoid" else None)
-    return dataclasses.replace(CONFIG, loss=loss, model=model, cluster=ClusterConfig(**cluster))
+    return dataclasses.replace(CONFIG, task=loss, model=model, cluster=ClusterConfig(**cluster))
 
 
 def make_task(dtype=torch.float64, objective: str = "exact") -> Pretraining:

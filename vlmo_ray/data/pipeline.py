@@ -93,6 +93,7 @@ class PairStream:
         image_size: int,
         max_text_len: int,
         vocab_size: int,
+        mlm_probability: float,
         seed: int,
         schedule: Schedule,
         start: int,
@@ -106,7 +107,9 @@ class PairStream:
     ):
         assert 0 <= start <= stop <= schedule.total_steps and tasks > 0
         self._manifest = manifest
-        self._reader = TrainReader(manifest.uri, data, image_size, max_text_len, vocab_size, seed)
+        self._reader = TrainReader(
+            manifest.uri, data, image_size, max_text_len, vocab_size, mlm_probability, seed
+        )
         self._order = Order(manifest.chunk_rows, seed, schedule, data.group_steps)
         self._steps, self._rank, self._num_workers = range(start, stop), rank, num_workers
         self._part_rows, self._window_groups = part_rows, window_groups

@@ -47,7 +47,7 @@ class Record:
 def read_chunk(store: Store, chunk: Chunk, *, retries: int = 4, wait_s: float = 0.5) -> list[Record]:
     """The `chunk.rows` records of a chunk, in order, from one range read.
 
-    Storage that is busy or away is asked again for `store.patience_s`. Wrong checksums and other errors, which
+    Storage that is busy or away is asked again for `store.retry_timeout_s`. Wrong checksums and other errors, which
     may come from the way, are tried again `retries` times, after `wait_s`, twice that, and so on, with jitter.
     Raises DamagedShard with the address if the chunk is missing or still not what the manifest says, and another
     ShardError if there still is no access to it.

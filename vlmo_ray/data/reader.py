@@ -73,6 +73,7 @@ class TrainReader:
     image_size: int
     max_text_len: int
     vocab_size: int
+    mlm_probability: float
     seed: int
 
     def __call__(self, part: Part) -> Columns:
@@ -80,7 +81,7 @@ class TrainReader:
             place = int(part.step[i]), int(part.position[i])
             return decode_train(record.image, self.image_size, self.data, record.forbid, self.seed, *place)
 
-        store = Store(self.uri, self.data.patience_s)
+        store = Store(self.uri, self.data.retry_timeout_s)
         mask = self.data.bad_shards == "mask"
         columns = _read(part, store, self.image_size, self.max_text_len, decode, mask)
         word, image_id, text = (columns.pop(name) for name in ("word", "image_id", "text"))
@@ -91,7 +92,7 @@ class TrainReader:
         for i in np.flatnonzero(columns["valid"]):
             generator = rng.generator(self.seed, "mlm", int(part.step[i]), int(part.position[i]))
             columns["mlm_ids"][i], columns["mlm_labels"][i] = mask_whole_words(
-                columns["text_ids"][i], word[i], self.vocab_size, self.data.mlm_probability, generator
+                columns["text_ids"][i], word[i], self.vocab_size, self.mlm_probability, generator
             )
         columns["step"], columns["position"] = part.step, part.position
         return columns

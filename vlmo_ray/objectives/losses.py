@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
-from vlmo_ray.config import LossConfig
+
+class Weights(Protocol):
+    """Of the terms; a `PretrainingConfig` is one."""
+
+    @property
+    def itc(self) -> float: ...
+    @property
+    def itm(self) -> float: ...
+    @property
+    def mlm(self) -> float: ...
 
 
 @dataclass
@@ -18,6 +28,6 @@ class Losses:
     itm: Tensor
     mlm: Tensor
 
-    def total(self, weights: LossConfig) -> Tensor:
+    def total(self, weights: Weights) -> Tensor:
         """Weighted sum; the contrastive term is the mean of the two branches."""
         return weights.itc * 0.5 * (self.itc + self.itc_vl) + weights.itm * self.itm + weights.mlm * self.mlm

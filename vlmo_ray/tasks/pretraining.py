@@ -74,7 +74,7 @@ class Pretraining(nn.Module):
         super().__init__()
         self.model = model
         self.seed = config.seed
-        self.loss = config.loss
+        self.loss = config.task
         self.slice_size = config.slice_size
 
     def forward(self, part: str, *args):

@@ -111,7 +111,7 @@ def train(
     manifest, model = start_up[0], start_up[1].to(device, dtype)
     parallel = parallelize(Pretraining(model, config), config.cluster, world, device)
     optimizer = build_optimizer(model, config)
-    run = Store(job.run, config.data.patience_s)
+    run = Store(job.run, config.data.retry_timeout_s)
     checkpoints = Checkpoints(run, config.keep_checkpoints, config.keep_every, keeper=rank == 0)
     with contextlib.ExitStack() as stack:
         local = stack.enter_context(scratch())
@@ -142,6 +142,7 @@ def train(
             image_size=config.model.image_size,
             max_text_len=config.model.max_text_len,
             vocab_size=config.model.vocab_size,
+            mlm_probability=config.task.mlm_probability,
             seed=config.seed,
             schedule=schedule,
             start=start,
@@ -190,7 +191,7 @@ def train(
                 batch,
                 _workers(schedule, step, world, rank),
                 step,
-                config.loss,
+                config.task,
                 config.micro_batch,
                 bf16,
             )
@@ -271,7 +272,7 @@ def _fetch(
 
 
 def _start(job: Job) -> tuple[Manifest, VLMo]:
-    manifest = load_manifest(job.data, job.config.data.patience_s)
+    manifest = load_manifest(job.data, job.config.data.retry_timeout_s)
     if manifest.fingerprint != job.fingerprint:
         raise UserError(f"the data set at {job.data} changed while the run was starting; start it again")
     return manifest, build_model(job.config)

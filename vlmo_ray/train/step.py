@@ -7,10 +7,9 @@ from collections import Counter
 import torch
 from torch import Tensor
 
-from vlmo_ray.config import LossConfig
 from vlmo_ray.data.batch import PairBatch
 from vlmo_ray.objectives.gather import Workers
-from vlmo_ray.objectives.losses import Losses
+from vlmo_ray.objectives.losses import Losses, Weights
 from vlmo_ray.train.parallel import Parallel
 
 
@@ -19,7 +18,7 @@ def gradients(
     batch: PairBatch,
     workers: Workers,
     step: int,
-    weights: LossConfig,
+    weights: Weights,
     micro_batch: int,
     bf16: bool = False,
 ) -> dict[str, Tensor]:
