@@ -56,7 +56,7 @@ from vlmo_ray.data.store import Store
 from vlmo_ray.data.text import Tokenizer, mask_whole_words
 from vlmo_ray.demo.local_s3 import local_s3
 
-SIZE, TEXT_LEN, VOCABULARY, DATA = 224, 40, 30522, DataConfig()
+SIZE, TEXT_LEN, VOCABULARY, MLM_PROBABILITY, DATA = 224, 40, 30522, 0.15, DataConfig()
 SHARD_BYTES = 16 << 20  # about a chunk of ours
 BUCKET, LIMIT_S = "bench", 900
 RAY = "Ray's own"  # the processes of Ray that read and decode nothing
@@ -121,7 +121,7 @@ class Decode:
         pixels = decode_train(image, SIZE, DATA, (), os.getpid(), self._count, 0)
         ids, mask, word = self._tokenizer.encode(text)
         generator = rng.generator(os.getpid(), "mlm", self._count, 0)
-        return pixels, ids, mask, *mask_whole_words(ids, word, VOCABULARY, DATA.mlm_probability, generator)
+        return pixels, ids, mask, *mask_whole_words(ids, word, VOCABULARY, MLM_PROBABILITY, generator)
 
 
 # ---- the candidates: how each writes its data set to a folder, and the number of pairs of each batch ------
@@ -147,7 +147,7 @@ def stream(job: Job) -> PairStream:
     shape = {"image_size": SIZE, "max_text_len": TEXT_LEN, "vocab_size": VOCABULARY}
     schedule = Schedule(((job.steps, job.batch),), slice_size=min(job.batch, 16))
     run = {"seed": 1, "schedule": schedule, "start": 0, "stop": job.steps, "tasks": job.processes}
-    return PairStream(load_manifest(job.data_set), DATA, **shape, **run)
+    return PairStream(load_manifest(job.data_set), DATA, **shape, mlm_probability=MLM_PROBABILITY, **run)
 
 
 def read_only(job: Job) -> Iterator[int]:

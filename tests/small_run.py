@@ -13,6 +13,7 @@ import torch.multiprocessing as mp
 
 from vlmo_ray.config import ClusterConfig, Config, DataConfig, ModelConfig, OptimConfig, Phase
 from vlmo_ray.data.manifest import load_manifest
+from vlmo_ray.recipes.pretraining import PretrainingConfig
 from vlmo_ray.train.build import RunSpec
 from vlmo_ray.train.loop import Outcome, train
 
@@ -25,6 +26,7 @@ SMALL = Config(
     phases=(Phase(6, 8), Phase(4, 12)),
     slice_size=2,
     micro_batch=4,
+    task=PretrainingConfig(),
     data=DataConfig(group_steps=3),
     optim=OptimConfig(peak_lr=1e-3, warmup_steps=2),
     cluster=ClusterConfig(max_workers=2, gpus_per_worker=0, cpus_per_worker=0, data_cpus_per_worker=1),

@@ -125,6 +125,7 @@ ray.init(log_to_driver=False)
 class Worker:
     def begin(self):
         shape = {"image_size": 16, "max_text_len": 12, "vocab_size": 30522, "schedule": Schedule(((60, 12),), 2)}
+        shape["mlm_probability"] = 0.15
         stream = PairStream(
             load_manifest(data), DataConfig(group_steps=3), **shape, seed=1, start=0, stop=60, window_groups=1
         )

@@ -1,13 +1,16 @@
 """Configs: round trip, overrides with typed values, and a sentence for every field that does not fit."""
 
+import copy
 import dataclasses
+from typing import ClassVar
 
 import pytest
 
-from vlmo_ray.config import Phase, check
+from vlmo_ray.config import ClusterConfig, Config, Phase, TaskConfig, check, check_model, ineffective, setting
 from vlmo_ray.errors import UserError
-from vlmo_ray.overrides import differences, from_dict, override, to_dict
+from vlmo_ray.overrides import VERSION, differences, from_dict, override, to_dict
 from vlmo_ray.recipes import RECIPES, recipe
+from vlmo_ray.recipes.pretraining import PretrainingConfig
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -42,6 +45,26 @@ def test_override_sets_typed_values():
         ("seed=1.5", "seed=1.5 is not of the kind int"),
         ("data.flip=1", "data.flip=1 is not of the kind bool"),
         ("model.position=sideways", "must be one of 'relative', 'absolute'"),
+        ("model.vl_start=5", "must be from 0 to 4, the number of layers"),
+        ("model.vl_start=4", "leaves no layer with a vision-language expert"),
+        ("model.drop_path=1", "model.drop_path=1.0 must be from 0 to below 1"),
+        ("model.max_text_len=2", "max_text_len=2 must be at least 3; .CLS. and .SEP. take two"),
+        ("model.heads=itc,word", "model.heads names word; known: itc, "),
+        ("model.num_heads=0", "model.num_heads=0 must be at least 1"),
+        ("model.init_temperature=NaN", "init_temperature=nan must be above 0"),
+        ("data.crop_area=0.9,0.5", "must satisfy 0 < smallest <= largest <= 1"),
+        ("data.randaugment_magnitude=11", "must be from 0 to 10"),
+        ("phases=[[60, 32], [0, 32]]", r"phases\[1\].steps=0 must be at least 1"),
+        ("phases=[]", "phases=.* must name at least one phase"),
+        ("keep_checkpoints=0", "keep_checkpoints=0 must be at least 1"),
+        ("optim.average_decay=1", "average_decay=1.0 must be from 0 to below 1"),
+        ("optim.schedule=step", "must be one of 'linear', 'cosine'"),
+        ("loss.itc=2", "unknown field 'loss.itc'.*; loss.itc is now task.itc"),
+        ("loss=2", "loss is now task"),
+        ("data.patience_s=9", "data.patience_s is now data.retry_timeout_s"),
+        ("data.mlm_probability=0.2", "data.mlm_probability is now task.mlm_probability"),
+        ("task.kind=vqa", "unknown field 'task.kind'.*; the recipe decides on the task"),
+        ("task=1", "group of fields; set one of them, for example task.itc="),
         ("phases=[[1,2,3]]", "does not fit Phase"),
         ("phases=[[1]]", "lacks a field of Phase"),
         ("seed", "has no '='"),
@@ -54,18 +77,18 @@ def test_override_sets_typed_values():
         ("model.max_text_len=30", "above model.bias_text_len"),
         ("model.num_heads=5", "not a multiple of model.num_heads=5"),
         ("keep_every=30", "keep_every=30 must be a multiple of checkpoint_every=20, or 0"),
-        ("data.patience_s=-1", "patience_s=-1.0 must be 0"),
+        ("data.retry_timeout_s=-1", "data.retry_timeout_s=-1.0 must be at least 0; 0 does not retry"),
         ("checkpoint_every=0", "checkpoint_every=0 must be at least 1"),
         ("model.num_answers=10", "no effect here: model.heads has no 'vqa'"),
         ("model.heads=itc,itm", "needs the heads"),
-        ("loss.contrast=sigmoid", "needs a bias to learn: set model.init_logit_bias"),
-        ("loss.contrast=triplet", "must be one of 'softmax', 'sigmoid'"),
-        ("model.init_logit_bias=-10", "would never be used by loss.contrast='softmax'"),
-        ("loss.label_smoothing=1", "label_smoothing=1.0 must be from 0 to below 1"),
-        ("loss.feature_grad_scale=0", "feature_grad_scale=0.0 must be above 0; 1 is exact"),
-        ("loss.itm_share=0.05", "itm_share=0.05 of a slice of 8 rows is less than one row"),
-        ("loss.itm_share=1.5", "choose from 0.125 to 1"),
-        ("model.init_temperature=0", "must be above 0"),
+        ("task.contrast=sigmoid", "needs a bias to learn: set model.init_logit_bias"),
+        ("task.contrast=triplet", "must be one of 'softmax', 'sigmoid'"),
+        ("model.init_logit_bias=-10", "would never be used by task.contrast='softmax'"),
+        ("task.label_smoothing=1", "label_smoothing=1.0 must be from 0 to below 1"),
+        ("task.feature_grad_scale=0", "feature_grad_scale=0.0 must be above 0; 1 is exact"),
+        ("task.itm_share=0.05", "itm_share=0.05 of a slice of 8 rows is less than one row"),
+        ("task.itm_share=1.5", "choose from 0.125 to 1"),
+        ("model.init_temperature=0", "model.init_temperature=0.0 must be above 0; the paper has 0.07"),
         ("cluster.strategy=zero", "must be one of 'ddp', 'fsdp'"),
         ("precision=fp8", "must be one of 'auto', 'bf16', 'float32', 'float64'"),
     ],
@@ -90,21 +113,156 @@ def test_unknown_recipe():
 def test_differences_are_spelled_out():
     config = recipe("tiny")
     other = dataclasses.replace(config, seed=9, optim=dataclasses.replace(config.optim, peak_lr=1.0))
-    assert differences(config, other) == ["optim.peak_lr: 0.001 -> 1.0", "seed: 1 -> 9"]
+    assert [str(d) for d in differences(config, other)] == ["optim.peak_lr: 0.001 -> 1.0", "seed: 1 -> 9"]
     assert check(other) is other
 
 
 def test_options_that_need_each_other():
-    sigmoid = ["model.init_logit_bias=-10", "model.init_temperature=0.1", "loss.contrast=sigmoid"]
-    assert override(recipe("tiny"), sigmoid).loss.contrast == "sigmoid"
+    sigmoid = ["model.init_logit_bias=-10", "model.init_temperature=0.1", "task.contrast=sigmoid"]
+    assert override(recipe("tiny"), sigmoid).task.contrast == "sigmoid"
     with pytest.raises(UserError, match="label_smoothing is of the softmax contrast"):
-        override(recipe("tiny"), [*sigmoid, "loss.label_smoothing=0.1"])
+        override(recipe("tiny"), [*sigmoid, "task.label_smoothing=0.1"])
     with pytest.raises(UserError, match="slice_size=1 has no other row"):
-        override(recipe("tiny"), ["slice_size=1", "loss.negatives=local"])
+        override(recipe("tiny"), ["slice_size=1", "task.negatives=local"])
 
 
 @pytest.mark.parametrize(
     "name, gpus", [("pretrain_base", 64), ("pretrain_base_plus", 64), ("pretrain_large", 128)]
 )
 def test_published_recipes_have_the_published_balance(name, gpus):
-    assert recipe(name).loss.feature_grad_scale == 1 / gpus
+    assert recipe(name).task.feature_grad_scale == 1 / gpus
+
+
+def test_recipes_are_the_public_functions_that_return_a_config():
+    assert list(RECIPES) == [
+        "pretrain_base", "pretrain_base_plus", "pretrain_large", "pretrain_1b",
+        "tiny", "demo", "pretrain_1b_tiny", "small_photos", "medium_photos",
+    ]  # fmt: skip
+
+
+def test_a_field_outside_its_choices_is_named_without_the_command_line():
+    config = recipe("tiny")
+    with pytest.raises(UserError, match=r"model\.position='sideways' must be one of 'relative', 'absolute'"):
+        check_model(dataclasses.replace(config.model, position="sideways"))
+    with pytest.raises(UserError, match=r"cluster\.strategy='zero' must be one of 'ddp', 'fsdp'"):
+        check(dataclasses.replace(config, cluster=dataclasses.replace(config.cluster, strategy="zero")))
+
+
+FREE = {
+    "micro_batch", "init", "checkpoint_every", "keep_checkpoints", "keep_every", "evaluate_every", "audit",
+    "log_every", "data.bad_shards", "data.retry_timeout_s",
+    *(f"cluster.{field.name}" for field in dataclasses.fields(ClusterConfig)),
+}  # fmt: skip
+REBUILT = {"model.drop_path", "model.init_std", "model.init_temperature"}  # of the model, but the weights fit
+
+
+def changed(value):
+    """Another value of about the same type."""
+    if dataclasses.is_dataclass(value):
+        return dataclasses.replace(
+            value, **{field.name: changed(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        )
+    return (value, "other")
+
+
+def test_every_field_says_whether_a_resumed_run_may_change_it():
+    config = recipe("tiny")
+    found = {diff.path: diff.resume for diff in differences(config, changed(config))}
+    assert len(found) == len(leaves(to_dict(config))) - 2  # the version and the kind of task
+    assert {path for path, mark in found.items() if mark == "free"} == FREE
+    fixed = {path for path in found if path.startswith("model.")} - REBUILT
+    assert {path for path, mark in found.items() if mark == "fixed"} == fixed
+    assert set(found.values()) == {"free", "ask", "fixed"}
+
+
+def leaves(raw: dict, prefix: str = "") -> dict:
+    out = {}
+    for name, value in raw.items():
+        out |= leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return out
+
+
+def version_1(config: Config) -> dict:
+    """The config as the first version wrote it; its new fields must have their defaults."""
+    raw = copy.deepcopy(to_dict(config))
+    del raw["version"], raw["evaluate_every"]
+    for name in ("schedule", "clip_norm", "average_decay"):
+        del raw["optim"][name]
+    raw["loss"] = raw.pop("task")
+    assert raw["loss"].pop("kind") == "pretraining"
+    raw["data"]["mlm_probability"] = raw["loss"].pop("mlm_probability")
+    raw["data"]["patience_s"] = raw["data"].pop("retry_timeout_s")
+    return raw
+
+
+def test_a_config_of_the_first_version_is_read():
+    config = override(
+        recipe("tiny"),
+        ["task.itc=0.9", "task.itm=1.1", "task.mlm=0.3", "task.mlm_probability=0.2", "task.label_smoothing=0.1",
+         "task.feature_grad_scale=0.5", "task.negatives=local", "task.itm_share=0.5", "data.retry_timeout_s=7",
+         "data.group_steps=3"],
+    )  # fmt: skip
+    sigmoid = ["model.init_logit_bias=-10", "task.contrast=sigmoid"]
+    for new in (config, override(recipe("tiny"), sigmoid)):
+        old = version_1(new)
+        before = copy.deepcopy(old)
+        assert from_dict(old) == new
+        assert old == before  # what was given is left as it was
+
+
+def test_a_config_of_a_newer_version_or_an_unknown_task_is_refused():
+    raw = to_dict(recipe("tiny"))
+    assert raw["version"] == VERSION == 2 and raw["task"]["kind"] == "pretraining"
+    with pytest.raises(UserError, match="is of version 3 and this program reads up to 2"):
+        from_dict(raw | {"version": 3})
+    for task in ({"kind": "dancing"}, {}, 3):
+        with pytest.raises(
+            UserError, match=r"task.kind=('dancing'|None) is no task here; known: .*pretraining"
+        ):
+            from_dict(raw | {"task": task})
+    with pytest.raises(UserError, match="does not fit PretrainingConfig"):
+        from_dict(raw | {"task": {"kind": "pretraining", "rate": 1}})
+
+
+@pytest.fixture
+def counting(monkeypatch) -> type[TaskConfig]:
+    """A task of its own, known for the time of a test."""
+    monkeypatch.setattr(TaskConfig, "kinds", dict(TaskConfig.kinds))
+
+    @dataclasses.dataclass(frozen=True)
+    class Counting(TaskConfig):
+        kind: ClassVar[str] = "counting"
+        most: int = setting(9, at_least=1)
+        least: int = 0
+
+        def check(self, config: Config) -> None:
+            if self.most > config.slice_size * 100:
+                raise UserError(f"task.most={self.most} is too much for slice_size={config.slice_size}")
+
+        def ineffective(self, config: Config) -> dict[str, str]:
+            return {"least": "seed is 1"} if config.seed == 1 else {}
+
+    return Counting
+
+
+def test_a_task_brings_its_fields_and_its_checks(counting, monkeypatch):
+    def count() -> Config:
+        return dataclasses.replace(recipe("tiny"), task=counting())
+
+    monkeypatch.setitem(RECIPES, "count", count)
+    config = override(recipe("count"), ["task.most=20"])
+    assert to_dict(config)["task"] == {"kind": "counting", "most": 20, "least": 0}
+    assert from_dict(to_dict(config)) == config
+    assert ineffective(config)["task.least"] == "seed is 1"
+    for settings, words in [
+        (["task.most=0"], "task.most=0 must be at least 1"),
+        (["task.most=900"], "too much for slice_size=8"),
+        (["task.itc=1"], "Counting has no 'itc'"),
+        (["task.least=1"], "no effect here: seed is 1"),
+    ]:
+        with pytest.raises(UserError, match=words):
+            override(config, settings)
+    override(config, ["task.least=1", "seed=2"])
+    (task,) = differences(recipe("tiny"), config)
+    assert str(task) == "task.kind: 'pretraining' -> 'counting'" and task.resume == "fixed"
+    assert recipe("tiny").task == PretrainingConfig()

@@ -13,7 +13,7 @@ MAY = {
     "session": set(),
     "rng": set(),
     "config": {"errors"},
-    "overrides": {"config", "errors"},
+    "overrides": {"config", "errors", "recipes"},
     "recipes": {"config", "errors", "recipes"},
     "model": BOTTOM | {"model"},
     "objectives": BOTTOM | {"objectives"},

@@ -1,38 +1,103 @@
-"""What a run is made of: frozen dataclasses and their checks."""
+"""What a run is made of: frozen dataclasses; beside each field its bounds and whether a resumed run may change it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, Literal
+import dataclasses
+import functools
+import typing
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, dataclass
+from typing import Any, ClassVar, Literal
 
 from vlmo_ray.errors import UserError
+
+# Whether a run may change a field between a checkpoint and the start that continues it. "free": yes, the field changes
+# no number. "ask": only with --accept-changes. "fixed": no, the weights would not fit.
+Resume = Literal["free", "ask", "fixed"]
+
+
+def setting(
+    default: Any = MISSING,
+    *,
+    factory: Callable[[], Any] | None = None,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+    remedy: str = "",
+    resume: Resume | None = None,
+) -> Any:
+    """A dataclass field with the bounds that `check` enforces; `remedy` follows in its sentence.
+
+    resume: None takes the mark of the section that the field is in, and at the top "ask".
+    """
+    bounds = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
+    metadata = {"bounds": bounds, "remedy": remedy, "resume": resume}
+    if factory is not None:
+        return dataclasses.field(default_factory=factory, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+HEADS = ("itc", "itc_vl", "itm", "mlm", "vqa", "nlvr2")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """The architecture (paper section 4.1; the sizes are in `MODEL_SIZES`)."""
 
-    width: int
-    depth: int
-    num_heads: int
-    vl_start: int  # the first layer with a vision-language expert, from 0
+    width: int = setting(at_least=1)
+    depth: int = setting(at_least=1)
+    num_heads: int = setting(at_least=1)
+    vl_start: int = setting(at_least=0)  # the first layer with a vision-language expert, from 0
     position: Literal["relative", "absolute"] = "relative"
     layer_scale: float | None = 0.1
-    drop_path: float = 0.1  # at the last layer, growing linearly from 0; also the dropout of text embeddings
-    image_size: int = 224
-    patch_size: int = 16
-    vocab_size: int = 30522
-    max_text_len: int = 40
-    bias_text_len: int = 196  # the text length that the relative bias table is sized for
-    heads: tuple[str, ...] = ("itc", "itc_vl", "itm", "mlm")  # any of these and "vqa", "nlvr2"
-    num_answers: int = 3129  # of the VQA head
-    init_std: float = 0.02  # of the truncated normal that weights start from
-    init_temperature: float = 0.07  # where the learned temperatures of the contrast start
+    # At the last layer, growing linearly from 0; also the dropout of text embeddings.
+    drop_path: float = setting(0.1, at_least=0, below=1, resume="ask")
+    image_size: int = setting(224, at_least=1)
+    patch_size: int = setting(16, at_least=1)
+    vocab_size: int = setting(30522, at_least=1)
+    max_text_len: int = setting(40, at_least=3, remedy="[CLS] and [SEP] take two")
+    bias_text_len: int = setting(196, at_least=1)  # the text length that the relative bias table is sized for
+    heads: tuple[str, ...] = ("itc", "itc_vl", "itm", "mlm")  # any of HEADS
+    num_answers: int = setting(3129, at_least=1)  # of the VQA head
+    # Of the truncated normal that weights start from.
+    init_std: float = setting(0.02, at_least=0, resume="ask")
+    # Where the learned temperatures of the contrast start.
+    init_temperature: float = setting(0.07, above=0, remedy="the paper has 0.07", resume="ask")
     init_logit_bias: float | None = None  # of the sigmoid contrast (its paper: -10); None for the softmax one
 
     @property
     def num_patches(self) -> int:
         return (self.image_size // self.patch_size) ** 2
+
+    def check(self) -> None:
+        if self.image_size % self.patch_size:
+            sizes = [self.image_size // self.patch_size * self.patch_size + d for d in (0, self.patch_size)]
+            raise UserError(
+                f"model.image_size={self.image_size} is not a multiple of model.patch_size={self.patch_size}; "
+                f"use {' or '.join(str(s) for s in sizes if s)}"
+            )
+        if self.width % self.num_heads:
+            raise UserError(f"model.width={self.width} is not a multiple of model.num_heads={self.num_heads}")
+        if self.vl_start > self.depth:
+            raise UserError(
+                f"model.vl_start={self.vl_start} must be from 0 to {self.depth}, the number of layers"
+            )
+        if self.position == "relative" and self.max_text_len > self.bias_text_len:
+            raise UserError(
+                f"model.max_text_len={self.max_text_len} is above model.bias_text_len={self.bias_text_len}, the text "
+                "length of the relative bias table; lower the first or raise the second"
+            )
+        if unknown := sorted(set(self.heads) - set(HEADS)):
+            raise UserError(f"model.heads names {', '.join(unknown)}; known: {', '.join(HEADS)}")
+
+    def ineffective(self) -> dict[str, str]:
+        out = {}
+        if self.position == "absolute":
+            out["bias_text_len"] = "model.position is 'absolute', which has no relative bias table"
+        if "vqa" not in self.heads:
+            out["num_answers"] = "model.heads has no 'vqa'"
+        return out
 
 
 # Paper section 4.1: Base has 12 layers, the top two with VL experts; Large 24, the top three. base_plus is the
@@ -54,52 +119,66 @@ MODEL_SIZES: dict[str, ModelConfig] = {
 class DataConfig:
     """How a record becomes a training row, and how rows are put in order."""
 
-    crop_area: tuple[float, float] = (0.5, 1.0)
+    crop_area: tuple[float, float] = (0.5, 1.0)  # the smallest and the largest share of the image
     flip: bool = True
-    randaugment_ops: int = 2
-    randaugment_magnitude: int = 7
-    mlm_probability: float = 0.15
-    group_steps: int = 8  # rows are shuffled within the batches of this many consecutive steps
-    bad_shards: Literal["stop", "mask"] = (
-        "stop"  # a damaged or missing chunk ends the run, or its rows are masked; without access, it always ends
-    )
-    patience_s: float = 600.0  # how long storage may be busy or away before the run stops
+    randaugment_ops: int = setting(2, at_least=0)
+    randaugment_magnitude: int = setting(7, at_least=0, at_most=10)
+    group_steps: int = setting(8, at_least=1)  # rows are shuffled within the batches of so many steps
+    # A damaged or missing chunk ends the run, or its rows are masked. A chunk without access always ends the run.
+    bad_shards: Literal["stop", "mask"] = setting("stop", resume="free")
+    # How long storage may be busy or away before the run stops.
+    retry_timeout_s: float = setting(600.0, at_least=0, remedy="0 does not retry", resume="free")
+
+    def check(self) -> None:
+        low, high = self.crop_area
+        if not 0 < low <= high <= 1:
+            raise UserError(f"data.crop_area={self.crop_area} must satisfy 0 < smallest <= largest <= 1")
+
+    def ineffective(self) -> dict[str, str]:
+        return {} if self.randaugment_ops else {"randaugment_magnitude": "data.randaugment_ops is 0"}
 
 
 @dataclass(frozen=True)
-class LossConfig:
-    """The objective: weights of the terms, the contrastive one being the mean of its two branches; its options."""
+class TaskConfig:
+    """What the model learns: a subclass per task, known by its `kind`, which stands in stored configs."""
 
-    itc: float = 1.0
-    itm: float = 1.0
-    mlm: float = 0.25
-    contrast: Literal["softmax", "sigmoid"] = "softmax"
-    label_smoothing: float = 0.0  # of the softmax contrast
-    # Multiplies the contrast's gradient at the features, not its value nor the temperatures' gradient. 1 is
-    # exact. The released models' gather had no gradient, which left 1 / number of GPUs: 1/64 or 1/128.
-    feature_grad_scale: float = 1.0
-    negatives: Literal["global", "local"] = "global"  # drawn from the whole batch or from the row's own slice
-    itm_share: float = 1.0  # of each slice's rows that matching is computed for
+    kind: ClassVar[str]
+    kinds: ClassVar[dict[str, type[TaskConfig]]] = {}  # all tasks, by kind
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "kind" in cls.__dict__:  # a base class that several tasks share has none
+            TaskConfig.kinds[cls.kind] = cls
+
+    def check(self, config: Config) -> None:
+        """Raises a UserError if the task cannot run under `config`."""
+
+    def ineffective(self, config: Config) -> dict[str, str]:
+        """Fields of the task that change nothing under `config`, and why."""
+        return {}
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW with linear warm-up, then linear decay to 0 (paper section 4.1)."""
+    """AdamW with linear warm-up, then decay to 0 (paper section 4.1)."""
 
-    peak_lr: float = 2e-4
-    warmup_steps: int = 2500
-    weight_decay: float = 0.01
-    beta1: float = 0.9
-    beta2: float = 0.98
-    eps: float = 1e-8
+    peak_lr: float = setting(2e-4, at_least=0)
+    warmup_steps: int = setting(2500, at_least=0)
+    schedule: Literal["linear", "cosine"] = "linear"  # of the decay
+    weight_decay: float = setting(0.01, at_least=0)
+    beta1: float = setting(0.9, at_least=0, below=1)
+    beta2: float = setting(0.98, at_least=0, below=1)
+    eps: float = setting(1e-8, at_least=0)
+    clip_norm: float = setting(0.0, at_least=0)  # of the whole gradient; 0: no clipping
+    average_decay: float = setting(0.0, at_least=0, below=1)  # of the weights' moving average; 0: none
 
 
 @dataclass(frozen=True)
 class Phase:
     """A stretch of steps with one global batch; phases follow one another in one run."""
 
-    steps: int
-    global_batch: int
+    steps: int = setting(at_least=1)
+    global_batch: int = setting(at_least=1)
 
 
 @dataclass(frozen=True)
@@ -108,18 +187,27 @@ class ClusterConfig:
 
     min_workers: int = 1
     max_workers: int = 1
-    gpus_per_worker: int = 1  # 0: train on CPUs, in float32
-    cpus_per_worker: float = 1.0  # for training itself
-    data_cpus_per_worker: int = 2  # tasks that read and decode at once, reserved with the worker on its node
+    gpus_per_worker: int = setting(1, at_least=0)  # 0: train on CPUs, in float32
+    cpus_per_worker: float = setting(1.0, at_least=0)  # for training itself
+    # Tasks that read and decode at once, reserved with the worker on its node.
+    data_cpus_per_worker: int = setting(2, at_least=1)
     strategy: Literal["ddp", "fsdp"] = "ddp"  # the model whole on every worker, or sharded layer by layer
-    activation_checkpointing: bool = (
-        False  # recompute each layer in the backward: less memory, a third more FLOPs
-    )
+    # Recompute each layer in the backward: less memory, a third more FLOPs.
+    activation_checkpointing: bool = False
     compile: bool = False  # torch.compile of each layer
-    max_failures: int = 8
-    start_timeout_s: float = 10.0
-    resize_interval_s: float = 60.0
-    notice_every: int = 5  # steps between looks for a preemption notice or a request to stop
+    max_failures: int = setting(8, at_least=-1)  # -1: no limit
+    start_timeout_s: float = setting(10.0, at_least=0)
+    resize_interval_s: float = setting(60.0, at_least=0)
+    notice_every: int = setting(
+        5, at_least=1
+    )  # steps between looks for a preemption notice or a stop request
+
+    def check(self) -> None:
+        if not 1 <= self.min_workers <= self.max_workers:
+            raise UserError(
+                f"cluster.min_workers={self.min_workers} and cluster.max_workers={self.max_workers} "
+                "must satisfy 1 <= min <= max"
+            )
 
 
 @dataclass(frozen=True)
@@ -127,179 +215,136 @@ class Config:
     """A whole run, resolved. The same config and data set give the same curve on any number of workers."""
 
     name: str
-    model: ModelConfig
+    model: ModelConfig = setting(resume="fixed")
     phases: tuple[Phase, ...]
-    slice_size: int  # rows in the unit that is dealt to workers
-    micro_batch: int  # rows a worker runs forward and backward at once; a multiple of slice_size
-    data: DataConfig = field(default_factory=DataConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    cluster: ClusterConfig = field(default_factory=ClusterConfig)
-    precision: Literal["auto", "bf16", "float32", "float64"] = (
-        "auto"  # auto: bf16 on a GPU, float32 elsewhere
-    )
+    slice_size: int = setting(at_least=1)  # rows in the unit that is dealt to workers
+    # Rows that a worker runs forward and backward at once; a multiple of slice_size.
+    micro_batch: int = setting(at_least=1, resume="free")
+    task: TaskConfig
+    data: DataConfig = setting(factory=DataConfig)
+    optim: OptimConfig = setting(factory=OptimConfig)
+    cluster: ClusterConfig = setting(factory=ClusterConfig, resume="free")
+    # auto: bf16 on a GPU, float32 elsewhere
+    precision: Literal["auto", "bf16", "float32", "float64"] = "auto"
     seed: int = 1
-    init: str = ""  # weights to start from: a folder or file that `vlmo_ray.load` reads; "" = at random
-    checkpoint_every: int = 1000  # steps
-    keep_checkpoints: int = 3  # the newest ones
-    keep_every: int = 0  # and those at multiples of so many steps, for good; 0: none
-    audit: bool = False  # write down which pairs every step consumed, for `vlmo audit`
-    log_every: int = 20  # steps
+    # Weights to start from: a folder or file that `vlmo_ray.load` reads; "": at random.
+    init: str = setting("", resume="free")
+    checkpoint_every: int = setting(1000, at_least=1, resume="free")  # steps
+    keep_checkpoints: int = setting(3, at_least=1, resume="free")  # the newest ones
+    # Keep the checkpoints at multiples of so many steps for good, too; 0: none.
+    keep_every: int = setting(0, at_least=0, resume="free")
+    evaluate_every: int = setting(0, at_least=0, resume="free")  # steps; 0: no evaluation inside the run
+    # Write down which pairs every step consumed, for `vlmo audit`.
+    audit: bool = setting(False, resume="free")
+    log_every: int = setting(20, at_least=1, resume="free")  # steps
 
     @property
     def total_steps(self) -> int:
         return sum(phase.steps for phase in self.phases)
 
-
-HEADS = ("itc", "itc_vl", "itm", "mlm", "vqa", "nlvr2")
-
-
-def check_model(model: ModelConfig) -> ModelConfig:
-    """Returns the architecture if its numbers fit together, else raises a UserError with the remedy."""
-    if model.image_size % model.patch_size or model.image_size < model.patch_size:
-        sizes = [model.image_size // model.patch_size * model.patch_size + d for d in (0, model.patch_size)]
-        raise UserError(
-            f"model.image_size={model.image_size} is not a multiple of model.patch_size={model.patch_size}; "
-            f"use {' or '.join(str(s) for s in sizes if s)}"
-        )
-    if model.width % model.num_heads:
-        raise UserError(f"model.width={model.width} is not a multiple of model.num_heads={model.num_heads}")
-    if not 0 <= model.vl_start <= model.depth:
-        raise UserError(
-            f"model.vl_start={model.vl_start} must be from 0 to {model.depth}, the number of layers"
-        )
-    if model.position not in ("relative", "absolute"):
-        raise UserError(f"model.position={model.position!r} must be 'relative' or 'absolute'")
-    if not 0 <= model.drop_path < 1:
-        raise UserError(f"model.drop_path={model.drop_path} must be a rate from 0 to below 1")
-    if model.position == "relative" and model.max_text_len > model.bias_text_len:
-        raise UserError(
-            f"model.max_text_len={model.max_text_len} is above model.bias_text_len={model.bias_text_len}, the text "
-            "length of the relative bias table; lower the first or raise the second"
-        )
-    if model.init_temperature <= 0:
-        raise UserError(
-            f"model.init_temperature={model.init_temperature} must be above 0; the paper has 0.07"
-        )
-    if model.max_text_len < 3:
-        raise UserError(
-            f"model.max_text_len={model.max_text_len} leaves no room between [CLS] and [SEP]; use >= 3"
-        )
-    if unknown := sorted(set(model.heads) - set(HEADS)):
-        raise UserError(f"model.heads names {', '.join(unknown)}; known: {', '.join(HEADS)}")
-    return model
+    def check(self) -> None:
+        if not self.phases:
+            raise UserError("phases=() must name at least one phase, with its steps and its global_batch")
+        if self.micro_batch % self.slice_size:
+            raise UserError(
+                f"micro_batch={self.micro_batch} is not a positive multiple of slice_size={self.slice_size}"
+            )
+        for phase in self.phases:
+            if phase.global_batch % self.micro_batch:
+                raise UserError(
+                    f"a global batch of {phase.global_batch} does not divide into micro-batches of "
+                    f"{self.micro_batch}; choose micro_batch and slice_size so that both divide it"
+                )
+        slices = min(phase.global_batch for phase in self.phases) // self.slice_size
+        if self.cluster.max_workers > slices:
+            raise UserError(
+                f"cluster.max_workers={self.cluster.max_workers} is more than the {slices} slices of "
+                f"{self.slice_size} rows in a global batch; lower max_workers or slice_size"
+            )
+        if self.optim.warmup_steps >= self.total_steps:
+            raise UserError(
+                f"optim.warmup_steps={self.optim.warmup_steps} leaves nothing of the {self.total_steps} steps in "
+                "phases; lower it"
+            )
+        if self.keep_every % self.checkpoint_every:
+            raise UserError(
+                f"keep_every={self.keep_every} must be a multiple of checkpoint_every={self.checkpoint_every}, or 0"
+            )
 
 
 def check(config: Config) -> Config:
     """Returns the config if it can run, else raises a UserError that names the field and the remedy."""
-    model = check_model(config.model)
-    if not config.phases or any(p.steps < 1 or p.global_batch < 1 for p in config.phases):
-        raise UserError(
-            f"phases={config.phases} must name at least one phase, with steps and global_batch >= 1"
-        )
-    if config.slice_size < 1 or config.micro_batch < 1 or config.micro_batch % config.slice_size:
-        raise UserError(
-            f"micro_batch={config.micro_batch} is not a positive multiple of slice_size={config.slice_size}"
-        )
-    for phase in config.phases:
-        if phase.global_batch % config.slice_size or phase.global_batch % config.micro_batch:
-            raise UserError(
-                f"a global batch of {phase.global_batch} does not divide into micro-batches of "
-                f"{config.micro_batch}; choose micro_batch and slice_size so that both divide it"
-            )
-    slices = min(phase.global_batch for phase in config.phases) // config.slice_size
-    cluster = config.cluster
-    if not 1 <= cluster.min_workers <= cluster.max_workers:
-        raise UserError(
-            f"cluster.min_workers={cluster.min_workers} and cluster.max_workers={cluster.max_workers} "
-            "must satisfy 1 <= min <= max"
-        )
-    if cluster.max_workers > slices:
-        raise UserError(
-            f"cluster.max_workers={cluster.max_workers} is more than the {slices} slices of {config.slice_size} rows "
-            "in a global batch; lower max_workers or slice_size"
-        )
-    if config.optim.warmup_steps >= config.total_steps:
-        raise UserError(
-            f"optim.warmup_steps={config.optim.warmup_steps} leaves nothing of the {config.total_steps} steps in "
-            "phases; lower it"
-        )
-    if model.vl_start == model.depth:
-        raise UserError(
-            f"model.vl_start={model.vl_start} leaves no layer with a vision-language expert; lower it"
-        )
-    if missing := [head for head in ("itc", "itc_vl", "itm", "mlm") if head not in model.heads]:
-        raise UserError(
-            f"model.heads lacks {', '.join(missing)}: pre-training needs the heads itc, itc_vl, itm and mlm"
-        )
-    _check_loss(config)
-    _check_data(config.data)
-    for path in (
-        "checkpoint_every",
-        "keep_checkpoints",
-        "log_every",
-        "data.group_steps",
-        "cluster.notice_every",
-        "cluster.data_cpus_per_worker",
-    ):
-        if _get(config, path) < 1:
-            raise UserError(f"{path}={_get(config, path)} must be at least 1")
-    if config.keep_every < 0 or config.keep_every % config.checkpoint_every:
-        raise UserError(
-            f"keep_every={config.keep_every} must be a multiple of checkpoint_every={config.checkpoint_every}, or 0"
-        )
+    _check_section(config, "")
+    config.task.check(config)
     return config
 
 
-def _check_data(data: DataConfig) -> None:
-    if data.patience_s < 0:
-        raise UserError(f"data.patience_s={data.patience_s} must be 0 (no patience) or more seconds")
+def check_model(model: ModelConfig) -> ModelConfig:
+    """Returns the architecture if its numbers fit together, else raises a UserError with the remedy."""
+    _check_section(model, "model.")
+    return model
 
 
-def _check_loss(config: Config) -> None:
-    loss, bias = config.loss, config.model.init_logit_bias
-    if loss.contrast == "sigmoid" and bias is None:
-        raise UserError(
-            "loss.contrast='sigmoid' needs a bias to learn: set model.init_logit_bias (-10) and "
-            "model.init_temperature (0.1)"
-        )
-    if loss.contrast == "softmax" and bias is not None:
-        raise UserError(
-            f"model.init_logit_bias={bias} would never be used by loss.contrast='softmax'; set it to null"
-        )
-    if not 0 <= loss.label_smoothing < 1:
-        raise UserError(f"loss.label_smoothing={loss.label_smoothing} must be from 0 to below 1")
-    if loss.label_smoothing and loss.contrast == "sigmoid":
-        raise UserError("loss.label_smoothing is of the softmax contrast; set it to 0 for the sigmoid one")
-    if loss.feature_grad_scale <= 0:
-        raise UserError(
-            f"loss.feature_grad_scale={loss.feature_grad_scale} must be above 0; 1 is exact. To leave the "
-            "contrast out, set loss.itc=0"
-        )
-    if not 0 < loss.itm_share <= 1 or round(loss.itm_share * config.slice_size) < 1:
-        raise UserError(
-            f"loss.itm_share={loss.itm_share} of a slice of {config.slice_size} rows is less than one row, or more "
-            f"than all; choose from {1 / config.slice_size:.3g} to 1"
-        )
-    if loss.negatives == "local" and config.slice_size == 1:
-        raise UserError(
-            "loss.negatives='local' draws from a row's own slice, and slice_size=1 has no other row; raise it"
-        )
+def _check_section(section: Any, prefix: str) -> None:
+    """Each field of the section, then the sections inside it, then what concerns several of its fields."""
+    kinds = kinds_of(type(section))
+    for field in dataclasses.fields(section):
+        path, value = prefix + field.name, getattr(section, field.name)
+        if typing.get_origin(kinds[field.name]) is Literal:
+            check_choice(path, value, kinds[field.name])
+        if value is not None and (bounds := field.metadata.get("bounds")):
+            _check_bounds(path, value, bounds, field.metadata["remedy"])
+        for inner_path, inner in _sections(path, value):
+            _check_section(inner, f"{inner_path}.")
+    if hasattr(section, "check") and not isinstance(
+        section, TaskConfig
+    ):  # a task's own check needs the config
+        section.check()
+
+
+def _sections(path: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """The dataclasses that a field holds, with their paths."""
+    if dataclasses.is_dataclass(value):
+        yield path, value
+    elif isinstance(value, tuple):
+        yield from ((f"{path}[{i}]", item) for i, item in enumerate(value) if dataclasses.is_dataclass(item))
+
+
+@functools.cache
+def kinds_of(section: type) -> dict[str, Any]:
+    """Field -> its type, resolved."""
+    return typing.get_type_hints(section)
+
+
+def check_choice(path: str, value: Any, kind: Any) -> None:
+    """Raises a UserError if `value` is not one of those that the Literal `kind` lists."""
+    if value not in typing.get_args(kind):
+        raise UserError(f"{path}={value!r} must be one of {', '.join(map(repr, typing.get_args(kind)))}")
+
+
+def _check_bounds(path: str, value: Any, bounds: dict[str, float | None], remedy: str) -> None:
+    at_least, above, at_most, below = bounds.values()
+    fits = (  # so written that NaN does not fit
+        (at_least is None or value >= at_least)
+        and (above is None or value > above)
+        and (at_most is None or value <= at_most)
+        and (below is None or value < below)
+    )
+    if fits:
+        return
+    if at_least is not None and (at_most is not None or below is not None):
+        words = [f"from {at_least} to " + (f"below {below}" if at_most is None else f"{at_most}")]
+    else:
+        words = [f"{name.replace('_', ' ')} {bound}" for name, bound in bounds.items() if bound is not None]
+    raise UserError(f"{path}={value} must be {' and '.join(words)}" + (f"; {remedy}" if remedy else ""))
 
 
 def ineffective(config: Config) -> dict[str, str]:
     """Fields that change nothing under this config, and why; setting one by hand is a mistake worth naming."""
     out = {}
-    if config.model.position == "absolute":
-        out["model.bias_text_len"] = "model.position is 'absolute', which has no relative bias table"
-    if "vqa" not in config.model.heads:
-        out["model.num_answers"] = "model.heads has no 'vqa'"
-    if config.data.randaugment_ops == 0:
-        out["data.randaugment_magnitude"] = "data.randaugment_ops is 0"
+    for field in dataclasses.fields(config):
+        section = getattr(config, field.name)
+        if hasattr(section, "ineffective"):
+            given = (config,) if isinstance(section, TaskConfig) else ()
+            out |= {f"{field.name}.{name}": why for name, why in section.ineffective(*given).items()}
     return out
-
-
-def _get(config: Any, path: str) -> Any:
-    for part in path.split("."):
-        config = getattr(config, part)
-    return config

@@ -1,4 +1,4 @@
-"""Configs as text: `--set a.b=c` over them, to JSON and back, and what differs between two."""
+"""Configs as text: `--set a.b=c` over them, to JSON of any version and back, and what differs between two."""
 
 from __future__ import annotations
 
@@ -7,10 +7,32 @@ import difflib
 import json
 import types
 import typing
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from vlmo_ray.config import Config, ModelConfig, check, ineffective
+from vlmo_ray.config import (
+    Config,
+    ModelConfig,
+    Resume,
+    TaskConfig,
+    check,
+    check_choice,
+    ineffective,
+    kinds_of,
+)
 from vlmo_ray.errors import UserError
+
+VERSION = 2  # of stored configs; one that names no version is of version 1
+
+# What the version after the named one calls a field or a section, by its path before.
+_RENAMED: dict[int, dict[str, str]] = {
+    1: {
+        "data.mlm_probability": "task.mlm_probability",
+        "data.patience_s": "data.retry_timeout_s",
+        "loss": "task",
+    }
+}
 
 
 def override(config: Config, settings: list[str]) -> Config:
@@ -38,21 +60,35 @@ def _replace(node: Any, parts: list[str], text: str, path: str) -> Any:
     name, *rest = parts
     names = [f.name for f in dataclasses.fields(node)]
     if name not in names:
-        near = difflib.get_close_matches(name, names, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(names)}"
-        raise UserError(f"unknown field {path!r} ({type(node).__name__} has no {name!r}); {hint}")
+        raise UserError(
+            f"unknown field {path!r} ({type(node).__name__} has no {name!r}); {_hint(name, names, path)}"
+        )
     value = getattr(node, name)
     if dataclasses.is_dataclass(value):
         if not rest:
-            raise UserError(
-                f"{path!r} is a group of fields; set one of them, for example {path}.{_first(value)}=..."
-            )
+            first = dataclasses.fields(value)[0].name
+            raise UserError(f"{path!r} is a group of fields; set one of them, for example {path}.{first}=...")
         return dataclasses.replace(node, **{name: _replace(value, rest, text, path)})
     if rest:
         raise UserError(f"unknown field {path!r}: {name!r} is a single value")
-    return dataclasses.replace(
-        node, **{name: _coerce(_parse(text), typing.get_type_hints(type(node))[name], path)}
-    )
+    return dataclasses.replace(node, **{name: _coerce(_parse(text), kinds_of(type(node))[name], path)})
+
+
+def _hint(name: str, names: list[str], path: str) -> str:
+    if path == "task.kind":
+        return "the recipe decides on the task: choose a recipe of the one you want"
+    if (renamed := _renamed(path)) != path:
+        return f"{path} is now {renamed}"
+    near = difflib.get_close_matches(name, names, 1)
+    return f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(names)}"
+
+
+def _renamed(path: str, version: int = 1) -> str:
+    """What the present version calls the field that `version` calls `path`."""
+    for renames in (_RENAMED[past] for past in range(version, VERSION)):
+        old = next((old for old in renames if path == old or path.startswith(f"{old}.")), "")
+        path = renames[old] + path.removeprefix(old) if old else path
+    return path
 
 
 def _parse(text: str) -> Any:
@@ -60,10 +96,6 @@ def _parse(text: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError:
         return text
-
-
-def _first(node: Any) -> str:
-    return dataclasses.fields(node)[0].name
 
 
 def _coerce(raw: Any, kind: Any, path: str) -> Any:
@@ -75,8 +107,7 @@ def _coerce(raw: Any, kind: Any, path: str) -> Any:
             return None
         return _coerce(raw, next(a for a in args if a is not type(None)), path)
     if origin is Literal:
-        if raw not in args:
-            raise UserError(f"{path}={raw!r} must be one of {', '.join(map(repr, args))}")
+        check_choice(path, raw, kind)
         return raw
     if origin is tuple:
         if isinstance(raw, str):
@@ -85,6 +116,8 @@ def _coerce(raw: Any, kind: Any, path: str) -> Any:
             raise wrong
         kinds = [args[0]] * len(raw) if args[-1] is Ellipsis else args
         return tuple(_coerce(r, k, path) for r, k in zip(raw, kinds, strict=True))
+    if kind is TaskConfig:
+        return _build_task(raw, path)
     if dataclasses.is_dataclass(kind):
         return _build(kind, raw, path)
     if kind is float and isinstance(raw, (int, float)) and not isinstance(raw, bool):
@@ -102,38 +135,98 @@ def _build(kind: Any, raw: Any, path: str) -> Any:
         raw = dict(zip(names, raw, strict=False)) if len(raw) <= len(names) else raw
     if not isinstance(raw, dict) or set(raw) - set(names):
         raise UserError(f"{path}={raw!r} does not fit {kind.__name__}({', '.join(names)})")
-    hints = typing.get_type_hints(kind)
-    values = {n: _coerce(v, hints[n], f"{path}.{n}") for n, v in raw.items()}
+    values = {n: _coerce(v, kinds_of(kind)[n], f"{path}.{n}") for n, v in raw.items()}
     try:
         return kind(**values)
     except TypeError as error:
         raise UserError(f"{path}={raw!r} lacks a field of {kind.__name__}: {error}") from error
 
 
+def _build_task(raw: Any, path: str) -> TaskConfig:
+    import vlmo_ray.recipes  # noqa: F401 (its modules define the tasks' configs)
+
+    kind = raw.get("kind") if isinstance(raw, dict) else None
+    if kind not in TaskConfig.kinds:
+        raise UserError(f"{path}.kind={kind!r} is no task here; known: {', '.join(sorted(TaskConfig.kinds))}")
+    fields = {name: value for name, value in raw.items() if name != "kind"}
+    return _build(TaskConfig.kinds[kind], fields, path)
+
+
 def _spell(kind: Any) -> str:
     return getattr(kind, "__name__", str(kind)) if not typing.get_args(kind) else str(kind)
 
 
-def to_dict(config: Any) -> dict[str, Any]:
-    """Plain JSON-able form; `from_dict` is its inverse."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+def to_dict(config: Config | ModelConfig) -> dict[str, Any]:
+    """Plain JSON-able form; `from_dict` and `model_from_dict` are its inverses."""
+    raw = json.loads(json.dumps(dataclasses.asdict(config)))
+    if isinstance(config, Config):
+        raw = {"version": VERSION} | raw | {"task": {"kind": config.task.kind} | raw["task"]}
+    return raw
 
 
 def from_dict(raw: dict[str, Any]) -> Config:
+    """The config that `to_dict` of this version or an older one wrote; UserError for a newer version."""
+    version = raw.get("version", 1)
+    if version > VERSION:
+        raise UserError(
+            f"the config is of version {version} and this program reads up to {VERSION}; use a newer vlmo_ray"
+        )
+    raw = {name: value for name, value in raw.items() if name != "version"}
+    if version < VERSION:
+        raw = _nested({_renamed(path, version): value for path, value in _values(raw)})
+    if version == 1:  # pre-training was the only task
+        raw.setdefault("task", {})["kind"] = "pretraining"
     return _build(Config, raw, "config")
+
+
+def _values(raw: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The single values in nested sections, with their paths."""
+    for name, value in raw.items():
+        if isinstance(value, dict):
+            yield from _values(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _nested(values: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of `_values`."""
+    out: dict[str, Any] = {}
+    for path, value in values.items():
+        *sections, name = path.split(".")
+        section = out
+        for part in sections:
+            section = section.setdefault(part, {})
+        section[name] = value
+    return out
 
 
 def model_from_dict(raw: dict[str, Any]) -> ModelConfig:
     return _build(ModelConfig, raw, "model")
 
 
-def differences(a: Any, b: Any, prefix: str = "") -> list[str]:
-    """`field: old -> new` lines between two configs of the same type."""
-    lines = []
-    for f in dataclasses.fields(a):
-        old, new = getattr(a, f.name), getattr(b, f.name)
-        if dataclasses.is_dataclass(old) and dataclasses.is_dataclass(new):
-            lines += differences(old, new, f"{prefix}{f.name}.")
+@dataclass(frozen=True)
+class Difference:
+    """One field that two configs set differently; `resume` is the field's mark (`config.Resume`)."""
+
+    path: str
+    old: Any
+    new: Any
+    resume: Resume
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.old!r} -> {self.new!r}"
+
+
+def differences(a: Any, b: Any, prefix: str = "", resume: Resume = "ask") -> list[Difference]:
+    """Field by field between two configs of the same type; `resume` is the mark of fields that have none."""
+    if isinstance(a, TaskConfig) and a.kind != b.kind:
+        return [Difference(f"{prefix}kind", a.kind, b.kind, "fixed")]
+    found = []
+    for field in dataclasses.fields(a):
+        old, new = getattr(a, field.name), getattr(b, field.name)
+        mark = field.metadata.get("resume") or resume
+        if dataclasses.is_dataclass(old):
+            found += differences(old, new, f"{prefix}{field.name}.", mark)
         elif old != new:
-            lines.append(f"{prefix}{f.name}: {old!r} -> {new!r}")
-    return lines
+            found.append(Difference(f"{prefix}{field.name}", old, new, mark))
+    return found

@@ -202,7 +202,9 @@ def test_forbidding_takes_away_and_shifts_nothing(forbid, position):
 def test_the_config_takes_away_and_shifts_nothing():
     for position in range(50):
         free = plan(position)
-        assert plan(position, data=DataConfig(flip=False)) == decode.Augmentation(free.box, False, free.operations)
+        assert plan(position, data=DataConfig(flip=False)) == decode.Augmentation(
+            free.box, False, free.operations
+        )
         one = plan(position, data=DataConfig(randaugment_ops=1))
         assert (one.box, one.flip) == (free.box, free.flip)
         assert one.operations == free.operations[: len(one.operations)]

@@ -3,7 +3,6 @@
 The oracle is `in_process=True` with one worker, itself compared with order, decoder and tokenizer.
 """
 
-import dataclasses
 import io
 import pickle
 import re
@@ -24,8 +23,8 @@ from PIL import Image
 from vlmo_ray import rng
 from vlmo_ray.config import DataConfig
 from vlmo_ray.data.batch import Batch
-from vlmo_ray.data.encoders.pairs import MaskedPairs, Pairs
 from vlmo_ray.data.decode import decode_eval, decode_train
+from vlmo_ray.data.encoders.pairs import MaskedPairs, Pairs
 from vlmo_ray.data.index import index_parquet
 from vlmo_ray.data.manifest import Manifest, chunk_table, write_manifest
 from vlmo_ray.data.order import Order, Schedule
@@ -41,7 +40,7 @@ SHARD_ROWS, GROUP_ROWS, CORRUPT = (23, 31, 17), 5, 40
 NUM_ROWS = sum(SHARD_ROWS)  # 71: no batch size divides it
 SCHEDULE = Schedule(((7, 12), (6, 24)), 4)  # 228 rows: 3.2 epochs
 DATA = DataConfig(group_steps=3)
-SHAPE = {"image_size": 16, "max_text_len": 12, "vocab_size": 30522}
+SHAPE = {"image_size": 16, "max_text_len": 12, "vocab_size": 30522, "mlm_probability": 0.15}
 
 
 def record(i: int) -> dict:
@@ -75,7 +74,9 @@ def manifest(tmp_path_factory) -> Manifest:
     return make_data_set(tmp_path_factory.mktemp("pairs"))
 
 
-def train_reader(manifest: Manifest, data=DATA, seed=3, image_size=16, max_text_len=12, vocab_size=30522) -> Reader:
+def train_reader(
+    manifest: Manifest, data=DATA, seed=3, image_size=16, max_text_len=12, vocab_size=30522
+) -> Reader:
     encoder = MaskedPairs(image_size, max_text_len, data, vocab_size, 0.15)
     return Reader(Sources((manifest,)).places, encoder, seed)
 
@@ -96,9 +97,7 @@ def stream_of(
 def batches(manifest: Manifest, start=0, stop=None, rank=0, num_workers=1, **options) -> list[Batch]:
     stop = SCHEDULE.total_steps if stop is None else stop
     options = {"in_process": True, "data": DATA, "schedule": SCHEDULE, "seed": 3} | SHAPE | options
-    with stream_of(
-        manifest, start=start, stop=stop, rank=rank, num_workers=num_workers, **options
-    ) as stream:
+    with stream_of(manifest, start=start, stop=stop, rank=rank, num_workers=num_workers, **options) as stream:
         return list(stream)
 
 

@@ -35,7 +35,7 @@ def faults(s3_server, monkeypatch):
 
 
 def test_reads_and_writes_arrive_whole(faults, bucket):
-    store = Store(bucket, patience_s=60)
+    store = Store(bucket, retry_timeout_s=60)
     contents = {f"{i:02d}": hashlib.sha256(b"%d" % i).digest() * (1 + 400 * i) for i in range(12)}
     faults.busy, faults.cut, faults.slow, faults.delay_s = 0.3, 0.2, 0.2, 0.2
     for name, content in contents.items():
@@ -54,12 +54,12 @@ def test_manifest_and_chunks_are_read_through_an_outage(faults, bucket):
     faults.away = True
     threading.Timer(3, lambda: setattr(faults, "away", False)).start()
     began = time.monotonic()
-    manifest = load_manifest(bucket, patience_s=60)
+    manifest = load_manifest(bucket, retry_timeout_s=60)
     assert time.monotonic() - began > 2.5 and faults.struck["away"] > 1
     faults.away, faults.struck["away"] = True, 0
     threading.Timer(3, lambda: setattr(faults, "away", False)).start()
     began = time.monotonic()
-    assert len(read_chunk(Store(bucket, patience_s=60), manifest.chunk(1), retries=0)) == 10
+    assert len(read_chunk(Store(bucket, retry_timeout_s=60), manifest.chunk(1), retries=0)) == 10
     assert time.monotonic() - began > 2.5 and faults.struck["away"] > 1
 
 
@@ -68,9 +68,9 @@ def test_patience_ends_with_the_address(faults, bucket):
     chunk = load_manifest(bucket).chunk(0)
     faults.away = True
     with pytest.raises(StorageBusy, match=rf"{bucket}/manifest.parquet: cannot reach .* \(tried for 1 s\)"):
-        Store(bucket, patience_s=1).read("manifest.parquet")
+        Store(bucket, retry_timeout_s=1).read("manifest.parquet")
     with pytest.raises(ShardError, match=rf"{bucket}/.*#0: .*\(tried for 1 s\)"):
-        read_chunk(Store(bucket, patience_s=1), chunk)
+        read_chunk(Store(bucket, retry_timeout_s=1), chunk)
     faults.away, faults.busy = False, 1.0
     with pytest.raises(StorageBusy, match=r"manifest.parquet: .* is too busy"):
         Store(bucket).read("manifest.parquet")
@@ -79,7 +79,7 @@ def test_patience_ends_with_the_address(faults, bucket):
 def test_what_does_not_pass_is_not_waited_for(faults, bucket):
     began = time.monotonic()
     with pytest.raises(FileNotFoundError):
-        Store(bucket, patience_s=60).read("nothing")
+        Store(bucket, retry_timeout_s=60).read("nothing")
     assert time.monotonic() - began < 5
 
 
@@ -88,8 +88,9 @@ def read_masking(manifest: Manifest, chunk: int) -> Columns:
     row = np.arange(manifest.chunk_rows[chunk])
     zero = np.zeros_like(row)
     rows = Rows(step=zero, position=row, epoch=zero, chunk=zero + chunk, row=row)
-    data = DataConfig(bad_shards="mask", patience_s=1)
-    reader = TrainReader(manifest.uri, data, image_size=16, max_text_len=12, vocab_size=30522, seed=1)
+    data = DataConfig(bad_shards="mask", retry_timeout_s=1)
+    shape = {"image_size": 16, "max_text_len": 12, "vocab_size": 30522}
+    reader = TrainReader(manifest.uri, data, **shape, mlm_probability=0.15, seed=1)
     return reader(make_part(manifest, rows))
 
 

@@ -16,8 +16,8 @@ from vlmo_ray.config import Phase
 from vlmo_ray.data.manifest import chunk_table, write_manifest
 from vlmo_ray.data.prepare.shards import write_shards
 from vlmo_ray.data.read import ShardError
-from vlmo_ray.demo.scenes.records import records
 from vlmo_ray.data.store import Store
+from vlmo_ray.demo.scenes.records import records
 from vlmo_ray.errors import UserError
 from vlmo_ray.runs.audit import audit
 from vlmo_ray.train.agree import Notice

@@ -25,10 +25,10 @@ from vlmo_ray.errors import UserError
 from vlmo_ray.runs.audit import audit
 from vlmo_ray.runs.checkpoint import STATE, _sealed, parse_state
 from vlmo_ray.runs.checkpoints import Checkpoints
+from vlmo_ray.runs.load import load
+from vlmo_ray.runs.metrics import read_metrics
 from vlmo_ray.train.agree import Notice
 from vlmo_ray.train.loop import train
-from vlmo_ray.runs.metrics import read_metrics
-from vlmo_ray.runs.load import load
 
 CONFIG = dataclasses.replace(SMALL, checkpoint_every=2, keep_checkpoints=5, precision="float64", audit=True)
 
@@ -278,7 +278,7 @@ def test_storage_that_stays_away_ends_the_run_with_its_address(
             CONFIG,
             phases=(Phase(400, 8),),
             checkpoint_every=10,
-            data=dataclasses.replace(CONFIG.data, patience_s=1),
+            data=dataclasses.replace(CONFIG.data, retry_timeout_s=1),
         )
         run = Store(f"{bucket}/run")
 

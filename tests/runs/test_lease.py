@@ -57,7 +57,7 @@ def cable(tmp_path):
 
             return super().patiently(name, through_the_cable)
 
-    return Cable(str(tmp_path), patience_s=60)
+    return Cable(str(tmp_path), retry_timeout_s=60)
 
 
 @pytest.fixture

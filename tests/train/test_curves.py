@@ -80,7 +80,7 @@ def alone(scenes, tmp_path_factory) -> dict[str, Path]:
 
 def test_the_noise_is_on():
     assert LONG.model.drop_path > 0 and LONG.data.randaugment_ops > 0 and LONG.data.flip
-    assert LONG.data.mlm_probability > 0 and LONG.data.crop_area != (1.0, 1.0)
+    assert LONG.task.mlm_probability > 0 and LONG.data.crop_area != (1.0, 1.0)
 
 
 @pytest.mark.slow

@@ -19,10 +19,10 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 
 from vlmo_ray.config import ClusterConfig, Config, ModelConfig, Phase
-from vlmo_ray.recipes.pretraining import PretrainingConfig
 from vlmo_ray.data.batch import Batch
 from vlmo_ray.model.vlmo import VLMo, init_weights
 from vlmo_ray.objectives.gather import Workers
+from vlmo_ray.recipes.pretraining import PretrainingConfig
 from vlmo_ray.rng import Noise, stream, uniforms_torch
 from vlmo_ray.tasks.pretraining import Pretraining
 from vlmo_ray.train.parallel import Parallel, parallelize, whole
@@ -334,9 +334,7 @@ def worker(rank, counts, port, trials, folder):
         )
         parallel = parallelize(task, cluster, len(counts), torch.device("cpu"))
         batch = make_batch(**CASES[trial.case]).rows(slice(first, first + counts[rank]))
-        figures = gradients(
-            parallel, batch, Workers(counts, rank), STEP, trial.micro_batch
-        )
+        figures = gradients(parallel, batch, Workers(counts, rank), STEP, trial.micro_batch)
         out.append(({name: float(value) for name, value in figures.items()}, grads_of(task)))
     torch.save(out, folder / f"{rank}.pt")
     dist.barrier()

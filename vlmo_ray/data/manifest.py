@@ -173,12 +173,12 @@ def write_manifest(
     return manifest
 
 
-def load_manifest(uri: str, patience_s: float | None = None) -> Manifest:
+def load_manifest(uri: str, retry_timeout_s: float | None = None) -> Manifest:
     """The manifest of the data set at `uri`; UserError if there is none, or it is damaged or too new.
 
-    Storage that does not answer is an error at once, or after `patience_s`.
+    Storage that does not answer is an error at once, or after `retry_timeout_s`.
     """
-    store = open_store(uri) if patience_s is None else Store(uri, patience_s)
+    store = open_store(uri) if retry_timeout_s is None else Store(uri, retry_timeout_s)
     address = store.address(MANIFEST)
     try:
         data = store.read(MANIFEST)

@@ -98,6 +98,4 @@ class Mix:
 
 def _phases(schedule: Schedule, counts: Sequence[Sequence[int]], k: int) -> tuple[tuple[int, int], ...]:
     size = schedule.slice_size
-    return tuple(
-        (steps, count[k] * size) for (steps, _), count in zip(schedule.phases, counts, strict=True)
-    )
+    return tuple((steps, count[k] * size) for (steps, _), count in zip(schedule.phases, counts, strict=True))

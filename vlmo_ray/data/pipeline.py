@@ -23,18 +23,17 @@ import functools
 import logging
 import math
 import pickle
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from vlmo_ray.data.order import Order, Rows, Schedule, deal
+from vlmo_ray.data.order import Rows, Schedule, deal
 from vlmo_ray.data.prefetch import Overlapped
 from vlmo_ray.data.read import ShardError
 from vlmo_ray.data.reader import Columns, Part, Reader, Sources, make_part, whole_chunk
-
 
 if TYPE_CHECKING:  # both are slow to import, and a data task needs neither
     import ray.data

@@ -45,7 +45,7 @@ def read_chunk(
 
     `schema` is that of the manifest. Of its fields, only `names` are decoded and judged, by default all.
 
-    Storage that is busy or away is asked again for `store.patience_s`. Wrong checksums and other errors, which
+    Storage that is busy or away is asked again for `store.retry_timeout_s`. Wrong checksums and other errors, which
     may come from the way, are tried again `retries` times, after `wait_s`, twice that, and so on, with jitter.
     Raises DamagedShard with the address if the chunk is missing or still not what the manifest says, and another
     ShardError if there still is no access to it.

@@ -52,11 +52,11 @@ class Store:
 
     Picklable: only the address travels, and another process connects anew with its own AWS variables.
     A missing name is a FileNotFoundError; every other failure is a UserError that names the address. Storage that is
-    busy or away is asked again for `patience_s`, then that is a `s3.StorageBusy`.
+    busy or away is asked again for `retry_timeout_s`, then that is a `s3.StorageBusy`.
     """
 
     uri: str
-    patience_s: float = 0.0
+    retry_timeout_s: float = 0.0
 
     def __post_init__(self) -> None:
         uri = self.uri
@@ -101,7 +101,7 @@ class Store:
 
     def patiently(self, name: str, attempt: Callable[[], T]) -> T:
         """What `attempt` returns, tried again while the storage is busy; its errors explained."""
-        until, wait = time.monotonic() + self.patience_s, 0.25
+        until, wait = time.monotonic() + self.retry_timeout_s, 0.25
         while True:
             try:
                 with self._errors(name):
@@ -109,7 +109,7 @@ class Store:
             except s3.StorageBusy as error:
                 left = until - time.monotonic()
                 if left <= 0:
-                    tried = f" (tried for {self.patience_s:.0f} s)" if self.patience_s else ""
+                    tried = f" (tried for {self.retry_timeout_s:.0f} s)" if self.retry_timeout_s else ""
                     raise s3.StorageBusy(f"{error}{tried}") from error
                 time.sleep(min(left, wait * random.uniform(0.5, 1.5)))
                 wait = min(2 * wait, _LONGEST_WAIT_S)
@@ -236,14 +236,14 @@ class Store:
                 self.fs.delete_dir(self.path(folder))
 
 
-def open_store(uri: str, *, create: bool = False, patience_s: float = 0.0) -> Store:
+def open_store(uri: str, *, create: bool = False, retry_timeout_s: float = 0.0) -> Store:
     """The store at `uri`, after a check that takes seconds and has no patience.
 
     With `create`, a missing folder is made and an empty prefix is welcome (a bucket is never made); without,
     both are errors. Raises UserError for a missing bucket, a wrong key or secret, an endpoint that does not
     answer, a missing folder, and an empty prefix.
     """
-    store = Store(uri, patience_s)
+    store = Store(uri, retry_timeout_s)
     if not store.is_s3:
         if os.path.exists(store.root) and not os.path.isdir(store.root):
             raise UserError(f"{store.uri} is a file; a folder is wanted")

@@ -1,28 +1,35 @@
-"""Recipes are functions that return a `Config`; `RECIPES` names them all."""
+"""Recipes are functions that return a `Config`; `RECIPES` names them all.
+
+A recipe is a public function in a module of this folder whose return annotation is `Config`; nothing else registers
+it. Its name is the function's.
+"""
 
 from __future__ import annotations
 
 import difflib
+import importlib
+import inspect
+import pkgutil
+import typing
 from collections.abc import Callable
 
 from vlmo_ray.config import Config, check
 from vlmo_ray.errors import UserError
-from vlmo_ray.recipes import pretrain, tiny
 
-RECIPES: dict[str, Callable[[], Config]] = {
-    recipe.__name__: recipe
-    for recipe in (
-        pretrain.pretrain_base,
-        pretrain.pretrain_base_plus,
-        pretrain.pretrain_large,
-        pretrain.pretrain_1b,
-        tiny.tiny,
-        tiny.demo,
-        tiny.pretrain_1b_tiny,
-        tiny.small_photos,
-        tiny.medium_photos,
-    )
-}
+
+def _discover() -> dict[str, Callable[[], Config]]:
+    found: dict[str, Callable[[], Config]] = {}
+    for info in pkgutil.iter_modules(__path__, f"{__name__}."):
+        module = importlib.import_module(info.name)
+        for name, function in vars(module).items():
+            own = inspect.isfunction(function) and function.__module__ == info.name
+            if own and not name.startswith("_") and typing.get_type_hints(function).get("return") is Config:
+                assert name not in found, f"two recipes are called {name}"
+                found[name] = function
+    return found
+
+
+RECIPES: dict[str, Callable[[], Config]] = _discover()
 
 
 def recipe(name: str) -> Config:

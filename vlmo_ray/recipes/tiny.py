@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from vlmo_ray.config import MODEL_SIZES, ClusterConfig, Config, DataConfig, LossConfig, OptimConfig, Phase
-from vlmo_ray.recipes.pretrain import pretrain_1b
+from vlmo_ray.config import MODEL_SIZES, ClusterConfig, Config, DataConfig, OptimConfig, Phase
+from vlmo_ray.recipes.pretraining import PretrainingConfig, pretrain_1b
 
 
 def tiny() -> Config:
@@ -16,6 +16,7 @@ def tiny() -> Config:
         phases=(Phase(steps=60, global_batch=32),),
         slice_size=8,
         micro_batch=16,
+        task=PretrainingConfig(),
         optim=OptimConfig(peak_lr=1e-3, warmup_steps=10),
         cluster=ClusterConfig(max_workers=2, gpus_per_worker=0, cpus_per_worker=0, data_cpus_per_worker=1),
         checkpoint_every=20,
@@ -48,7 +49,7 @@ def pretrain_1b_tiny() -> Config:
         phases=(Phase(steps=24, global_batch=16), Phase(steps=12, global_batch=32)),
         slice_size=8,
         micro_batch=8,
-        loss=LossConfig(),
+        task=PretrainingConfig(),
         optim=OptimConfig(peak_lr=1e-3, warmup_steps=4),
         cluster=ClusterConfig(max_workers=2, gpus_per_worker=0, cpus_per_worker=0, data_cpus_per_worker=1),
         checkpoint_every=12,

@@ -61,7 +61,7 @@ class _Lease:
 
     def __init__(self, run: Store):
         self._run = run
-        self._impatient = replace(run, patience_s=0.0)
+        self._impatient = replace(run, retry_timeout_s=0.0)
         self._holder = Holder(
             token=uuid.uuid4().hex,
             host=socket.gethostname(),

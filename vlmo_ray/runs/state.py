@@ -10,14 +10,6 @@ from vlmo_ray.config import Config
 from vlmo_ray.errors import UserError
 from vlmo_ray.overrides import differences, from_dict, to_dict
 
-# Fields that may differ between a checkpoint and the run that continues it: they change no number.
-FREE = (
-    "cluster.", "checkpoint_every", "keep_checkpoints", "keep_every", "log_every", "micro_batch", "init", "audit",
-    "data.patience_s", "data.bad_shards",
-)  # fmt: skip
-
-_NO_SHAPE = ("model.drop_path", "model.init_std")  # the model's fields that change no weight's shape
-
 
 def versions() -> dict[str, str]:
     import numpy
@@ -59,17 +51,18 @@ class TrainState:
     def continue_with(self, config: Config, fingerprint: str, accept_changes: bool = False) -> list[str]:
         """The differences to a run of `config` on the data of `fingerprint` that is to carry on from here.
 
-        Raises a UserError with them if there are any, unless told to accept them; those of the model, whose weights
-        would not fit, in any case.
+        Raises a UserError with them if there are any, unless told to accept them. A difference that weights would not
+        fit is an error in any case. What each field allows stands beside it in `config.py`.
         """
-        changed = [line for line in differences(from_dict(self.config), config) if not line.startswith(FREE)]
+        changed = [diff for diff in differences(from_dict(self.config), config) if diff.resume != "free"]
+        misfits = any(diff.resume == "fixed" for diff in changed)
+        told = [str(diff) for diff in changed]
         if fingerprint != self.fingerprint:
-            changed.append(f"data: fingerprint {self.fingerprint[:12]} -> {fingerprint[:12]}")
-        misfits = [line for line in changed if line.startswith("model.") and not line.startswith(_NO_SHAPE)]
-        if misfits or (changed and not accept_changes):
+            told.append(f"data: fingerprint {self.fingerprint[:12]} -> {fingerprint[:12]}")
+        if misfits or (told and not accept_changes):
             otherwise = "" if misfits else ", or go on with them by --accept-changes"
             raise UserError(
-                f"the checkpoint of step {self.step} was made with other settings: {'; '.join(changed)}. "
+                f"the checkpoint of step {self.step} was made with other settings: {'; '.join(told)}. "
                 f"Take them back, or give another --name to start afresh{otherwise}"
             )
-        return changed
+        return told

@@ -19,6 +19,7 @@ from torch import Tensor
 from vlmo_ray.data.batch import Batch
 from vlmo_ray.data.manifest import Manifest
 from vlmo_ray.data.order import Schedule, deal
+from vlmo_ray.data.store import Store
 from vlmo_ray.objectives.gather import Workers
 from vlmo_ray.runs import checkpoint, evaluations
 from vlmo_ray.runs.audit import Consumed
@@ -27,7 +28,6 @@ from vlmo_ray.runs.load import describe, publish
 from vlmo_ray.runs.metrics import Meters
 from vlmo_ray.runs.scratch import scratch
 from vlmo_ray.runs.state import TrainState
-from vlmo_ray.data.store import Store
 from vlmo_ray.tasks.task import Task
 from vlmo_ray.train.agree import Agreement, Notice
 from vlmo_ray.train.build import RunSpec, begin, mfu, precision_of, schedule_of, stream_of
@@ -145,7 +145,9 @@ class _Run:
         )
         self.local = stack.enter_context(scratch())
         stack.callback(self.checkpoints.close)
-        self.meters = Meters(self.store, config.total_steps, config.log_every, task.shown) if rank == 0 else None
+        self.meters = (
+            Meters(self.store, config.total_steps, config.log_every, task.shown) if rank == 0 else None
+        )
         if self.meters is not None:
             stack.callback(_flush, self.meters)
         self.attempts: list[tuple[int, str]] = []

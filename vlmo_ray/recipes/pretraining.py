@@ -1,0 +1,128 @@
+"""Vision-language pre-training as in the paper (sections 4.1 and 4.2): its objective and its runs.
+
+The contrast's gradient at the features is scaled as in the published runs, whose gather had none: by 1 / 64 for
+base and 1 / 128 for large, the numbers of their GPUs. `--set task.feature_grad_scale=1` makes it exact.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+from vlmo_ray.config import MODEL_SIZES, ClusterConfig, Config, OptimConfig, Phase, TaskConfig, setting
+from vlmo_ray.errors import UserError
+
+
+@dataclass(frozen=True)
+class PretrainingConfig(TaskConfig):
+    """The objective: weights of the terms, the contrastive one being the mean of its two branches; its options."""
+
+    kind: ClassVar[str] = "pretraining"
+
+    itc: float = setting(1.0, at_least=0)
+    itm: float = setting(1.0, at_least=0)
+    mlm: float = setting(0.25, at_least=0)
+    mlm_probability: float = setting(0.15, at_least=0, at_most=1)  # that a word is masked
+    contrast: Literal["softmax", "sigmoid"] = "softmax"
+    label_smoothing: float = setting(0.0, at_least=0, below=1)  # of the softmax contrast
+    # Multiplies the contrast's gradient at the features, not its value nor the temperatures' gradient. 1 is
+    # exact. The released models' gather had no gradient, which left 1 / number of GPUs: 1/64 or 1/128.
+    feature_grad_scale: float = setting(
+        1.0, above=0, remedy="1 is exact. To leave the contrast out, set task.itc=0"
+    )
+    negatives: Literal["global", "local"] = "global"  # drawn from the whole batch or from the row's own slice
+    itm_share: float = 1.0  # of each slice's rows that matching is computed for
+
+    def check(self, config: Config) -> None:
+        model, slice_size = config.model, config.slice_size
+        if model.vl_start == model.depth:
+            raise UserError(
+                f"model.vl_start={model.vl_start} leaves no layer with a vision-language expert; lower it"
+            )
+        if missing := [head for head in ("itc", "itc_vl", "itm", "mlm") if head not in model.heads]:
+            raise UserError(
+                f"model.heads lacks {', '.join(missing)}: pre-training needs the heads itc, itc_vl, itm and mlm"
+            )
+        if self.contrast == "sigmoid" and model.init_logit_bias is None:
+            raise UserError(
+                "task.contrast='sigmoid' needs a bias to learn: set model.init_logit_bias (-10) and "
+                "model.init_temperature (0.1)"
+            )
+        if self.contrast == "softmax" and model.init_logit_bias is not None:
+            raise UserError(
+                f"model.init_logit_bias={model.init_logit_bias} would never be used by task.contrast='softmax'; "
+                "set it to null"
+            )
+        if self.label_smoothing and self.contrast == "sigmoid":
+            raise UserError(
+                "task.label_smoothing is of the softmax contrast; set it to 0 for the sigmoid one"
+            )
+        if not 0 < self.itm_share <= 1 or round(self.itm_share * slice_size) < 1:
+            raise UserError(
+                f"task.itm_share={self.itm_share} of a slice of {slice_size} rows is less than one row, or more "
+                f"than all; choose from {1 / slice_size:.3g} to 1"
+            )
+        if self.negatives == "local" and slice_size == 1:
+            raise UserError(
+                "task.negatives='local' draws from a row's own slice, and slice_size=1 has no other row; raise it"
+            )
+
+
+def pretrain_base() -> Config:
+    """VLMo-Base on 4M images: 200k steps of 1,024 pairs at 224 px, peak rate 2e-4 (section 4.1).
+
+    The paper's run took two days on 64 V100; `vlmo pretrain pretrain_base --data s3://...`.
+    """
+    return Config(
+        name="pretrain_base",
+        model=MODEL_SIZES["base"],
+        phases=(Phase(steps=200_000, global_batch=1024),),
+        slice_size=16,
+        micro_batch=64,
+        task=PretrainingConfig(feature_grad_scale=1 / 64),
+        optim=OptimConfig(peak_lr=2e-4, warmup_steps=2500),
+        cluster=ClusterConfig(min_workers=4, max_workers=16, cpus_per_worker=2, data_cpus_per_worker=8),
+    )
+
+
+def pretrain_base_plus() -> Config:
+    """The narrow 24-layer model of the official release: as base, peak rate 1e-4."""
+    base = pretrain_base()
+    return replace(
+        base,
+        name="pretrain_base_plus",
+        model=MODEL_SIZES["base_plus"],
+        optim=replace(base.optim, peak_lr=1e-4),
+    )
+
+
+def pretrain_large() -> Config:
+    """VLMo-Large on 4M images: as base, peak rate 5e-5 (section 4.1). Three days on 128 V100 in the paper."""
+    base = pretrain_base()
+    return replace(
+        base,
+        name="pretrain_large",
+        model=MODEL_SIZES["large"],
+        task=PretrainingConfig(feature_grad_scale=1 / 128),
+        optim=replace(base.optim, peak_lr=5e-5),
+    )
+
+
+def pretrain_1b() -> Config:
+    """VLMo-Large on one billion noisy pairs: 200k steps of 16k, then 100k of 32k (section 4.2).
+
+    Both phases belong to one run with one optimizer. The paper does not say how the learning rate goes across
+    them, nor on how many GPUs it ran: here it is one linear decay over the 300k steps, and large's balance.
+    """
+    large = pretrain_large()
+    return replace(
+        large,
+        name="pretrain_1b",
+        phases=(Phase(steps=200_000, global_batch=16_384), Phase(steps=100_000, global_batch=32_768)),
+        slice_size=64,
+        micro_batch=128,
+        checkpoint_every=250,
+        cluster=ClusterConfig(
+            min_workers=8, max_workers=128, cpus_per_worker=2, data_cpus_per_worker=10, max_failures=1000
+        ),
+    )
