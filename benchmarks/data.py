@@ -6,7 +6,7 @@ SeaweedFS serves JPEGs made for the benchmark, on this machine; every candidate 
 epoch from there and turns it into batches of uint8 images, token ids and masked token ids with labels, with the same
 functions:
 
-- ours: `PairStream`, one worker; it makes keys for duplicates and a few more columns, which the others do not;
+- ours: `Stream`, one worker; it makes keys for duplicates and a few more columns, which the others do not;
 - webdataset (tars at presigned URLs), mosaicml-streaming (MDS), litdata: each in its own format, written by itself;
 - dataloader-local: torch's DataLoader on JPEG files of the local disk;
 - decode-only: JPEGs in memory; read-only: one process, our chunks read and not decoded.
@@ -47,11 +47,13 @@ from report import publish, table
 from vlmo_ray import rng
 from vlmo_ray.config import DataConfig
 from vlmo_ray.data.decode import decode_train
+from vlmo_ray.data.encoders.pairs import MaskedPairs
 from vlmo_ray.data.manifest import load_manifest
-from vlmo_ray.data.order import Schedule
-from vlmo_ray.data.pipeline import PairStream
+from vlmo_ray.data.order import Order, Schedule
+from vlmo_ray.data.pipeline import Stream
 from vlmo_ray.data.prepare.shards import write_dataset
 from vlmo_ray.data.read import read_chunk
+from vlmo_ray.data.reader import Reader, Sources
 from vlmo_ray.data.store import Store
 from vlmo_ray.data.text import Tokenizer, mask_whole_words
 from vlmo_ray.demo.local_s3 import local_s3
@@ -143,11 +145,13 @@ def ours(job: Job) -> Iterator[int]:
             yield len(batch)
 
 
-def stream(job: Job) -> PairStream:
-    shape = {"image_size": SIZE, "max_text_len": TEXT_LEN, "vocab_size": VOCABULARY}
+def stream(job: Job) -> Stream:
+    sources = Sources((load_manifest(job.data_set),))
+    encoder = MaskedPairs(SIZE, TEXT_LEN, DATA, VOCABULARY, MLM_PROBABILITY)
     schedule = Schedule(((job.steps, job.batch),), slice_size=min(job.batch, 16))
-    run = {"seed": 1, "schedule": schedule, "start": 0, "stop": job.steps, "tasks": job.processes}
-    return PairStream(load_manifest(job.data_set), DATA, **shape, mlm_probability=MLM_PROBABILITY, **run)
+    order = Order(sources.manifests[0].chunk_rows, 1, schedule, DATA.group_steps)
+    reader = Reader(sources.places, encoder, seed=1)
+    return Stream(sources, reader, order, start=0, stop=job.steps, tasks=job.processes)
 
 
 def read_only(job: Job) -> Iterator[int]:
@@ -529,7 +533,7 @@ def waiting(run: dict, job: Job, file: str) -> str:
 
 
 def windows(job: Job) -> list[int]:
-    """The batch at which each window of `PairStream` begins."""
+    """The batch at which each window of `Stream` begins."""
     return [window.steps.start for window in stream(job).windows()]
 
 

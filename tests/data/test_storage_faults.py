@@ -15,11 +15,12 @@ from botocore.exceptions import ClientError
 from faulty_s3 import faulty_s3
 
 from vlmo_ray.config import DataConfig
+from vlmo_ray.data.encoders.pairs import MaskedPairs
 from vlmo_ray.data.manifest import Manifest, load_manifest
 from vlmo_ray.data.order import Rows
 from vlmo_ray.data.prepare.shards import write_dataset
 from vlmo_ray.data.read import ShardError, read_chunk
-from vlmo_ray.data.reader import Columns, TrainReader, make_part
+from vlmo_ray.data.reader import Columns, Reader, Sources, make_part
 from vlmo_ray.data.s3 import StorageBusy
 from vlmo_ray.data.store import Store
 from vlmo_ray.demo.scenes.records import records
@@ -88,10 +89,10 @@ def read_masking(manifest: Manifest, chunk: int) -> Columns:
     row = np.arange(manifest.chunk_rows[chunk])
     zero = np.zeros_like(row)
     rows = Rows(step=zero, position=row, epoch=zero, chunk=zero + chunk, row=row)
-    data = DataConfig(bad_shards="mask", retry_timeout_s=1)
-    shape = {"image_size": 16, "max_text_len": 12, "vocab_size": 30522}
-    reader = TrainReader(manifest.uri, data, **shape, mlm_probability=0.15, seed=1)
-    return reader(make_part(manifest, rows))
+    sources = Sources((manifest,))
+    encoder = MaskedPairs(16, 12, DataConfig(), 30522, 0.15)
+    reader = Reader(sources.places, encoder, seed=1, mask_damaged=True, retry_timeout_s=1)
+    return reader(make_part(sources, rows))
 
 
 @pytest.fixture

@@ -31,6 +31,7 @@ from vlmo_ray.launch.trainer import CleanGroup, Controller, LastingNodes
 from vlmo_ray.model.vlmo import VLMo
 from vlmo_ray.recipes import recipe
 from vlmo_ray.runs.metrics import Meters, read_metrics
+from vlmo_ray.tasks.pretraining import Pretraining
 from vlmo_ray.train.optim import build_optimizer, decays, lr_at
 
 
@@ -42,7 +43,7 @@ def test_decay_is_for_matrices_that_transform(size):
     kinds = (torch.nn.Linear, torch.nn.Conv2d)
     wanted = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, kinds)}
     assert decayed == wanted | {"text_embed.word.weight"}
-    optimizer = build_optimizer(model, recipe("tiny"))
+    optimizer = build_optimizer(Pretraining(model, recipe("tiny")), recipe("tiny"))
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.01, 0.0]
 
@@ -70,13 +71,13 @@ FIGURES = {
 
 def test_meters_write_segments_and_a_repeated_step_counts_once(tmp_path, capsys):
     store = open_store(str(tmp_path), create=True)
-    first = Meters(store, total_steps=6, log_every=2)
+    first = Meters(store, 6, 2, ("itc", "itm", "mlm"))
     for step in (1, 2, 3):
         first.add(FIGURES | {"step": step, "masked_rows": 0.0})
         if step == 2:
             first.close_segment()
     first.flush()
-    second = Meters(store, total_steps=6, log_every=2)
+    second = Meters(store, 6, 2, ("itc", "itm", "mlm"))
     for step in (3, 4, 5, 6):
         second.add(FIGURES | {"step": step, "loss": 2.0, "masked_rows": 1.0})
     second.flush()
@@ -92,7 +93,7 @@ def test_meters_write_segments_and_a_repeated_step_counts_once(tmp_path, capsys)
     assert repeated == [3]
     printed = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in printed] == ["2/6", "4/6", "6/6"]
-    assert "0:02 left" in printed[1] and "(2 pairs masked)" in printed[1] and "masked" not in printed[0]
+    assert "0:02 left" in printed[1] and "(2 rows masked)" in printed[1] and "masked" not in printed[0]
     assert all(json.loads(line) for name in store.list("metrics/") for line in store.read(name).splitlines())
 
 

@@ -20,7 +20,9 @@ from vlmo_ray.runs.checkpoints import Checkpoints
 from vlmo_ray.runs.lease import lease
 from vlmo_ray.runs.load import published
 from vlmo_ray.session import ray_session
-from vlmo_ray.train.loop import Job, Notice, train
+from vlmo_ray.train.agree import Notice
+from vlmo_ray.train.build import RunSpec
+from vlmo_ray.train.loop import train
 
 _LEAST_CPUS = 0.1875  # of a CPU worker with its data
 _STOP = "stop"  # an object in the run: its workers are to save and end
@@ -99,7 +101,7 @@ def cluster_nodes() -> tuple[list[Node], bool]:
     return [Node(grown["CPU"], grown["GPU"])], True
 
 
-def _worker(job: Job) -> dict:
+def _worker(job: RunSpec) -> dict:
     """Runs in every Ray Train worker."""
     import ray.exceptions
     import ray.train
@@ -179,7 +181,7 @@ def pretrain(
             f"tasks; room for {each.room}",
             flush=True,
         )
-        job = Job(
+        job = RunSpec(
             config,
             data,
             run.uri,
@@ -263,7 +265,7 @@ def schedule_rows(config: Config) -> int:
     return sum(phase.steps * phase.global_batch for phase in config.phases)
 
 
-def _fit(job: Job, cpus: float, storage: Store, name: str, run: Store) -> dict | None:
+def _fit(job: RunSpec, cpus: float, storage: Store, name: str, run: Store) -> dict | None:
     cluster = job.config.cluster
     # How long Ray Train waits for the resources of the size it has decided on before it looks again. It reads the
     # environment, and carries this variable on to its controller.

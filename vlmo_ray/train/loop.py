@@ -109,9 +109,9 @@ def train(
                 run.evaluate()
             if run.done % config.checkpoint_every == 0 or run.done == config.total_steps:
                 run.save()
-        if run.saved != config.total_steps or run.uploading:
-            if stopped := run.save_and_wait():
-                return Outcome(run.done, stopped)
+        unsaved = run.saved != config.total_steps or run.uploading
+        if unsaved and (stopped := run.save_and_wait()):
+            return Outcome(run.done, stopped)
         run.publish()
         return Outcome(config.total_steps, agreement.stops(f"step {config.total_steps}"))
 
