@@ -152,7 +152,9 @@ def pretrain(
     manifest = load_manifest(data)
     check_shards(manifest, open_store(data))
     storage_root = open_store(storage, create=True)
-    run = open_store(f"{storage.rstrip('/')}/{name}", create=True, retry_timeout_s=config.data.retry_timeout_s)
+    run = open_store(
+        f"{storage.rstrip('/')}/{name}", create=True, retry_timeout_s=config.data.retry_timeout_s
+    )
     lost: list[str] = []  # why this process may not train the run any more
     # Ray sets signal handlers of its own
     with lease(run, functools.partial(_end, lost)), ray_session(dashboard=True), _stop_on_signals(run, lost):
