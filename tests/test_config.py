@@ -6,8 +6,9 @@ from typing import ClassVar
 
 import pytest
 
-from vlmo_ray.config import ClusterConfig, Config, Phase, TaskConfig, check, check_model, ineffective, setting
+from vlmo_ray.config import ClusterConfig, Config, Phase, TaskConfig, check, check_model, ineffective
 from vlmo_ray.errors import UserError
+from vlmo_ray.fields import setting
 from vlmo_ray.overrides import VERSION, differences, from_dict, override, to_dict
 from vlmo_ray.recipes import RECIPES, recipe
 from vlmo_ray.recipes.pretraining import PretrainingConfig

@@ -6,15 +6,16 @@ import sys
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "vlmo_ray"
-BOTTOM = {"errors", "config", "overrides", "rng", "session"}
+BOTTOM = {"errors", "fields", "config", "overrides", "rng", "session"}
 # what each part may import of the package itself
 MAY = {
     "errors": set(),
     "session": set(),
     "rng": set(),
-    "config": {"errors"},
-    "overrides": {"config", "errors", "recipes"},
-    "recipes": {"config", "errors", "recipes"},
+    "fields": {"errors"},
+    "config": {"errors", "fields"},
+    "overrides": {"config", "errors", "fields", "recipes"},
+    "recipes": {"config", "errors", "fields", "recipes"},
     "model": BOTTOM | {"model"},
     "objectives": BOTTOM | {"objectives"},
     "data": BOTTOM | {"data"},

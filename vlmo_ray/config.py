@@ -1,49 +1,28 @@
-"""What a run is made of: frozen dataclasses; beside each field its bounds and whether a resumed run may change it."""
+"""What a run is made of: frozen dataclasses; beside each field its bounds and whether a resumed run may change it.
+
+`check` tests each field alone, then what concerns several fields of a section (its `check` method), then what concerns
+several sections (`Config.check`), and last what the task asks for (its `check`).
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import typing
-from collections.abc import Callable, Iterator
-from dataclasses import MISSING, dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from vlmo_ray.errors import UserError
-
-# Whether a run may change a field between a checkpoint and the start that continues it. "free": yes, the field changes
-# no number. "ask": only with --accept-changes. "fixed": no, the weights would not fit.
-Resume = Literal["free", "ask", "fixed"]
-
-
-def setting(
-    default: Any = MISSING,
-    *,
-    factory: Callable[[], Any] | None = None,
-    at_least: float | None = None,
-    above: float | None = None,
-    at_most: float | None = None,
-    below: float | None = None,
-    remedy: str = "",
-    resume: Resume | None = None,
-) -> Any:
-    """A dataclass field with the bounds that `check` enforces; `remedy` follows in its sentence.
-
-    resume: None takes the mark of the section that the field is in, and at the top "ask".
-    """
-    bounds = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
-    metadata = {"bounds": bounds, "remedy": remedy, "resume": resume}
-    if factory is not None:
-        return dataclasses.field(default_factory=factory, metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
-
+from vlmo_ray.fields import check_fields, setting
 
 HEADS = ("itc", "itc_vl", "itm", "mlm", "vqa", "nlvr2")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The architecture (paper section 4.1; the sizes are in `MODEL_SIZES`)."""
+    """The architecture (paper section 4.1; the sizes are in `MODEL_SIZES`).
+
+    `Config.model` marks its fields as `fixed` on resume; those that change no weight's shape say otherwise.
+    """
 
     width: int = setting(at_least=1)
     depth: int = setting(at_least=1)
@@ -287,15 +266,10 @@ def check_model(model: ModelConfig) -> ModelConfig:
 
 def _check_section(section: Any, prefix: str) -> None:
     """Each field of the section, then the sections inside it, then what concerns several of its fields."""
-    kinds = kinds_of(type(section))
+    check_fields(section, prefix)
     for field in dataclasses.fields(section):
-        path, value = prefix + field.name, getattr(section, field.name)
-        if typing.get_origin(kinds[field.name]) is Literal:
-            check_choice(path, value, kinds[field.name])
-        if value is not None and (bounds := field.metadata.get("bounds")):
-            _check_bounds(path, value, bounds, field.metadata["remedy"])
-        for inner_path, inner in _sections(path, value):
-            _check_section(inner, f"{inner_path}.")
+        for path, inner in _sections(prefix + field.name, getattr(section, field.name)):
+            _check_section(inner, f"{path}.")
     if hasattr(section, "check") and not isinstance(
         section, TaskConfig
     ):  # a task's own check needs the config
@@ -308,35 +282,6 @@ def _sections(path: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield path, value
     elif isinstance(value, tuple):
         yield from ((f"{path}[{i}]", item) for i, item in enumerate(value) if dataclasses.is_dataclass(item))
-
-
-@functools.cache
-def kinds_of(section: type) -> dict[str, Any]:
-    """Field -> its type, resolved."""
-    return typing.get_type_hints(section)
-
-
-def check_choice(path: str, value: Any, kind: Any) -> None:
-    """Raises a UserError if `value` is not one of those that the Literal `kind` lists."""
-    if value not in typing.get_args(kind):
-        raise UserError(f"{path}={value!r} must be one of {', '.join(map(repr, typing.get_args(kind)))}")
-
-
-def _check_bounds(path: str, value: Any, bounds: dict[str, float | None], remedy: str) -> None:
-    at_least, above, at_most, below = bounds.values()
-    fits = (  # so written that NaN does not fit
-        (at_least is None or value >= at_least)
-        and (above is None or value > above)
-        and (at_most is None or value <= at_most)
-        and (below is None or value < below)
-    )
-    if fits:
-        return
-    if at_least is not None and (at_most is not None or below is not None):
-        words = [f"from {at_least} to " + (f"below {below}" if at_most is None else f"{at_most}")]
-    else:
-        words = [f"{name.replace('_', ' ')} {bound}" for name, bound in bounds.items() if bound is not None]
-    raise UserError(f"{path}={value} must be {' and '.join(words)}" + (f"; {remedy}" if remedy else ""))
 
 
 def ineffective(config: Config) -> dict[str, str]:

@@ -11,17 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from vlmo_ray.config import (
-    Config,
-    ModelConfig,
-    Resume,
-    TaskConfig,
-    check,
-    check_choice,
-    ineffective,
-    kinds_of,
-)
+from vlmo_ray.config import Config, ModelConfig, TaskConfig, check, ineffective
 from vlmo_ray.errors import UserError
+from vlmo_ray.fields import Resume, check_choice, kinds_of
 
 VERSION = 2  # of stored configs; one that names no version is of version 1
 
@@ -206,7 +198,7 @@ def model_from_dict(raw: dict[str, Any]) -> ModelConfig:
 
 @dataclass(frozen=True)
 class Difference:
-    """One field that two configs set differently; `resume` is the field's mark (`config.Resume`)."""
+    """One field that two configs set differently; `resume` is the field's mark (`fields.Resume`)."""
 
     path: str
     old: Any

@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-from vlmo_ray.config import MODEL_SIZES, ClusterConfig, Config, OptimConfig, Phase, TaskConfig, setting
+from vlmo_ray.config import MODEL_SIZES, ClusterConfig, Config, OptimConfig, Phase, TaskConfig
 from vlmo_ray.errors import UserError
+from vlmo_ray.fields import setting
 
 
 @dataclass(frozen=True)
