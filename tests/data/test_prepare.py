@@ -16,7 +16,7 @@ from conftest import make_image
 from PIL import Image
 from sources import dropped, put, read_all, tar_of
 
-from vlmo_ray.data.decode import image_problem
+from vlmo_ray.data.decode import DecodeError, decode_eval, image_problem
 from vlmo_ray.data.prepare import Counts, prepare
 from vlmo_ray.data.prepare.source import name_in
 from vlmo_ray.data.prepare.stage import WORK

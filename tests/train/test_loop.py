@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import write_unchecked
 from small_run import SMALL, begin_at, job, train_on
 
 import vlmo_ray
@@ -131,7 +132,7 @@ def damaged(tmp_path, damage) -> str:
     rows = list(records(4, 40, image_size=16))
     damage(rows)
     folder = str(tmp_path / "damaged")
-    write_dataset(folder, rows, rows_per_group=7, groups_per_shard=2)
+    write_unchecked(folder, rows, rows_per_group=7, groups_per_shard=2)
     return folder
 
 

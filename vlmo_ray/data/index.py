@@ -83,11 +83,7 @@ def _stated(footer: pq.FileMetaData, address: str) -> Schema | None:
 
 
 def _brief(field: Field) -> str:
-    return (
-        f"{field.kind} of {len(field.values)} values {', '.join(field.values[:3])}..."
-        if field.values
-        else field.kind
-    )
+    return f"{field.kind} of {len(field.values)} values ({', '.join(field.values[:3])}, ...)"
 
 
 def index_parquet(store: Store, names: list[str], schema: Schema = PAIRS) -> list[Chunk]:

@@ -26,6 +26,7 @@ from vlmo_ray.errors import UserError
 def _row_groups(rows: Iterable[dict], rows_per_group: int, schema: pa.Schema) -> Iterator[pa.Table]:
     rows = iter(rows)
     while group := list(itertools.islice(rows, rows_per_group)):
+        assert all(set(row) == set(schema.names) for row in group), schema.names
         yield pa.table({name: [row[name] for row in group] for name in schema.names}, schema=schema)
 
 
