@@ -123,7 +123,7 @@ def test_load_errors(tmp_path):
         load_manifest(str(tmp_path))
     path.write_bytes(good)
     _edit(path, facts={"schema": [{"name": "sound", "kind": "sound"}]})
-    with pytest.raises(UserError, match="damaged .*'sound' is not a kind"):
+    with pytest.raises(UserError, match=r"damaged .*'sound' is not a kind"):
         load_manifest(str(tmp_path))
     path.write_bytes(good)
     _edit(path, facts={"version": 99})

@@ -122,7 +122,7 @@ def test_tars_with_labels(ray_cluster, places):
     reasons = {"the .cls member is not an integer": 1, "there is no label": 1}
     assert prepare("webdataset", source, out, columns="image,label") == Counts(4, 2, reasons)
     assert {r.id: r.values["label"] for r in read_all(out)} == {"a.tar/0": 1, "a.tar/1": 0}
-    with pytest.raises(UserError, match="no record .* is left(?s:.*)4: there is no text"):
+    with pytest.raises(UserError, match=r"no record .* is left(?s:.*)4: there is no text"):
         prepare("webdataset", source, f"{out}2")
     assert prepare("webdataset", source, index=True, columns="image,label") == Counts(4, 4)
     assert load_manifest(source).schema == Schema.parse("image,label")

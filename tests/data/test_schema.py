@@ -302,7 +302,8 @@ def test_tars_with_other_columns(tmp_path):
     }
     put(str(tmp_path), {"a.tar": tar_of(list(members.items()))})
     store = Store(str(tmp_path))
-    write_manifest(store.uri, "webdataset", chunk_table(index_tar(store, ["a.tar"])), schema=schema)
+    chunks = index_tar(store, ["a.tar"], schema=schema)
+    write_manifest(store.uri, "webdataset", chunk_table(chunks), schema=schema)
     manifest = load_manifest(store.uri)
     assert manifest.schema == schema
     first, second, third, fourth = read_chunk(store, manifest.chunk(0), schema)
@@ -311,3 +312,15 @@ def test_tars_with_other_columns(tmp_path):
     assert second.values["label"] == 4 and first.problem == second.problem == ""
     assert third.problem == "the .cls member is not an integer" and fourth.problem == "there is no mask"
     assert read_chunk(store, manifest.chunk(0), schema, ["image"])[3].problem == ""
+
+
+def test_a_tar_without_plain_images_has_records_by_its_columns(tmp_path):
+    members = [("0.left.png", make_image(0, "PNG")), ("0.cls", b"1"), ("1.cls", b"2"), ("2.json", b"{}")]
+    put(str(tmp_path), {"a.tar": tar_of(members)})
+    store, schema = Store(str(tmp_path)), Schema.parse("left:image,label")
+    assert [chunk.rows for chunk in index_tar(store, ["a.tar"], schema=schema)] == [2]
+    assert index_tar(store, ["a.tar"]) == []
+    (chunk,) = index_tar(store, ["a.tar"], schema=schema)
+    first, second = read_chunk(store, chunk, schema)
+    assert first.values == {"left": make_image(0, "PNG"), "label": 1} and first.problem == ""
+    assert second.problem == "there is no left"

@@ -46,8 +46,8 @@ def _leaves(path: str, kind: pa.DataType) -> Iterator[tuple[str, pa.DataType]]:
     if pa.types.is_list(kind):
         yield from _leaves(f"{path}.list.element", kind.value_type)
     elif pa.types.is_struct(kind):
-        for part in kind:
-            yield from _leaves(f"{path}.{part.name}", part.type)
+        for member in kind:
+            yield from _leaves(f"{path}.{member.name}", member.type)
     else:
         yield path, kind
 
