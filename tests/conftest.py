@@ -90,6 +90,17 @@ def make_records(n: int, first: int = 0) -> list[dict]:
     ]
 
 
+def write_unchecked(uri: str, rows: list[dict], rows_per_group: int, groups_per_shard: int = 16) -> None:
+    """A data set of pairs, with some that `write_dataset` would refuse."""
+    from vlmo_ray.data.manifest import chunk_table, write_manifest
+    from vlmo_ray.data.prepare.shards import write_shards
+    from vlmo_ray.data.store import open_store
+
+    cut = {"rows_per_group": rows_per_group, "groups_per_shard": groups_per_shard}
+    chunks = write_shards(open_store(uri, create=True), rows, "{:05d}.parquet", **cut)
+    write_manifest(uri, "parquet", chunk_table(chunks))
+
+
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory) -> str:
     """60 scenes of 16 px in chunks of 7; half of the captions' bans on augmentations are lifted, to have some."""

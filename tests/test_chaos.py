@@ -31,6 +31,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from chaos_run import EVERY, Command, Place, chaos_place, config_of
+from conftest import write_unchecked
 from PIL import Image
 from safetensors.torch import load
 from small_run import job
@@ -38,7 +39,6 @@ from small_run import job
 from vlmo_ray.config import Phase
 from vlmo_ray.data.index import index_parquet
 from vlmo_ray.data.manifest import chunk_table, load_manifest, write_manifest
-from vlmo_ray.data.prepare.shards import write_dataset
 from vlmo_ray.data.read import read_chunk
 from vlmo_ray.data.store import Store
 from vlmo_ray.demo.scenes.records import records
@@ -232,7 +232,7 @@ def test_damaged_records_and_shards_are_masked_to_the_row(tmp_path, monkeypatch,
     Image.new("L", (10_000, 10_000)).save(huge, "PNG")
     rows[52]["image"] = huge.getvalue()
     folder, data = tmp_path / "data", str(tmp_path / "data")
-    write_dataset(data, rows, rows_per_group=10, groups_per_shard=2)
+    write_unchecked(data, rows, rows_per_group=10, groups_per_shard=2)
     store_bytes_as_caption(folder, "00001.parquet", 11, b"a caption \xff\xfe")  # row 31
     cut, flipped = folder / "00004.parquet", folder / "00005.parquet"
     cut.write_bytes(cut.read_bytes()[:-400])  # both of its groups, as it has no footer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import itertools
 import json
@@ -26,6 +27,7 @@ from vlmo_ray.data.manifest import (
     write_manifest,
 )
 from vlmo_ray.data.prepare.shards import write_dataset
+from vlmo_ray.data.schema import PAIRS
 from vlmo_ray.data.store import Store, open_store
 from vlmo_ray.errors import UserError
 
@@ -82,6 +84,25 @@ def _edit(path, columns=None, facts=None):
     pq.write_table(table.replace_schema_metadata({"vlmo": json.dumps(known)}), path)
 
 
+def test_manifests_of_version_1_are_pairs_and_keep_their_fingerprint(tmp_path):
+    """Stored runs refer to it, so the way it was computed is written out here."""
+    manifest = write_dataset(str(tmp_path), make_records(7), 4, groups_per_shard=1, forbid=("flip",))
+    digest = hashlib.sha256(json.dumps([1, "parquet", manifest.shards, ("flip",)]).encode())
+    for name in ("shard", "index", "offset", "bytes", "rows", "crc"):
+        digest.update(getattr(manifest, f"chunk_{name}").tobytes())
+    path = tmp_path / MANIFEST
+    table = pq.read_table(path)
+    facts = json.loads(table.schema.metadata[b"vlmo"]) | {"version": 1, "fingerprint": digest.hexdigest()}
+    assert facts.pop("schema") == PAIRS.to_json()
+    pq.write_table(table.replace_schema_metadata({"vlmo": json.dumps(facts)}), path)
+    old = load_manifest(str(tmp_path))
+    assert old.fingerprint == digest.hexdigest() != manifest.fingerprint
+    assert old.schema == PAIRS and old.num_rows == 7
+    _edit(path, facts={"fingerprint": manifest.fingerprint})
+    with pytest.raises(UserError, match="fingerprint"):
+        load_manifest(str(tmp_path))
+
+
 def test_load_errors(tmp_path):
     with pytest.raises(UserError, match="vlmo prepare"):
         load_manifest(str(tmp_path))
@@ -95,6 +116,14 @@ def test_load_errors(tmp_path):
     path.write_bytes(good)
     _edit(path, facts={"forbid": ["flip"]})
     with pytest.raises(UserError, match="fingerprint"):
+        load_manifest(str(tmp_path))
+    path.write_bytes(good)
+    _edit(path, facts={"schema": [{"name": "text", "kind": "text"}]})
+    with pytest.raises(UserError, match="fingerprint"):
+        load_manifest(str(tmp_path))
+    path.write_bytes(good)
+    _edit(path, facts={"schema": [{"name": "sound", "kind": "sound"}]})
+    with pytest.raises(UserError, match=r"damaged .*'sound' is not a kind"):
         load_manifest(str(tmp_path))
     path.write_bytes(good)
     _edit(path, facts={"version": 99})

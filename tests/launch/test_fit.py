@@ -14,14 +14,14 @@ import time
 import numpy as np
 import pytest
 import torch
+from conftest import write_unchecked
 from small_run import SMALL, begin_at, job
 
 import vlmo_ray
 from vlmo_ray import cli
 from vlmo_ray.config import Phase
-from vlmo_ray.data.prepare.shards import write_dataset
 from vlmo_ray.data.store import Store
-from vlmo_ray.demo.scenes.records import retrieval_records
+from vlmo_ray.demo.scenes.records import declared, retrieval_records
 from vlmo_ray.errors import UserError
 from vlmo_ray.evaluate import retrieval
 from vlmo_ray.launch.fit import pretrain
@@ -158,7 +158,7 @@ def test_retrieval_does_not_depend_on_the_number_of_workers(ray_cluster, tmp_pat
         rows[0] | {"id": "second caption", "text": "something else"},
         rows[1] | {"id": "bad", "text": " "},
     ]
-    write_dataset(data, rows + extra, rows_per_group=8)
+    write_unchecked(data, list(declared(rows + extra)), rows_per_group=8)
     model = VLMo(dataclasses.replace(SMALL.model, max_text_len=20, bias_text_len=20))
     init_weights(model, 0)
     held_out = [row["image_id"] for row in rows if row["held_out"]]

@@ -83,11 +83,7 @@ def _stated(footer: pq.FileMetaData, address: str) -> Schema | None:
 
 
 def _brief(field: Field) -> str:
-    return (
-        f"{field.kind} of {len(field.values)} values {', '.join(field.values[:3])}..."
-        if field.values
-        else field.kind
-    )
+    return f"{field.kind} of {len(field.values)} values ({', '.join(field.values[:3])}, ...)"
 
 
 def index_parquet(store: Store, names: list[str], schema: Schema = PAIRS) -> list[Chunk]:
@@ -114,7 +110,9 @@ def _opened_parquet(store: Store, name: str) -> Iterator[pa.NativeFile]:
         raise UserError(f"{address} cannot be read as Parquet: {error}") from error
 
 
-def index_tar(store: Store, names: list[str], rows_per_chunk: int = 256) -> list[Chunk]:
+def index_tar(
+    store: Store, names: list[str], rows_per_chunk: int = 256, schema: Schema = PAIRS
+) -> list[Chunk]:
     """The chunks of plain tars: runs of `rows_per_chunk` records; reads every byte once, in order."""
     chunks = []
     for name in names:
@@ -122,17 +120,18 @@ def index_tar(store: Store, names: list[str], rows_per_chunk: int = 256) -> list
         try:
             with store.open_stream(name) as file:
                 for sample in iter_samples(iter_members(file.read)):
+                    is_record = sample.is_record(schema)
                     if rows == rows_per_chunk:
                         chunks.append(Chunk("webdataset", name, index, start, end - start, rows, crc))
                         index, rows, crc = index + 1, 0, 0
-                    if rows == 0 and not sample.is_record:
+                    if rows == 0 and not is_record:
                         continue
                     if rows == 0:
                         start = end = sample.offset
                     for data in sample.raw:
                         crc = zlib.crc32(data, crc)
                         end += len(data)
-                    rows += sample.is_record
+                    rows += is_record
             if rows:
                 chunks.append(Chunk("webdataset", name, index, start, end - start, rows, crc))
         except FileNotFoundError as error:

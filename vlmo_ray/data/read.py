@@ -185,7 +185,7 @@ def _decode_webdataset(
     store: Store, chunk: Chunk, data: bytes, schema: Schema, names: Collection[str]
 ) -> list[Record]:
     samples = iter_samples(iter_members(io.BytesIO(data).read, whole=False))
-    return [record_of(chunk.shard, sample, schema, names) for sample in samples if sample.is_record]
+    return [record_of(chunk.shard, sample, schema, names) for sample in samples if sample.is_record(schema)]
 
 
 _DECODERS = {"parquet": _decode_parquet, "webdataset": _decode_webdataset}

@@ -165,8 +165,7 @@ def problem_of(record: Record, schema: Schema, names: Collection[str] | None = N
     for field in schema.fields:
         if names is None or field.name in names:
             value = record.values.get(field.name)
-            problem = f"there is no {field.name}" if value is None else _problem_of_value(value, field)
-            if problem:
+            if problem := _problem_of_value(value, field):
                 return problem
     if not record.id or (schema.has_image and not record.image_id):
         return "there is no id or no image_id"
@@ -198,6 +197,8 @@ def _is_unicode(text: str) -> bool:
 
 def _problem_of_value(value: Any, field: Field) -> str:
     name = field.name
+    if value is None:
+        return f"there {'are' if field.kind in ('answers', 'captions', 'boxes') else 'is'} no {name}"
     match field.kind:
         case "image" | "mask":
             if not isinstance(value, bytes):

@@ -11,10 +11,9 @@ import tarfile
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 
-from vlmo_ray.data.schema import Record, Schema, encodable
+from vlmo_ray.data.schema import Field, Record, Schema, encodable
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
-_MEMBERS = {("text", "text"): "txt", ("label", "label"): "cls"}  # (name, kind) of a field -> suffix
 _BLOCK = tarfile.BLOCKSIZE
 _MAX_NAME_BYTES = 1 << 20
 _READ_BYTES = 16 << 20
@@ -47,10 +46,10 @@ class Sample:
     files: dict[str, memoryview] = field(default_factory=dict)
     raw: list[bytes] = field(default_factory=list)
 
-    @property
-    def is_record(self) -> bool:
-        """Whether there is an image or a text; other samples (a lone JSON, a README) are passed over."""
-        return any(suffix in self.files for suffix in (*IMAGE_SUFFIXES, "txt"))
+    def is_record(self, schema: Schema) -> bool:
+        """Whether a member is an image, a text or a declared column; others (a lone JSON) are passed over."""
+        declared = (suffix for column in schema.fields for suffix in _suffixes(column))
+        return any(suffix in self.files for suffix in (*IMAGE_SUFFIXES, "txt", *declared))
 
 
 def iter_members(read: Callable[[int], bytes], *, whole: bool = True) -> Iterator[Member]:
@@ -150,6 +149,20 @@ def iter_samples(members: Iterable[Member]) -> Iterator[Sample]:
         yield sample
 
 
+def _suffixes(column: Field) -> tuple[str, ...]:
+    """Of the members that may hold a column, in order of preference; others are in the JSON."""
+    match column.name, column.kind:
+        case "image", "image":
+            return IMAGE_SUFFIXES
+        case name, "image" | "mask":
+            return tuple(f"{name.lower()}.{suffix}" for suffix in IMAGE_SUFFIXES)
+        case "text", "text":
+            return ("txt",)
+        case "label", "label":
+            return ("cls",)
+    return ()
+
+
 def record_of(tar_name: str, sample: Sample, schema: Schema, names: Collection[str] | None = None) -> Record:
     """The record of a sample, with the fields `names` (by default all) and a problem if they cannot be read.
 
@@ -159,11 +172,6 @@ def record_of(tar_name: str, sample: Sample, schema: Schema, names: Collection[s
     """
     address = encodable(f"{tar_name}/{sample.key}")
     record, files = Record(address, address, {}), sample.files
-    wanted = [column for column in schema.fields if names is None or column.name in names]
-    encoded = [column.name for column in wanted if column.kind in ("image", "mask")]
-    for name in encoded:
-        suffixes = [suffix if name == "image" else f"{name}.{suffix}" for suffix in IMAGE_SUFFIXES]
-        record.values[name] = next((bytes(files[s]) for s in suffixes if s in files), None)
     try:
         facts = json.loads(bytes(files["json"])) if "json" in files else {}
         if not isinstance(facts, dict):
@@ -176,15 +184,18 @@ def record_of(tar_name: str, sample: Sample, schema: Schema, names: Collection[s
     except (ValueError, TypeError, RecursionError):
         record.problem = "the .json member cannot be read"
         return record
-    for column in wanted:
-        member = _MEMBERS.get((column.name, column.kind))
-        if member in files:
+    for column in schema.fields:
+        if names is not None and column.name not in names:
+            continue
+        suffix = next((suffix for suffix in _suffixes(column) if suffix in files), None)
+        if suffix is None and column.kind not in ("image", "mask"):
+            record.values[column.name] = facts.get("caption" if column.name == "text" else column.name)
+        elif suffix is not None:
+            data = bytes(files[suffix])
             try:
-                text = bytes(files[member]).decode()
-                record.values[column.name] = int(text) if member == "cls" else text
-            except ValueError as error:
-                what = "UTF-8" if isinstance(error, UnicodeDecodeError) else "an integer"
-                record.problem = f"the .{member} member is not {what}"
-        elif column.name not in encoded:
-            record.values[column.name] = facts.get("caption" if member == "txt" else column.name)
+                value = {"txt": bytes.decode, "cls": int}.get(suffix, bytes)(data)
+            except ValueError:
+                record.problem = f"the .{suffix} member is not {'UTF-8' if suffix == 'txt' else 'an integer'}"
+            else:
+                record.values[column.name] = value
     return record

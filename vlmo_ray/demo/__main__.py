@@ -27,7 +27,7 @@ from rich.table import Table
 from vlmo_ray.data.prepare.shards import write_dataset
 from vlmo_ray.data.store import Store, open_store
 from vlmo_ray.demo.local_s3 import local_s3
-from vlmo_ray.demo.scenes.records import records, retrieval_records
+from vlmo_ray.demo.scenes.records import declared, records, retrieval_records
 from vlmo_ray.errors import UserError
 from vlmo_ray.recipes import recipe
 
@@ -73,7 +73,8 @@ def _write_data(console: Console) -> None:
     console.rule(f"{NUM_SCENES:,} scenes for training, {NUM_UNSEEN} unseen ones for evaluation")
     scenes = records(SEED, NUM_SCENES, "train", image_size=size)
     write_dataset(TRAIN, track(scenes, "drawing and uploading", NUM_SCENES, console=console), source="scenes")
-    write_dataset(EVAL, retrieval_records(SEED, NUM_UNSEEN, image_size=size), source="scenes")
+    unseen = declared(retrieval_records(SEED, NUM_UNSEEN, image_size=size))
+    write_dataset(EVAL, unseen, source="scenes")
 
 
 def _pretrain(console: Console) -> Story:

@@ -95,7 +95,7 @@ def prepare(
     units = opened.units()
     cut = [(unit.name, unit.bytes) for unit in units]
     state = {
-        "version": 1,  # of the files in the work folder: a newer program must not go on with older ones
+        "version": 2,  # of the files in the work folder: a newer program must not go on with older ones
         "format": format,
         "source": opened.uri,
         # with the units, as other units would not fit the markers of an earlier, unfinished run
@@ -103,10 +103,9 @@ def prepare(
         "index": index,
         "rows_per_group": rows_per_group,
         "forbid": sorted(forbid),
+        "schema": opened.schema.to_json(),
         "options": {name: str(value) for name, value in options.items()},
     }
-    if opened.schema != PAIRS:  # which goes without saying, as in preparations that are older than schemas
-        state |= {"schema": opened.schema.to_json()}
     if not index:
         state |= {"seed": seed, "memory": memory, "shard_bytes": shard_bytes, "verify": verify}
     finished = _begin(place, state, index)
@@ -172,8 +171,10 @@ def _begin(out: Store, state: dict, index: bool) -> Counts | None:
         out.write(STATE, json.dumps(state, indent=1).encode())
         return None
     try:
-        before = dict(json.loads(found))
+        before = {"schema": PAIRS.to_json()} | dict(json.loads(found))  # older ones do not state it
         counts = before.pop("counts", None)
+        if counts is not None:  # and so no files in the work folder
+            before["version"] = state["version"]
     except (ValueError, TypeError) as error:
         raise UserError(f"{out.uri} has a {STATE} that cannot be read; {again}") from error
     if before != state:

@@ -35,13 +35,9 @@ class Folders:
         found = sorted({name.partition("/")[0] for name in sizes if "/" in name})
         classes = self._listed() if self.classes else found
         if unlisted := [name for name in found if name not in set(classes)]:
-            raise UserError(
-                f"{self.store.address(unlisted[0])} is no class of {self.classes}; add a line, or move it"
-            )
+            raise UserError(f"{self.store.address(unlisted[0])} is no class of {self.classes}; add a line")
         if not found:
-            raise UserError(
-                f"{self.uri} holds no folder with files in it; give one with a folder for each class"
-            )
+            raise UserError(f"{self.uri} holds no folder with files; give one that has a folder a class")
         self.schema = Schema((Field("image", "image"), Field("label", "label", tuple(classes))))
         self.listing = hashlib.sha256(json.dumps([sizes, classes]).encode()).hexdigest()
         number = {name: label for label, name in enumerate(classes)}
@@ -49,7 +45,11 @@ class Folders:
 
     def _listed(self) -> list[str]:
         store, name = open_file(self.classes)
-        return [line.strip() for line in store.read(name).decode().splitlines() if line.strip()]
+        try:
+            lines = store.read(name).decode("utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{store.address(name)} is not UTF-8: {error}; write one class a line") from error
+        return [line.strip() for line in lines if line.strip()]
 
     def units(self) -> list[WorkUnit]:
         return cut_units("images", self._images)

@@ -26,6 +26,7 @@ from vlmo_ray.errors import UserError
 def _row_groups(rows: Iterable[dict], rows_per_group: int, schema: pa.Schema) -> Iterator[pa.Table]:
     rows = iter(rows)
     while group := list(itertools.islice(rows, rows_per_group)):
+        assert all(set(row) == set(schema.names) for row in group), schema.names
         yield pa.table({name: [row[name] for row in group] for name in schema.names}, schema=schema)
 
 
@@ -45,8 +46,8 @@ def _leaves(path: str, kind: pa.DataType) -> Iterator[tuple[str, pa.DataType]]:
     if pa.types.is_list(kind):
         yield from _leaves(f"{path}.list.element", kind.value_type)
     elif pa.types.is_struct(kind):
-        for part in kind:
-            yield from _leaves(f"{path}.{part.name}", part.type)
+        for member in kind:
+            yield from _leaves(f"{path}.{member.name}", member.type)
     else:
         yield path, kind
 

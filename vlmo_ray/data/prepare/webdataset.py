@@ -50,7 +50,7 @@ class WebDataset:
                     file if unit.name.endswith(".tar") else gzip.GzipFile(fileobj=io.BufferedReader(file))
                 )
                 for sample in iter_samples(iter_members(stream.read)):
-                    if sample.is_record:
+                    if sample.is_record(self.schema):
                         record = record_of(unit.name, sample, self.schema)
                         record.address = f"{address}#{sample.key}"
                         yield record
@@ -58,4 +58,4 @@ class WebDataset:
             raise UserError(f"{address}: {error}; fetch or make this tar again") from error
 
     def chunks(self, unit: WorkUnit, rows_per_chunk: int) -> list[Chunk]:
-        return index_tar(self.store, [unit.name], rows_per_chunk)
+        return index_tar(self.store, [unit.name], rows_per_chunk, self.schema)

@@ -9,12 +9,13 @@ function. `start` continues a data set: records of `start=0, count=5` and `start
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 from PIL import Image
 
 from vlmo_ray import rng
+from vlmo_ray.data.schema import PAIRS, Schema
 from vlmo_ray.demo.scenes.captions import Caption, captions, forbidden_augmentations
 from vlmo_ray.demo.scenes.claims import is_true
 from vlmo_ray.demo.scenes.questions import pair_statement, questions
@@ -26,6 +27,12 @@ def png(pixels: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
+
+
+def declared(rows: Iterable[dict], schema: Schema = PAIRS) -> Iterator[dict]:
+    """The rows as `write_dataset` takes them: only with the columns that `schema` declares."""
+    for row in rows:
+        yield {name: row[name] for name in schema.arrow.names if name in row}
 
 
 def _scenes(seed: int, count: int, split: str, image_size: int, start: int) -> Iterator[Scene]:
