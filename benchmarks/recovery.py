@@ -2,7 +2,7 @@
 
     python benchmarks/recovery.py [--out FILE] [--rounds 3]
 
-`vlmo pretrain` runs on raylets of this machine (2 CPUs each, one worker a node) with its data and checkpoints in an S3
+`vlmo train` runs on raylets of this machine (2 CPUs each, one worker a node) with its data and checkpoints in an S3
 server. In each round a worker process is killed, a node killed, one added, one given notice, one added. Times are when
 lines of the command's output arrive. The model is tiny: what is measured is the waiting, not the reading of weights.
 """

@@ -126,7 +126,7 @@ def settings(config: Config) -> list[str]:
 
 
 class Command:
-    """`vlmo pretrain`, started as often as a scenario wants; its output is read as it comes."""
+    """`vlmo train`, started as often as a scenario wants; its output is read as it comes."""
 
     def __init__(self, place: Place, name: str, folder: Path):
         self.place, self.name, self.folder = place, name, folder
@@ -137,7 +137,7 @@ class Command:
         self.process: subprocess.Popen | None = None
 
     def start(self, *more: str) -> None:
-        command = [sys.executable, "-m", "vlmo_ray", "pretrain", "tiny", "--data", self.place.data]
+        command = [sys.executable, "-m", "vlmo_ray", "train", "tiny", "--data", self.place.data]
         command += ["--storage", self.storage, "--name", self.name, *settings(self.place.config), *more]
         self.process = subprocess.Popen(
             command,

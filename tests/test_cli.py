@@ -54,7 +54,7 @@ def test_recipes_and_show():
             ["36", "multiple of model.patch_size=8", "32 or 40"],
         ),
         (["show", "tiny", "--set", "model.num_answers=3"], ["model.num_answers", "no effect"]),
-        (["pretrain", "tiny", "--data", "/no/such/folder"], ["/no/such/folder", "does not exist"]),
+        (["train", "tiny", "--data", "/no/such/folder"], ["/no/such/folder", "does not exist"]),
         (["evaluate", "/no/such/run", "--data", "/no"], ["/no/such/run"]),
         (["import", "/no/such/file.pt", "/tmp/never"], ["/no/such/file.pt"]),
         (["export", "/no/such/run", "/tmp/never.pt"], ["/no/such/run"]),
@@ -72,7 +72,7 @@ def test_mistakes_about_storage(s3_server, bucket, data, tmp_path):
     def pretrain(uri, *more, **environment):
         began = time.monotonic()
         run = vlmo(
-            "pretrain", "tiny", "--data", uri, "--storage", str(tmp_path / "runs"), *more, **environment
+            "train", "tiny", "--data", uri, "--storage", str(tmp_path / "runs"), *more, **environment
         )
         assert time.monotonic() - began < 40  # on a busy machine the imports alone take ten
         return run
@@ -95,10 +95,10 @@ def test_mistakes_about_storage(s3_server, bucket, data, tmp_path):
 @pytest.mark.ray
 def test_more_workers_than_the_cluster_can_have(data, tmp_path):
     run = vlmo(
-        "pretrain", "pretrain_base", "--data", data, "--storage", str(tmp_path), CUDA_VISIBLE_DEVICES=""
+        "train", "pretrain_base", "--data", data, "--storage", str(tmp_path), CUDA_VISIBLE_DEVICES=""
     )  # fmt: skip
     refused(run, "4 workers with 1 GPU each", "cluster.min_workers")
     run = vlmo(
-        "pretrain", "tiny", "--data", data, "--storage", str(tmp_path), "--set", "cluster.data_cpus_per_worker=0"
+        "train", "tiny", "--data", data, "--storage", str(tmp_path), "--set", "cluster.data_cpus_per_worker=0"
     )  # fmt: skip
     refused(run, "cluster.data_cpus_per_worker=0 must be at least 1")

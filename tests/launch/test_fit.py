@@ -46,7 +46,7 @@ def test_other_settings_are_taken_on_request(ray_cluster, scenes, tmp_path, monk
     train(job(scenes, tmp_path / "alone"))
     run = begin_at(tmp_path / "runs" / "small", tmp_path / "alone" / "checkpoint-00000008")
     monkeypatch.setitem(RECIPES, "small", lambda: SMALL)
-    command = ["vlmo", "pretrain", "small", "--data", scenes, "--storage", str(run.parent)]
+    command = ["vlmo", "train", "small", "--data", scenes, "--storage", str(run.parent)]
     command += ["--set", "seed=5", "--set", "cluster.max_workers=1"]
     monkeypatch.setattr("sys.argv", command)
     with pytest.raises(SystemExit, match="2"):

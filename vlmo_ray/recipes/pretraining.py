@@ -72,7 +72,7 @@ class PretrainingConfig(TaskConfig):
 def pretrain_base() -> Config:
     """VLMo-Base on 4M images: 200k steps of 1,024 pairs at 224 px, peak rate 2e-4 (section 4.1).
 
-    The paper's run took two days on 64 V100; `vlmo pretrain pretrain_base --data s3://...`.
+    The paper's run took two days on 64 V100; `vlmo train pretrain_base --data s3://...`.
     """
     return Config(
         name="pretrain_base",

@@ -9,7 +9,7 @@ from vlmo_ray.recipes.pretraining import PretrainingConfig, pretrain_1b
 
 
 def tiny() -> Config:
-    """A few steps of a tiny model, to see every part move: `vlmo pretrain tiny --data FOLDER`."""
+    """A few steps of a tiny model, to see every part move: `vlmo train tiny --data FOLDER`."""
     return Config(
         name="tiny",
         model=MODEL_SIZES["tiny"],
