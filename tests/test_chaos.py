@@ -173,13 +173,13 @@ def test_the_driver_is_stopped_and_killed_and_the_command_run_again(place, comma
     command.process.wait()
     command.lines.clear()
     command.start()
-    command.wait_for(lambda: "Requesting resources" in command.output, "a reservation")
+    command.wait_for(lambda: "Attempting to start training" in command.output, "a reservation")
     command.process.kill()  # before it has workers
     command.process.wait()
     assert not re.search(r"worker \d+ of \d+: process", command.output)
     command.lines.clear()
     command.start()
-    # in less than the 180 s that Ray would wait for the reservations of the dead
+    # what the dead had reserved is free again
     command.wait_for(lambda: "resumed at step" in command.output, "resumption", 60)
     command.finish()
     assert int(re.search(r"resumed at step (\d+)", command.output)[1]) >= reached

@@ -119,7 +119,7 @@ def pretrain(
     config = override(named(recipe), list(settings))
     from vlmo_ray.launch import fit  # torch and Ray, seconds: only once the recipe stands
 
-    run = fit.pretrain(config, data, storage, name or None, accept_changes)
+    run = fit.fit(config, data, storage, name or None, accept_changes)
     print(f"done: {run.uri} holds the metrics, the checkpoints and the final weights (model/)")
 
 
