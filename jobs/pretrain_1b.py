@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import tyro
 
 from vlmo_ray.errors import UserError
-from vlmo_ray.launch.fit import pretrain
+from vlmo_ray.launch.fit import fit
 from vlmo_ray.overrides import override
 from vlmo_ray.recipes import recipe
 
@@ -32,6 +32,6 @@ if __name__ == "__main__":
         config = override(
             recipe("pretrain_1b_tiny" if arguments.tiny else "pretrain_1b"), list(arguments.set)
         )
-        pretrain(config, arguments.data, arguments.storage, arguments.name)
+        fit(config, arguments.data, arguments.storage, arguments.name)
     except UserError as error:
         sys.exit(f"pretrain_1b: {error}")

@@ -67,7 +67,7 @@ def main() -> None:
     def say(answer: Any) -> None:
         print(f"> {json.dumps(answer)}", flush=True)
 
-    # with the dashboard: Ray Train asks it whether a killed driver's controller lives, and then frees its nodes
+    # with the dashboard: Ray Train asks it whether a killed driver's controller lives
     head = {"num_cpus": 0, "object_store_memory": 80 << 20, "include_dashboard": True, "dashboard_port": 0}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     running = {}

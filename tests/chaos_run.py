@@ -42,6 +42,7 @@ CLUSTER = {
     "max_workers": 3, "gpus_per_worker": 0, "cpus_per_worker": 0.5, "data_cpus_per_worker": 1,
     "resize_interval_s": 3, "notice_every": 2,
 }  # fmt: skip
+RESIZED = "workers save and start again"  # what the driver prints when there is room for more
 FIGURES = ("step", "samples", "loss", "itc", "itc_vl", "itm", "mlm", "grad_norm")
 
 
@@ -195,12 +196,12 @@ class Command:
         self.wait_for(lambda: self.committed() > before, f"a checkpoint with {count} workers", 180)
 
     def rest_until_resized(self) -> None:
-        """The workers do nothing until Ray has noticed new nodes, which takes up to 23 s; the run might be over."""
-        workers, noticed = self.workers(), self.output.count("Deciding to resize")
+        """The workers do nothing until the driver has noticed new nodes; the run might be over by then."""
+        workers, noticed = self.workers(), self.output.count(RESIZED)
         for pid in workers:
             os.kill(pid, signal.SIGSTOP)
         try:
-            self.wait_for(lambda: self.output.count("Deciding to resize") > noticed, "a resize")
+            self.wait_for(lambda: self.output.count(RESIZED) > noticed, "a resize")
         finally:
             for pid in workers:
                 os.kill(pid, signal.SIGCONT)
@@ -228,10 +229,7 @@ class Command:
 
     def resumed_where_ended(self) -> int:
         """How often workers ended to be started again by others, each time with no step in between."""
-        ends = list(re.finditer(r"to start again, ended at step (\d+)", self.output))
-        ends = [
-            end for i, end in enumerate(ends) if i == 0 or end[1] != ends[i - 1][1]
-        ]  # each worker says so
+        ends = list(re.finditer(r"the workers ended at step (\d+)", self.output))
         for end in ends:
             assert re.search(r"resumed at step (\d+)", self.output[end.end() :])[1] == end[1]
         return len(ends)
@@ -241,7 +239,7 @@ class Command:
 
     def end(self) -> None:
         if self.process is not None and self.process.poll() is None:
-            self.process.terminate()  # killed, it would leave its reservation to the next scenario
+            self.process.terminate()
             try:
                 self.process.wait(60)
             except subprocess.TimeoutExpired:

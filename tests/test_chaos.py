@@ -45,7 +45,8 @@ from vlmo_ray.demo.scenes.records import records
 from vlmo_ray.runs.audit import audit
 from vlmo_ray.runs.checkpoints import Checkpoints
 from vlmo_ray.runs.metrics import read_metrics
-from vlmo_ray.train.loop import Notice, train
+from vlmo_ray.train.agree import Notice
+from vlmo_ray.train.loop import train
 
 pytestmark = pytest.mark.slow
 raylets = pytest.mark.chaos
@@ -114,9 +115,11 @@ READS_ON_A_DRAINING_NODE = """
 import sys
 import ray
 from vlmo_ray.config import DataConfig
+from vlmo_ray.data.encoders.pairs import MaskedPairs
 from vlmo_ray.data.manifest import load_manifest
-from vlmo_ray.data.order import Schedule
-from vlmo_ray.data.pipeline import PairStream
+from vlmo_ray.data.order import Order, Schedule
+from vlmo_ray.data.pipeline import Stream
+from vlmo_ray.data.reader import Reader, Sources
 
 node, data = sys.argv[1:]
 ray.init(log_to_driver=False)
@@ -124,11 +127,10 @@ ray.init(log_to_driver=False)
 @ray.remote(num_cpus=2, label_selector={"ray.io/node-id": node})
 class Worker:
     def begin(self):
-        shape = {"image_size": 16, "max_text_len": 12, "vocab_size": 30522, "schedule": Schedule(((60, 12),), 2)}
-        shape["mlm_probability"] = 0.15
-        stream = PairStream(
-            load_manifest(data), DataConfig(group_steps=3), **shape, seed=1, start=0, stop=60, window_groups=1
-        )
+        sources = Sources((load_manifest(data),))
+        reader = Reader(sources.places, MaskedPairs(16, 12, DataConfig(), 30522, 0.15), 1)
+        order = Order(sources.manifests[0].chunk_rows, 1, Schedule(((60, 12),), 2), 3)
+        stream = Stream(sources, reader, order, start=0, stop=60, window_groups=1)
         self.batches = iter(stream)
         next(self.batches)
 
@@ -175,13 +177,13 @@ def test_the_driver_is_stopped_and_killed_and_the_command_run_again(place, comma
     command.process.wait()
     command.lines.clear()
     command.start()
-    command.wait_for(lambda: "Requesting resources" in command.output, "a reservation")
+    command.wait_for(lambda: "Attempting to start training" in command.output, "a reservation")
     command.process.kill()  # before it has workers
     command.process.wait()
     assert not re.search(r"worker \d+ of \d+: process", command.output)
     command.lines.clear()
     command.start()
-    # in less than the 180 s that Ray would wait for the reservations of the dead
+    # what the dead had reserved is free again
     command.wait_for(lambda: "resumed at step" in command.output, "resumption", 60)
     command.finish()
     assert int(re.search(r"resumed at step (\d+)", command.output)[1]) >= reached
@@ -254,7 +256,7 @@ def test_damaged_records_and_shards_are_masked_to_the_row(tmp_path, monkeypatch,
     chunks = {f"{cut}#0": "Parquet magic bytes", f"{cut}#1": "Parquet magic", f"{flipped}#0": "the checksum"}
     for chunk, reason in chunks.items():
         reasons |= {f"{chunk}:{row}": f"its chunk is masked: {chunk}: {reason}" for row in range(10)}
-    printed = re.findall(r"^masked a pair: (\S+): (.*)$", capsys.readouterr().out, re.MULTILINE)
+    printed = re.findall(r"^masked a row: (\S+): (.*)$", capsys.readouterr().out, re.MULTILINE)
     assert Counter(address for address, _ in printed) == Counter(2 * list(reasons))  # once an epoch
     for address, reason in printed:
         assert reason.startswith(reasons[address]), (address, reason)

@@ -71,9 +71,7 @@ def test_mistakes_without_a_server(arguments, words):
 def test_mistakes_about_storage(s3_server, bucket, data, tmp_path):
     def pretrain(uri, *more, **environment):
         began = time.monotonic()
-        run = vlmo(
-            "train", "tiny", "--data", uri, "--storage", str(tmp_path / "runs"), *more, **environment
-        )
+        run = vlmo("train", "tiny", "--data", uri, "--storage", str(tmp_path / "runs"), *more, **environment)
         assert time.monotonic() - began < 40  # on a busy machine the imports alone take ten
         return run
 

@@ -14,23 +14,21 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import write_unchecked
 from small_run import SMALL, begin_at, job
 
 import vlmo_ray
 from vlmo_ray import cli
 from vlmo_ray.config import Phase
 from vlmo_ray.data.store import Store
-from vlmo_ray.demo.scenes.records import declared, retrieval_records
 from vlmo_ray.errors import UserError
-from vlmo_ray.evaluate import retrieval
-from vlmo_ray.launch.fit import pretrain
-from vlmo_ray.model.vlmo import VLMo, init_weights
+from vlmo_ray.evaluate import evaluate
+from vlmo_ray.launch.fit import fit
+from vlmo_ray.launch.resources import Claims
+from vlmo_ray.model.vlmo import VLMo
 from vlmo_ray.recipes import RECIPES
 from vlmo_ray.runs import lease
 from vlmo_ray.runs.checkpoints import Checkpoints
 from vlmo_ray.runs.metrics import read_metrics
-from vlmo_ray.tasks.metrics import recall_at_k
 from vlmo_ray.train.loop import train
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -63,33 +61,24 @@ def test_other_settings_are_taken_on_request(ray_cluster, scenes, tmp_path, monk
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
 def test_a_run_that_waits_for_nodes_ends_on_request(ray_cluster, scenes, tmp_path, number):
-    import ray
-    from ray.train import ScalingConfig
-    from ray.train.v2._internal.execution.scaling_policy.autoscaling_coordinator_client import (
-        TrainAutoscalingCoordinatorClient,
-    )
-
     waits = dataclasses.replace(SMALL, cluster=dataclasses.replace(SMALL.cluster, min_workers=1))
-    other = TrainAutoscalingCoordinatorClient("train-other")  # has all of the cluster
-    other.send_resource_request(ScalingConfig(num_workers=2, resources_per_worker={"CPU": 1.0}), 2)
-    name = tmp_path / "runs" / "small" / "ray_run"  # of what Ray Train reserves; there before it is reserved
+    others = Claims(1.0)  # another job's, which has all of the cluster
+    others.want(2)
+    assert others.wait(10)
 
     def ask() -> None:
-        while not name.exists():
-            time.sleep(0.1)
         time.sleep(5)  # most of which it waits
         os.kill(os.getpid(), number)
 
     asker = threading.Thread(target=ask, daemon=True)
-    asker.start()
     try:
+        asker.start()
         with pytest.raises(UserError, match="'small' ended on request while it had no workers"):
-            pretrain(waits, scenes, str(tmp_path / "runs"))
-        reserved = other._autoscaling_coordinator.get_reserved_resources.remote
-        assert ray.get(reserved("train-other")) and not ray.get(reserved(f"train-{name.read_text()}"))
+            fit(waits, scenes, str(tmp_path / "runs"))
+        assert others.standing() == 2
     finally:
-        other.cancel_resource_request()
         asker.join()
+        others.want(0)
 
 
 def test_a_driver_that_lost_its_run_ends_and_leaves_it_alone(ray_cluster, scenes, tmp_path, monkeypatch):
@@ -105,7 +94,7 @@ def test_a_driver_that_lost_its_run_ends_and_leaves_it_alone(ray_cluster, scenes
     thief = threading.Thread(target=take_over, daemon=True)
     thief.start()
     with pytest.raises(UserError, match=r"runs/small was taken over by process .* on elsewhere"):
-        pretrain(CONFIG, scenes, str(tmp_path / "runs"))
+        fit(CONFIG, scenes, str(tmp_path / "runs"))
     thief.join()
     assert json.loads(name.read_text())["token"] == "another" and not (name.parent / "stop").exists()
     assert Checkpoints(Store(str(name.parent))).newest().step < 160
@@ -114,7 +103,7 @@ def test_a_driver_that_lost_its_run_ends_and_leaves_it_alone(ray_cluster, scenes
 def test_a_sharded_run_equals_one_process(ray_cluster, bucket, scenes, tmp_path):
     cluster = dataclasses.replace(SMALL.cluster, strategy="fsdp", activation_checkpointing=True)
     config = dataclasses.replace(SMALL, name="sharded", cluster=cluster, keep_checkpoints=2)
-    run = pretrain(config, scenes, f"{bucket}/runs")
+    run = fit(config, scenes, f"{bucket}/runs")
     assert train(job(scenes, tmp_path / "alone")).step == 10
     found, wanted = (read_metrics(store)[0] for store in (run, Store(str(tmp_path / "alone"))))
     assert {m["workers"] for m in found} == {2}
@@ -145,40 +134,7 @@ def test_a_broken_shard_ends_the_run_with_its_address(ray_cluster, scenes, tmp_p
     shard.write_bytes(data)
     began = time.monotonic()
     with pytest.raises(UserError, match=rf"stopped at step \d+: .*{shard.name}"):
-        pretrain(dataclasses.replace(CONFIG, name="broken"), str(broken), str(tmp_path / "runs"))
+        fit(dataclasses.replace(CONFIG, name="broken"), str(broken), str(tmp_path / "runs"))
     assert time.monotonic() - began < 100  # not retried time and again
     with pytest.raises(UserError, match=shard.name):
-        retrieval(VLMo(SMALL.model), str(broken))
-
-
-def test_retrieval_does_not_depend_on_the_number_of_workers(ray_cluster, tmp_path):
-    data = str(tmp_path / "unseen")
-    rows = list(retrieval_records(3, 50, image_size=16))
-    extra = [
-        rows[0] | {"id": "second caption", "text": "something else"},
-        rows[1] | {"id": "bad", "text": " "},
-    ]
-    write_unchecked(data, list(declared(rows + extra)), rows_per_group=8)
-    model = VLMo(dataclasses.replace(SMALL.model, max_text_len=20, bias_text_len=20))
-    init_weights(model, 0)
-    held_out = [row["image_id"] for row in rows if row["held_out"]]
-    results = [retrieval(model, data, num_workers=n, subset=held_out) for n in (1, 2)]
-    assert results[0] == results[1]
-    result = results[0]
-    assert (result.num_images, result.num_texts) == (50, 51)
-    [problem] = result.problems
-    assert "#6:3" in problem  # the last row of the last of 7 chunks, by its address
-
-    from vlmo_ray.data.decode import decode_eval
-    from vlmo_ray.data.text import Tokenizer
-
-    names = sorted({row["image_id"] for row in rows})
-    first = {row["image_id"]: row["image"] for row in rows}
-    texts = [(row["text"], names.index(row["image_id"])) for row in rows + extra[:1]]
-    tokens = [Tokenizer(20).encode(text)[:2] for text, _ in texts]
-    with torch.inference_mode():
-        pixels = torch.from_numpy(np.stack([decode_eval(first[name], 16) for name in names])) / 127.5 - 1
-        ids, mask = (torch.from_numpy(np.stack(column)) for column in zip(*tokens, strict=True))
-        image = model.itc.image(model.encode(image=pixels).image[:, 0]).numpy()
-        text = model.itc.text(model.encode(text=ids.long(), text_mask=mask).text[:, 0]).numpy()
-    assert result.reached == recall_at_k(image, text, np.array([i for _, i in texts]))
+        evaluate(VLMo(SMALL.model), str(broken))

@@ -208,3 +208,12 @@ def test_a_process_of_another_container_is_not_taken_for_dead(tmp_path, monkeypa
     monkeypatch.setattr(module.time, "sleep", sleep)
     with pytest.raises(UserError, match="already being trained"), lease(run, pytest.fail):
         pass
+
+
+def test_a_worker_finds_out_that_the_run_is_another_drivers(tmp_path):
+    run = Store(str(tmp_path))
+    with lease(run, print) as token:
+        module.check(run, token)
+        with pytest.raises(UserError, match="taken over by process"):
+            module.check(run, "another")
+    module.check(run, token)  # its driver has ended: nobody has taken it over

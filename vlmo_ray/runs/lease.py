@@ -72,11 +72,9 @@ class _Lease:
             pid_namespace=_pid_namespace(),
         )
 
-    def _read(self, run: Store) -> Holder | None:
-        try:
-            return Holder(**json.loads(run.read(_NAME)))
-        except FileNotFoundError:
-            return None
+    @property
+    def token(self) -> str:
+        return self._holder.token
 
     def _write(self, run: Store) -> None:
         self._holder = replace(self._holder, renewed=time.time())
@@ -86,7 +84,7 @@ class _Lease:
         return current is not None and current.token == self._holder.token
 
     def take(self) -> None:
-        first = current = self._read(self._run)
+        first = current = _read(self._run)
         # the holder's clock may not be ours: a lease lapses when it is seen unchanged for long enough
         until = time.monotonic() + LAPSE_S
         while current is not None and not current.gone:
@@ -103,10 +101,10 @@ class _Lease:
                     flush=True,
                 )
             time.sleep(2)
-            current = self._read(self._run)
+            current = _read(self._run)
         self._write(self._run)
         time.sleep(_SETTLE_S)
-        if not self._is_mine(self._read(self._run)):
+        if not self._is_mine(_read(self._run)):
             raise UserError(
                 f"another program began to train {self._run.uri} at the same time; this one gives way"
             )
@@ -116,7 +114,7 @@ class _Lease:
 
         Without patience: while a write waits for the storage, another may take what was just read as ours.
         """
-        current = self._read(self._impatient)
+        current = _read(self._impatient)
         if current is not None and not self._is_mine(current):
             return current
         self._write(self._impatient)
@@ -138,20 +136,18 @@ class _Lease:
                 continue
             failing = False
             if other is not None:
-                on_lost(
-                    f"{self._run.uri} was taken over by process {other.pid} on {other.host} while this one could not "
-                    "renew its lease, or both began at once"
-                )
+                on_lost(_taken_over(self._run, other))
                 return
 
     def give_back(self) -> None:
-        if self._is_mine(self._read(self._run)):
+        if self._is_mine(_read(self._run)):
             self._run.delete(_NAME)
 
 
 @contextmanager
-def lease(run: Store, on_lost: Callable[[str], None]) -> Iterator[None]:
-    """Holds the lease of `run` inside the block. Raises UserError while another program holds it.
+def lease(run: Store, on_lost: Callable[[str], None]) -> Iterator[str]:
+    """Holds the lease of `run` inside the block, under the token it yields. Raises UserError while another program
+    holds it.
 
     If another has taken it over, `on_lost` is called once, from a thread of its own, with a sentence that says who.
     """
@@ -160,11 +156,32 @@ def lease(run: Store, on_lost: Callable[[str], None]) -> Iterator[None]:
     thread = threading.Thread(target=held.keep, args=(ended, on_lost), name="lease", daemon=True)
     thread.start()
     try:
-        yield
+        yield held.token
     finally:
         ended.set()
         thread.join()
         held.give_back()
+
+
+def check(run: Store, token: str) -> None:
+    """Raises UserError if the lease of `run` is held under another token."""
+    current = _read(run)
+    if current is not None and current.token != token:
+        raise UserError(_taken_over(run, current))
+
+
+def _read(run: Store) -> Holder | None:
+    try:
+        return Holder(**json.loads(run.read(_NAME)))
+    except FileNotFoundError:
+        return None
+
+
+def _taken_over(run: Store, other: Holder) -> str:
+    return (
+        f"{run.uri} was taken over by process {other.pid} on {other.host} while this one could not renew its lease, "
+        "or both began at once"
+    )
 
 
 def _boot() -> str:

@@ -1,0 +1,54 @@
+"""The function that Ray Train runs in every worker."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+from vlmo_ray.data.store import Store
+from vlmo_ray.launch.stop import STOP
+from vlmo_ray.runs import lease
+from vlmo_ray.train.agree import Notice
+from vlmo_ray.train.build import RunSpec
+from vlmo_ray.train.loop import train
+
+RESIZE = (
+    "resize"  # an object in the run's store: its workers save and end, and the driver starts more of them
+)
+
+
+def work(spec: RunSpec, token: str) -> dict:
+    """Trains until the end or until told to stop, while the run is leased under `token`.
+
+    Returns the fields of `Outcome` and, as `leaving`, the ids of the nodes that are about to be taken away. A plain
+    dict, since Ray Train's controller unpickles it and would first import torch for an object of ours.
+    """
+    import ray.train
+    import ray.train.torch
+    import torch
+
+    context = ray.train.get_context()
+    rank, world, device = context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device()
+    if device.type == "cpu":
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
+    print(
+        f"worker {rank} of {world}: process {os.getpid()} on {os.uname().nodename}, {device}",
+        flush=True,
+    )
+    run = Store(spec.run, spec.config.data.retry_timeout_s)
+    leaving: set[str] = set()
+
+    def notice() -> Notice:
+        # a barrier: every worker calls, and all get the same
+        if (info := ray.train.get_preemption_info()) is not None:
+            leaving.update(info.preempted_node_ids)
+        if rank == 0:
+            lease.check(run, token)
+            if run.exists(STOP):
+                return Notice.STOP
+        if leaving:
+            return Notice.PREEMPTED
+        return Notice.RESIZE if rank == 0 and run.exists(RESIZE) else Notice.NONE
+
+    outcome = train(spec, rank=rank, world=world, device=device, notice=notice)
+    return dataclasses.asdict(outcome) | {"leaving": sorted(leaving)}
