@@ -167,12 +167,13 @@ class Undeclared:
     """A source with a column more than it says."""
 
     format, schema, listing, uri = "undeclared", PAIRS, "", "made up"
+    image = make_image(0)  # not in `records`: other processes do not find conftest
 
     def units(self) -> list[WorkUnit]:
         return [WorkUnit("all", 1000)]
 
     def records(self, unit: WorkUnit):
-        values = {"image": make_image(0), "text": "a", "answer": "yes"}
+        values = {"image": self.image, "text": "a", "answer": "yes"}
         yield Record("0", "0", values, address="at 0")
 
 

@@ -183,7 +183,7 @@ def test_a_damaged_tar_stops_and_names_itself(ray_cluster, tmp_path):
 def test_nothing_left_is_an_error(ray_cluster, tmp_path):
     source, out = str(tmp_path / "source"), str(tmp_path / "out")
     put(source, {"a.tar": tar_of([("0.txt", b"no image")])})
-    with pytest.raises(UserError, match=r"no pair .* is left(?s:.*)there is no image"):
+    with pytest.raises(UserError, match=r"no record .* is left(?s:.*)there is no image"):
         prepare("webdataset", source, out)
 
 
