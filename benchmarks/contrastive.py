@@ -96,9 +96,7 @@ def open_clip_local(given: Given) -> list[Tensor]:
     )
     out = []
     for images, texts in zip(given.images, given.texts, strict=True):
-        leaves = [
-            x.detach().requires_grad_() for x in (images[:ROWS], texts[:ROWS], images, texts, given.log_scale)
-        ]
+        leaves = [x.detach().requires_grad_() for x in (images[:ROWS], texts[:ROWS], images, texts, given.log_scale)]
         image, text, all_image, all_text, log_scale = leaves
         open_clip.loss.gather_features = lambda *_, a=all_image, b=all_text, **__: (a, b)
         loss(image, text, log_scale.exp()).backward()

@@ -149,7 +149,7 @@ def stream(job: Job) -> Stream:
     sources = Sources((load_manifest(job.data_set),))
     encoder = MaskedPairs(SIZE, TEXT_LEN, DATA, VOCABULARY, MLM_PROBABILITY)
     schedule = Schedule(((job.steps, job.batch),), slice_size=min(job.batch, 16))
-    order = Order(sources.manifests[0].chunk_rows, 1, schedule, DATA.group_steps)
+    order = Order(sources.manifests[0].chunk_rows, 1, schedule, DATA.shuffle_steps)
     reader = Reader(sources.places, encoder, seed=1)
     return Stream(sources, reader, order, start=0, stop=job.steps, tasks=job.processes)
 
@@ -501,9 +501,7 @@ def bars(results: dict[str, list[dict]]) -> str:
     for name, bar in {"decode-only": 0.8, **dict.fromkeys(PEERS, 1.0)}.items():
         verdict, others = "not known", results.get(name, [])
         if ours and others and not failure(ours + others):
-            pairs = [
-                [run["measured"] / run["cpu"] for run in pair] for pair in zip(ours, others, strict=True)
-            ]
+            pairs = [[run["measured"] / run["cpu"] for run in pair] for pair in zip(ours, others, strict=True)]
             ratios = [our / other for our, other in pairs]
             ratio = statistics.median(ratios)
             verdict = f"{ratio:.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
@@ -527,8 +525,7 @@ def waiting(run: dict, job: Job, file: str) -> str:
         f"{1e3 * np.median(steady):.2f} ms in the median; {np.sum(steady > 0.1)} of {len(steady)} batches were waited "
         f"for longer than 0.1 s. Left out are the first two windows, of {starts[2]} batches: {waits[0]:.1f} s for the "
         f"first batch, {waits[starts[1]]:.1f} s for the first of the second window. From then on "
-        f"windows of up to {max(np.diff(starts))} batches."
-        + (f" Every batch: {Path(file).name}." if file else "")
+        f"windows of up to {max(np.diff(starts))} batches." + (f" Every batch: {Path(file).name}." if file else "")
     )
 
 
@@ -622,15 +619,7 @@ def run_all(bench: Bench, folder: str, given: argparse.Namespace) -> tuple[float
         job = replace(base, pairs=given.wait_pairs, rate=rate)
         waited = waiting(bench.run(job), job, given.plot)
     ceiling = figures.get("decode-only", math.nan)
-    head = [
-        "",
-        "pairs per CPU-s",
-        "of decode-only",
-        "pairs/s",
-        "read amplification",
-        "Ray's own CPU",
-        "counted",
-    ]
+    head = ["", "pairs per CPU-s", "of decode-only", "pairs/s", "read amplification", "Ray's own CPU", "counted"]
     rows = [summary(job, results[name], ceiling) for name, job in jobs.items()]
     explained = EXPLAINED.format(begin=begin, end=end, steps=base.steps)
     return mean, "\n\n".join([table(head, rows), explained, bars(results), waited])

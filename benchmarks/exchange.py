@@ -36,9 +36,7 @@ def drawn(workers: Workers) -> torch.Tensor:
     """Negatives drawn for random features: some on the own worker, some wanted twice."""
     total = sum(workers.counts)
     generator = torch.Generator().manual_seed(0)
-    text, image = (
-        torch.nn.functional.normalize(torch.randn(total, 64, generator=generator), dim=1) for _ in "ti"
-    )
+    text, image = (torch.nn.functional.normalize(torch.randn(total, 64, generator=generator), dim=1) for _ in "ti")
     key = torch.arange(total)
     pairs = Pairs(key, key, torch.ones(total, dtype=torch.bool), 0, total)
     return hard_negatives(text, image, torch.tensor(2.66), pairs, key=7)
@@ -64,9 +62,7 @@ def worker(rank: int, size: int, rows: int, port: int, queue) -> None:
     images = torch.randint(0, 256, (rows, *IMAGE), dtype=torch.uint8)
     ways = {
         "all images, float32": lambda: all_floats(images, workers),
-        "chosen, uint8, all remote and distinct": lambda: workers.fetch(images, distinct_and_remote(workers))[
-            1
-        ],
+        "chosen, uint8, all remote and distinct": lambda: workers.fetch(images, distinct_and_remote(workers))[1],
         "chosen, uint8, as drawn": lambda: workers.fetch(images, drawn(workers))[1],
     }
     for name, way in ways.items():
@@ -95,9 +91,7 @@ def main() -> None:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     queue = mp.get_context("spawn").SimpleQueue()
-    running = mp.start_processes(
-        worker, (size, rows, port, queue), nprocs=size, join=False, start_method="spawn"
-    )
+    running = mp.start_processes(worker, (size, rows, port, queue), nprocs=size, join=False, start_method="spawn")
     found: dict[str, list] = {}
     for _ in range(3 * size):
         name, *figures = queue.get()
@@ -120,14 +114,7 @@ def main() -> None:
         ]
         for name in found
     ]
-    head = [
-        "images that travel",
-        "received per rank",
-        "loopback per rank",
-        "ratio",
-        "ratio on loopback",
-        "time",
-    ]
+    head = ["images that travel", "received per rank", "loopback per rank", "ratio", "ratio on loopback", "time"]
     text = (
         f"{size} workers with {rows} rows of 224 px each; gloo over loopback. 4 x (workers - 1) = {4 * (size - 1)} is "
         f"what to expect when every negative is remote and distinct.\n\n{table(head, lines)}"

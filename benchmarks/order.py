@@ -55,13 +55,11 @@ def measure(uri: str) -> dict:
     chance, first, again = random.Random(1), [], []
     for epoch in reversed(range(epochs)):
         for i in range(4):
-            step = min(
-                steps - 1, (epoch * manifest.num_rows) // BATCH + 1 + chance.randrange(steps // epochs - 2)
-            )
+            step = min(steps - 1, (epoch * manifest.num_rows) // BATCH + 1 + chance.randrange(steps // epochs - 2))
             began = time.perf_counter()
-            rows = order.slice_rows(order.group(step), 0, 8)  # a part, as a data task gets it
+            rows = order.slice_rows(order.span(step), 0, 8)  # a part, as a data task gets it
             (again if i else first).append(time.perf_counter() - began)
-            assert len(rows) == 8 * SLICE * len(order.group(step))
+            assert len(rows) == 8 * SLICE * len(order.span(step))
     return {
         "pairs": manifest.num_rows,
         "shards": len(manifest.shards),
@@ -89,8 +87,7 @@ def main() -> None:
         command = [sys.executable, __file__, "--measure", "s3://bench/data"]
         make("s3://bench/data", given.shards, given.chunks, given.rows)
         runs = [
-            json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-            for _ in range(3)
+            json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout) for _ in range(3)
         ]
     worst = {name: max(run[name] for run in runs) for name in runs[0]}
     rows = [

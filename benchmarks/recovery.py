@@ -94,9 +94,7 @@ def main() -> None:
                 command.end()
     rows = []
     for kind, times in found.items():
-        until, still = (
-            [f"{value:.0f}" for value in sorted(t[name] for t in times)] for name in ("until", "still")
-        )
+        until, still = ([f"{value:.0f}" for value in sorted(t[name] for t in times)] for name in ("until", "still"))
         again = [str(int(t["again"])) for t in times]
         rows.append([kind, ", ".join(until), ", ".join(still), ", ".join(again)])
     killed = [t["until"] for t in found["a node killed"]]

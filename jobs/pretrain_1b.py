@@ -29,9 +29,7 @@ class Arguments:
 if __name__ == "__main__":
     arguments = tyro.cli(Arguments, description=__doc__)
     try:
-        config = override(
-            recipe("pretrain_1b_tiny" if arguments.tiny else "pretrain_1b"), list(arguments.set)
-        )
+        config = override(recipe("pretrain_1b_tiny" if arguments.tiny else "pretrain_1b"), list(arguments.set))
         fit(config, arguments.data, arguments.storage, arguments.name)
     except UserError as error:
         sys.exit(f"pretrain_1b: {error}")

@@ -219,9 +219,7 @@ class Command:
         for name in FIGURES:
             values = [[m[name] for m in metrics] for metrics in (found, wanted)]
             np.testing.assert_allclose(*values, rtol=1e-9, atol=1e-9, err_msg=name)
-        weights = [
-            load(store.read("model/model.safetensors")) for store in (self.run, self.place.undisturbed)
-        ]
+        weights = [load(store.read("model/model.safetensors")) for store in (self.run, self.place.undisturbed)]
         for name, value in weights[1].items():
             torch.testing.assert_close(weights[0][name], value, rtol=1e-9, atol=1e-9, msg=name)
         found = audit(self.run.uri, self.place.data)

@@ -33,9 +33,7 @@ class Faults:
 
     def strikes(self, kind: str) -> bool:
         with self._lock:
-            struck = (kind == "away" and self.away) or (
-                kind != "away" and self._random.random() < getattr(self, kind)
-            )
+            struck = (kind == "away" and self.away) or (kind != "away" and self._random.random() < getattr(self, kind))
             self.struck[kind] += struck
             return struck
 
@@ -71,9 +69,7 @@ def faulty_s3(endpoint: str) -> Iterator[tuple[str, Faults]]:
                 time.sleep(faults.delay_s)
             if faults.strikes("busy"):
                 self.send_response(503)
-                message = (
-                    b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
-                )
+                message = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
                 self.send_header("Content-Type", "application/xml")
                 self.send_header("Content-Length", str(len(message)))
                 self.end_headers()

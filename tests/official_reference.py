@@ -118,9 +118,7 @@ class Reference:
         x = self.state["text_embeddings.word_embeddings.weight"][ids]
         x = x + self.state["text_embeddings.position_embeddings.weight"][: ids.shape[1]]
         x = x + self.state["text_embeddings.token_type_embeddings.weight"][0]
-        return (
-            self.norm("text_embeddings.LayerNorm", x, 1e-12) + self.state["token_type_embeddings.weight"][0]
-        )
+        return self.norm("text_embeddings.LayerNorm", x, 1e-12) + self.state["token_type_embeddings.weight"][0]
 
     def image(self, pixels: Tensor, slot: int = 1) -> Tensor:
         kernel = self.state["transformer.patch_embed.proj.weight"]

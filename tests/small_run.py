@@ -27,7 +27,7 @@ SMALL = Config(
     slice_size=2,
     micro_batch=4,
     task=PretrainingConfig(),
-    data=DataConfig(group_steps=3),
+    data=DataConfig(shuffle_steps=3),
     optim=OptimConfig(peak_lr=1e-3, warmup_steps=2),
     cluster=ClusterConfig(max_workers=2, gpus_per_worker=0, cpus_per_worker=0, data_cpus_per_worker=1),
     checkpoint_every=4,

@@ -93,9 +93,7 @@ class Round:
         run.write(name, bytes(data))
         for pid in workers:
             os.kill(pid, signal.SIGKILL)
-        self.command.wait_for(
-            lambda: re.search(f"{folder}.*damaged", self.command.output), "the damage to be told"
-        )
+        self.command.wait_for(lambda: re.search(f"{folder}.*damaged", self.command.output), "the damage to be told")
 
     def _storage(self, seconds: float, **faults: float) -> None:
         for name, value in faults.items():
@@ -108,9 +106,7 @@ class Round:
         nodes = len(self.place.running)
         fewer = ["node_killed", "node_drained"] if nodes > 1 else []
         more = ["node_added"] if nodes < 3 else []
-        others = (
-            "worker_killed driver_killed driver_asked_to_stop storage_busy storage_away checkpoint_damaged"
-        )
+        others = "worker_killed driver_killed driver_asked_to_stop storage_busy storage_away checkpoint_damaged"
         return fewer + more + others.split()
 
     # ---- the run ----
@@ -131,9 +127,7 @@ class Round:
             self.command.finish(300)
         except Exception as error:
             traceback.print_exc()
-            return (
-                f"FAILED: {str(error).strip().splitlines()[0][:200] if str(error) else type(error).__name__}"
-            )
+            return f"FAILED: {str(error).strip().splitlines()[0][:200] if str(error) else type(error).__name__}"
         finally:
             self.command.end()
             self._leave(time.monotonic() + NOTICE_S)
@@ -185,16 +179,7 @@ def main() -> int:
                     str(len(list(Checkpoints(round_.command.run).complete()))), f"{time.monotonic() - began:.0f}",
                 ])  # fmt: skip
                 print(rows[-1], flush=True)
-    head = [
-        "run",
-        "verdict",
-        "faults",
-        "bad answers of storage",
-        "workers",
-        "steps repeated",
-        "checkpoints kept",
-        "s",
-    ]
+    head = ["run", "verdict", "faults", "bad answers of storage", "workers", "steps repeated", "checkpoints kept", "s"]
     count = sum(len(row[2].split(", ")) for row in rows if row[2])
     publish(
         "Runs with faults at random",

@@ -130,7 +130,7 @@ class Worker:
         sources = Sources((load_manifest(data),))
         reader = Reader(sources.places, MaskedPairs(16, 12, DataConfig(), 30522, 0.15), 1)
         order = Order(sources.manifests[0].chunk_rows, 1, Schedule(((60, 12),), 2), 3)
-        stream = Stream(sources, reader, order, start=0, stop=60, window_groups=1)
+        stream = Stream(sources, reader, order, start=0, stop=60, window_spans=1)
         self.batches = iter(stream)
         next(self.batches)
 
@@ -300,10 +300,7 @@ def small_disk(folder: Path) -> Iterator[tuple[Callable[[], None], Callable[[], 
 
 
 def test_the_disk_is_full_while_checkpoints_are_written(scenes, tmp_path, monkeypatch, capsys):
-    folder, config = (
-        tmp_path / "small",
-        dataclasses.replace(CONFIG, phases=(Phase(40, 12),), checkpoint_every=5),
-    )
+    folder, config = (tmp_path / "small", dataclasses.replace(CONFIG, phases=(Phase(40, 12),), checkpoint_every=5))
     config = dataclasses.replace(config, cluster=dataclasses.replace(config.cluster, notice_every=1))
     assert train(job(scenes, tmp_path / "undisturbed", config)).step == 40
     with small_disk(folder) as (fill, free):

@@ -45,14 +45,8 @@ def test_recipes_and_show():
     [
         (["show", "pretrain_bas"], ["pretrain_bas", "did you mean 'pretrain_base'"]),
         (["show", "tiny", "--set", "optim.rate=1"], ["optim.rate", "known here: peak_lr"]),
-        (
-            ["show", "tiny", "--set", "phases=[[9, 33]]", "--set", "optim.warmup_steps=1"],
-            ["33", "does not divide"],
-        ),
-        (
-            ["show", "tiny", "--set", "model.image_size=36"],
-            ["36", "multiple of model.patch_size=8", "32 or 40"],
-        ),
+        (["show", "tiny", "--set", "phases=[[9, 33]]", "--set", "optim.warmup_steps=1"], ["33", "does not divide"]),
+        (["show", "tiny", "--set", "model.image_size=36"], ["36", "multiple of model.patch_size=8", "32 or 40"]),
         (["show", "tiny", "--set", "model.num_answers=3"], ["model.num_answers", "no effect"]),
         (["train", "tiny", "--data", "/no/such/folder"], ["/no/such/folder", "does not exist"]),
         (["evaluate", "/no/such/run", "--data", "/no"], ["/no/such/run"]),
@@ -80,9 +74,7 @@ def test_mistakes_about_storage(s3_server, bucket, data, tmp_path):
     refused(pretrain("s3://vlmo/x", AWS_SECRET_ACCESS_KEY="wrong"), "AWS_SECRET_ACCESS_KEY")
     refused(pretrain("s3://vlmo/x", AWS_ENDPOINT_URL="http://127.0.0.1:9"), "127.0.0.1:9")
 
-    shard = next(
-        name for name in os.listdir(data) if name.endswith(".parquet") and name != "manifest.parquet"
-    )
+    shard = next(name for name in os.listdir(data) if name.endswith(".parquet") and name != "manifest.parquet")
     broken = tmp_path / "broken"
     write_dataset(str(broken), records(1, 40, image_size=32), rows_per_group=8)
     (broken / shard).write_bytes(b"PAR1")

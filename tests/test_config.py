@@ -127,9 +127,7 @@ def test_options_that_need_each_other():
         override(recipe("tiny"), ["slice_size=1", "task.negatives=local"])
 
 
-@pytest.mark.parametrize(
-    "name, gpus", [("pretrain_base", 64), ("pretrain_base_plus", 64), ("pretrain_large", 128)]
-)
+@pytest.mark.parametrize("name, gpus", [("pretrain_base", 64), ("pretrain_base_plus", 64), ("pretrain_large", 128)])
 def test_published_recipes_have_the_published_balance(name, gpus):
     assert recipe(name).task.feature_grad_scale == 1 / gpus
 
@@ -193,6 +191,7 @@ def version_1(config: Config) -> dict:
     assert raw["loss"].pop("kind") == "pretraining"
     raw["data"]["mlm_probability"] = raw["loss"].pop("mlm_probability")
     raw["data"]["patience_s"] = raw["data"].pop("retry_timeout_s")
+    raw["data"]["group_steps"] = raw["data"].pop("shuffle_steps")
     return raw
 
 
@@ -201,7 +200,7 @@ def test_a_config_of_the_first_version_is_read():
         recipe("tiny"),
         ["task.itc=0.9", "task.itm=1.1", "task.mlm=0.3", "task.mlm_probability=0.2", "task.label_smoothing=0.1",
          "task.feature_grad_scale=0.5", "task.negatives=local", "task.itm_share=0.5", "data.retry_timeout_s=7",
-         "data.group_steps=3"],
+         "data.shuffle_steps=3"],
     )  # fmt: skip
     sigmoid = ["model.init_logit_bias=-10", "task.contrast=sigmoid"]
     for new in (config, override(recipe("tiny"), sigmoid)):
@@ -217,9 +216,7 @@ def test_a_config_of_a_newer_version_or_an_unknown_task_is_refused():
     with pytest.raises(UserError, match="is of version 3 and this program reads up to 2"):
         from_dict(raw | {"version": 3})
     for task in ({"kind": "dancing"}, {}, 3):
-        with pytest.raises(
-            UserError, match=r"task.kind=('dancing'|None) is no task here; known: .*pretraining"
-        ):
+        with pytest.raises(UserError, match=r"task.kind=('dancing'|None) is no task here; known: .*pretraining"):
             from_dict(raw | {"task": task})
     with pytest.raises(UserError, match="does not fit PretrainingConfig"):
         from_dict(raw | {"task": {"kind": "pretraining", "rate": 1}})

@@ -19,10 +19,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 def test_retrieval_does_not_depend_on_the_number_of_workers(ray_cluster, tmp_path):
     data = str(tmp_path / "unseen")
     rows = list(retrieval_records(3, 50, image_size=16))
-    extra = [
-        rows[0] | {"id": "second caption", "text": "something else"},
-        rows[1] | {"id": "bad", "text": " "},
-    ]
+    extra = [rows[0] | {"id": "second caption", "text": "something else"}, rows[1] | {"id": "bad", "text": " "}]
     write_unchecked(data, list(declared(rows + extra)), rows_per_group=8)
     model = VLMo(dataclasses.replace(SMALL.model, max_text_len=20, bias_text_len=20))
     init_weights(model, 0)
@@ -31,9 +28,7 @@ def test_retrieval_does_not_depend_on_the_number_of_workers(ray_cluster, tmp_pat
     assert results[0] == results[1]
     result = results[0]
     counts = {name: score.count for name, score in result.scores.items()}
-    assert (
-        counts["text_retrieval_r@1"] == 50 and counts["image_retrieval_r@1"] == 51 and result.num_rows == 51
-    )
+    assert counts["text_retrieval_r@1"] == 50 and counts["image_retrieval_r@1"] == 51 and result.num_rows == 51
     assert counts["subset_text_retrieval_r@5"] == len(set(held_out)) > 0
     [problem] = result.problems
     assert "#6:3" in problem  # the last row of the last of 7 chunks, by its address

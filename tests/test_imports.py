@@ -26,12 +26,7 @@ MAY = {
     "launch": BOTTOM | {"data", "runs", "train", "launch"},
     "evaluate": BOTTOM | {"model", "tasks", "data", "runs"},
 }
-NEVER = {
-    "model": {"pyarrow"},
-    "objectives": {"pyarrow"},
-    "data": {"torch"},
-    "recipes": {"torch"},
-}
+NEVER = {"model": {"pyarrow"}, "objectives": {"pyarrow"}, "data": {"torch"}, "recipes": {"torch"}}
 TORCH_IN_DATA = {"batch.py"}  # the one place where rows become tensors
 # The only places that know Ray: all of Ray Train, joining a cluster, the stream, preparation, evaluation.
 KNOW_RAY = ("launch/", "session.py", "data/pipeline.py", "data/prepare/", "evaluate.py")

@@ -33,9 +33,7 @@ def test_draws_are_uniform_and_uncorrelated():
     assert abs(np.corrcoef(draws[:-1].ravel(), draws[1:].ravel())[0, 1]) < 0.01
     assert abs(np.corrcoef(draws[:, :-1].ravel(), draws[:, 1:].ravel())[0, 1]) < 0.01
     counts = np.histogram(draws, bins=20, range=(0, 1))[0]
-    assert (
-        (counts - draws.size / 20) ** 2 / (draws.size / 20)
-    ).sum() < 43.8  # chi-square, 19 degrees, p = 0.001
+    assert ((counts - draws.size / 20) ** 2 / (draws.size / 20)).sum() < 43.8  # chi-square, 19 degrees, p = 0.001
 
 
 @pytest.mark.parametrize("other", [(2, "a", 0), (1, "b", 0), (1, "a", 1)])

@@ -127,13 +127,7 @@ def train(
     print(f"done: {run.uri} holds the metrics, the checkpoints and the final weights (model/)")
 
 
-def evaluate(
-    model: Positional[str],
-    data: str,
-    task: str = "",
-    workers: int = 0,
-    json_output: bool = False,
-) -> None:
+def evaluate(model: Positional[str], data: str, task: str = "", workers: int = 0, json_output: bool = False) -> None:
     """Evaluate weights on a data set; a run keeps the result beside its metrics.
 
     Args:

@@ -59,9 +59,7 @@ class ModelConfig:
         if self.width % self.num_heads:
             raise UserError(f"model.width={self.width} is not a multiple of model.num_heads={self.num_heads}")
         if self.vl_start > self.depth:
-            raise UserError(
-                f"model.vl_start={self.vl_start} must be from 0 to {self.depth}, the number of layers"
-            )
+            raise UserError(f"model.vl_start={self.vl_start} must be from 0 to {self.depth}, the number of layers")
         if self.position == "relative" and self.max_text_len > self.bias_text_len:
             raise UserError(
                 f"model.max_text_len={self.max_text_len} is above model.bias_text_len={self.bias_text_len}, the text "
@@ -102,7 +100,7 @@ class DataConfig:
     flip: bool = True
     randaugment_ops: int = setting(2, at_least=0)
     randaugment_magnitude: int = setting(7, at_least=0, at_most=10)
-    group_steps: int = setting(8, at_least=1)  # rows are shuffled within the batches of so many steps
+    shuffle_steps: int = setting(8, at_least=1)  # rows are shuffled within the batches of so many steps
     # A damaged or missing chunk ends the run, or its rows are masked. A chunk without access always ends the run.
     bad_shards: Literal["stop", "mask"] = setting("stop", resume="free")
     # How long storage may be busy or away before the run stops.
@@ -177,9 +175,7 @@ class ClusterConfig:
     max_failures: int = setting(8, at_least=-1)  # -1: no limit
     start_timeout_s: float = setting(10.0, at_least=0)
     resize_interval_s: float = setting(60.0, at_least=0)
-    notice_every: int = setting(
-        5, at_least=1
-    )  # steps between looks for a preemption notice or a stop request
+    notice_every: int = setting(5, at_least=1)  # steps between looks for a preemption notice or a stop request
 
     def check(self) -> None:
         if not 1 <= self.min_workers <= self.max_workers:
@@ -270,9 +266,7 @@ def _check_section(section: Any, prefix: str) -> None:
     for field in dataclasses.fields(section):
         for path, inner in _sections(prefix + field.name, getattr(section, field.name)):
             _check_section(inner, f"{path}.")
-    if hasattr(section, "check") and not isinstance(
-        section, TaskConfig
-    ):  # a task's own check needs the config
+    if hasattr(section, "check") and not isinstance(section, TaskConfig):  # a task's own check needs the config
         section.check()
 
 

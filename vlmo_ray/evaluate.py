@@ -66,12 +66,7 @@ class _Actor:
 
 
 def evaluate(
-    weights: VLMo | Loaded | str | Path,
-    data: str,
-    task: str = "",
-    *,
-    num_workers: int | None = None,
-    **options: Any,
+    weights: VLMo | Loaded | str | Path, data: str, task: str = "", *, num_workers: int | None = None, **options: Any
 ) -> Result:
     """Scores weights on the data set at `data`, by Ray Data batch inference. Ray must be initialised.
 
@@ -92,13 +87,7 @@ def evaluate(
     trained = loaded.config.task.kind if loaded.config else ""
     kind = task or trained or DEFAULT
     own = kind == trained and loaded.schema is not None and not options
-    recipe = _Recipe(
-        kind,
-        loaded.model.config,
-        loaded.config if own else None,
-        loaded.schema if own else None,
-        options,
-    )
+    recipe = _Recipe(kind, loaded.model.config, loaded.config if own else None, loaded.schema if own else None, options)
     evaluation, module = recipe.build(loaded.model)
     if own:
         loaded.fill(module)

@@ -22,6 +22,7 @@ _RENAMED: dict[int, dict[str, str]] = {
     1: {
         "data.mlm_probability": "task.mlm_probability",
         "data.patience_s": "data.retry_timeout_s",
+        "data.group_steps": "data.shuffle_steps",
         "loss": "task",
     }
 }
@@ -36,9 +37,7 @@ def override(config: Config, settings: list[str]) -> Config:
     for setting in settings:
         path, equals, text = setting.partition("=")
         if not equals:
-            raise UserError(
-                f"--set {setting!r} has no '='; write --set field=value, for example --set seed=2"
-            )
+            raise UserError(f"--set {setting!r} has no '='; write --set field=value, for example --set seed=2")
         config = _replace(config, path.strip().split("."), text.strip(), path.strip())
         paths.append(path.strip())
     silent = ineffective(config)
@@ -52,9 +51,7 @@ def _replace(node: Any, parts: list[str], text: str, path: str) -> Any:
     name, *rest = parts
     names = [f.name for f in dataclasses.fields(node)]
     if name not in names:
-        raise UserError(
-            f"unknown field {path!r} ({type(node).__name__} has no {name!r}); {_hint(name, names, path)}"
-        )
+        raise UserError(f"unknown field {path!r} ({type(node).__name__} has no {name!r}); {_hint(name, names, path)}")
     value = getattr(node, name)
     if dataclasses.is_dataclass(value):
         if not rest:

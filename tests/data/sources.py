@@ -53,10 +53,7 @@ def tars(num_tars: int, rows: int, extra: int = 0) -> dict[str, bytes]:
     return {
         f"{t:03d}.tar": tar_of(
             [
-                (
-                    f"{i:04d}.{s}",
-                    make_image(i) + noise.bytes(extra) if s == "jpg" else f"text {t} {i}".encode(),
-                )
+                (f"{i:04d}.{s}", make_image(i) + noise.bytes(extra) if s == "jpg" else f"text {t} {i}".encode())
                 for i in range(rows)
                 for s in ("jpg", "txt")
             ]

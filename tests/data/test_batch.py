@@ -15,10 +15,7 @@ def columns(n: int, bad: tuple[int, ...] = ()) -> dict[str, np.ndarray]:
     random = np.random.default_rng(n)
     return {
         "image": random.integers(0, 256, (n, 3, 4, 4), dtype=np.uint8),
-        **{
-            name: random.integers(0, 9, (n, 5), dtype=np.int32)
-            for name in ("text_ids", "mlm_ids", "mlm_labels")
-        },
+        **{name: random.integers(0, 9, (n, 5), dtype=np.int32) for name in ("text_ids", "mlm_ids", "mlm_labels")},
         "text_mask": random.random((n, 5)) < 0.5,
         **{name: random.integers(0, 2**62, n) for name in ("image_key", "text_key")},
         "valid": ~np.isin(np.arange(n), bad),

@@ -19,14 +19,7 @@ from PIL import Image, ImageOps
 from vlmo_ray import rng
 from vlmo_ray.config import DataConfig
 from vlmo_ray.data import decode
-from vlmo_ray.data.decode import (
-    FORBIDDABLE,
-    OPERATIONS,
-    DecodeError,
-    decode_eval,
-    decode_train,
-    draw_augmentation,
-)
+from vlmo_ray.data.decode import FORBIDDABLE, OPERATIONS, DecodeError, decode_eval, decode_train, draw_augmentation
 
 SIZE = 32
 FULL = DataConfig()
@@ -67,9 +60,7 @@ def png(width: int, height: int, depth=8, color=2, rows=b"\0") -> bytes:
     """A PNG with this header, whatever its rows hold."""
 
     def block(name: bytes, content: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
-        )
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
 
     header = struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0)
     blocks = (block(b"IHDR", header), block(b"IDAT", zlib.compress(rows)), block(b"IEND", b""))
@@ -194,17 +185,13 @@ def test_forbidding_takes_away_and_shifts_nothing(forbid, position):
     free, bound = plan(position), plan(position, forbid)
     assert bound.box == ((0, 0, 61, 47) if "crop" in forbid else free.box)
     assert bound.flip == (free.flip and "flip" not in forbid)
-    assert bound.operations == tuple(
-        (name, sign) for name, sign in free.operations if KIND[name] not in forbid
-    )
+    assert bound.operations == tuple((name, sign) for name, sign in free.operations if KIND[name] not in forbid)
 
 
 def test_the_config_takes_away_and_shifts_nothing():
     for position in range(50):
         free = plan(position)
-        assert plan(position, data=DataConfig(flip=False)) == decode.Augmentation(
-            free.box, False, free.operations
-        )
+        assert plan(position, data=DataConfig(flip=False)) == decode.Augmentation(free.box, False, free.operations)
         one = plan(position, data=DataConfig(randaugment_ops=1))
         assert (one.box, one.flip) == (free.box, free.flip)
         assert one.operations == free.operations[: len(one.operations)]
@@ -236,10 +223,7 @@ def test_forbidden_color_leaves_a_flat_image_its_color():
 def test_forbidden_geometry_brings_in_no_border():
     flat = encoded(Image.new("RGB", (50, 40), (200, 90, 30)))
     data = DataConfig(randaugment_ops=4)
-    bordered = [
-        any((train(flat, p, data=data, forbid=f) == 128).any() for p in range(40))
-        for f in ([], ["geometric"])
-    ]
+    bordered = [any((train(flat, p, data=data, forbid=f) == 128).any() for p in range(40)) for f in ([], ["geometric"])]
     assert bordered == [True, False]
 
 
@@ -281,11 +265,7 @@ def flat_value(data: bytes) -> tuple[int, ...]:
 @pytest.mark.parametrize("format", ["PNG", "WEBP", "GIF", "BMP"])
 def test_formats(format):
     image = Image.new("RGB", (20, 14), (255, 0, 102))
-    assert flat_value(encoded(image, format, **({"lossless": True} if format == "WEBP" else {}))) == (
-        255,
-        0,
-        102,
-    )
+    assert flat_value(encoded(image, format, **({"lossless": True} if format == "WEBP" else {}))) == (255, 0, 102)
 
 
 def test_grey_and_palette_become_rgb():
@@ -303,11 +283,7 @@ def test_transparency_becomes_white():
     index = palette.getpixel((0, 0))
     assert flat_value(encoded(palette, transparency=index)) == (255, 255, 255)
     assert flat_value(encoded(palette, transparency=index + 1)) == (255, 51, 0)
-    assert flat_value(encoded(Image.new("RGB", (20, 14), (1, 2, 3)), transparency=(1, 2, 3))) == (
-        255,
-        255,
-        255,
-    )
+    assert flat_value(encoded(Image.new("RGB", (20, 14), (1, 2, 3)), transparency=(1, 2, 3))) == (255, 255, 255)
 
 
 def test_cmyk_becomes_rgb():

@@ -19,13 +19,7 @@ from conftest import make_image, make_records
 from sources import tar_of
 
 from vlmo_ray.data.index import index_parquet, index_tar
-from vlmo_ray.data.manifest import (
-    MANIFEST,
-    check_shards,
-    chunk_table,
-    load_manifest,
-    write_manifest,
-)
+from vlmo_ray.data.manifest import MANIFEST, check_shards, chunk_table, load_manifest, write_manifest
 from vlmo_ray.data.prepare.shards import write_dataset
 from vlmo_ray.data.schema import PAIRS
 from vlmo_ray.data.store import Store, open_store
@@ -42,9 +36,7 @@ def test_round_trip(place, tmp_path, request):
     assert loaded.shards == ("00000.parquet", "00001.parquet", "00002.parquet")
     assert (loaded.num_rows, loaded.num_chunks, loaded.forbid) == (23, 5, ("crop",))
     assert loaded.fingerprint == written.fingerprint and loaded.format == "parquet"
-    dtypes = [
-        getattr(loaded, f"chunk_{c}").dtype for c in ("shard", "index", "offset", "bytes", "rows", "crc")
-    ]
+    dtypes = [getattr(loaded, f"chunk_{c}").dtype for c in ("shard", "index", "offset", "bytes", "rows", "crc")]
     assert dtypes == [np.int32, np.int32, np.int64, np.int64, np.int32, np.uint32]
     check_shards(loaded, Store(uri))
 
@@ -233,9 +225,7 @@ def test_a_thousand_million_pairs(tmp_path):
         # not getrusage: on Linux its peak starts at that of the process that forked this one
         "print(re.search(r'VmHWM:\\s+(\\d+) kB', open('/proc/self/status').read())[1])"
     )
-    run = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True
-    )
+    run = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
     seconds, rows, shards, peak = run.stdout.split()
     assert (int(rows), int(shards)) == (1_024_000_000, num_shards)
     assert float(seconds) < 15

@@ -32,7 +32,7 @@ def rows_of(order: Order, num_workers: int = 1, start: int = 0, stop: int | None
     found = {}
     step = start
     while step < stop:
-        group = order.group(step)
+        group = order.span(step)
         for rank in range(num_workers):
             share = deal(order.schedule.num_slices(step), num_workers, rank)
             part = order.slice_rows(group, *share, start=start, stop=stop)
@@ -52,11 +52,11 @@ def slow_order(order: Order) -> dict:
     step = 0
     for phase, (steps, batch) in enumerate(schedule.phases):
         last = phase == len(schedule.phases) - 1
-        reach = -(-steps // order.group_steps) * order.group_steps if last else steps
+        reach = -(-steps // order.shuffle_steps) * order.shuffle_steps if last else steps
         for i in range(reach):
             for q in range(batch):
                 place = first_row + i * batch + q
-                cell = (phase, i // order.group_steps, place // rows_in_epoch)
+                cell = (phase, i // order.shuffle_steps, place // rows_in_epoch)
                 cells.setdefault(cell, []).append((place, step + i, q))
         step, first_row = step + steps, first_row + steps * batch
     found = {}
@@ -66,9 +66,7 @@ def slow_order(order: Order) -> dict:
         sequence = [(int(c), r) for c in chunks for r in range(order.chunk_rows[c])]
         sequence = sequence[places[0][0] - epoch * rows_in_epoch :]
         key = rng.stream(order.seed, "rows", epoch)
-        dealt = sorted(
-            places, key=lambda p: (p[2] // schedule.slice_size, rng.uniforms(key, [p[0]], 1)[0, 0])
-        )
+        dealt = sorted(places, key=lambda p: (p[2] // schedule.slice_size, rng.uniforms(key, [p[0]], 1)[0, 0]))
         for (_, t, q), row in zip(dealt, sequence, strict=False):
             if t < schedule.total_steps:
                 found[t, q] = (epoch, *row)
@@ -91,7 +89,7 @@ def test_equals_the_slow_definition_and_holds_every_row_once_per_epoch(order):
         assert len(set(rows)) == len(rows)
     for epoch, rows in by_epoch.items():
         # the last group may hold rows back for steps after the run's end
-        ends_with_group = schedule.total_steps == order.group(schedule.total_steps - 1).stop
+        ends_with_group = schedule.total_steps == order.span(schedule.total_steps - 1).stop
         if ends_with_group and (epoch + 1) * order.num_rows <= len(found):
             assert set(rows) == everything
 
@@ -115,7 +113,7 @@ def test_workers_and_resuming_change_nothing(order, num_workers, data):
 def test_a_run_made_longer_keeps_what_came_before(order):
     *before, (steps, batch) = order.schedule.phases
     longer = Schedule((*before, (steps + 7, batch)), order.schedule.slice_size)
-    longer = Order(order.chunk_rows, order.seed, longer, order.group_steps)
+    longer = Order(order.chunk_rows, order.seed, longer, order.shuffle_steps)
     assert rows_of(longer, stop=order.schedule.total_steps) == rows_of(order)
 
 
@@ -127,7 +125,7 @@ def test_a_worker_touches_few_chunks(order, num_workers):
     for step in range(order.schedule.total_steps):
         for rank in range(num_workers):
             share = deal(order.schedule.num_slices(step), num_workers, rank)
-            part = order.slice_rows(order.group(step), *share)
+            part = order.slice_rows(order.span(step), *share)
             for epoch in np.unique(part.epoch):
                 mine = part.epoch == epoch
                 touched = len(np.unique(part.chunk[mine]))
@@ -159,8 +157,8 @@ def test_seeds_and_epochs_differ():
 def test_neighbours_of_one_epoch_are_not_neighbours_of_the_next():
     """Of the pairs that share a batch in one epoch, about the chance share meets again in the next."""
     chunk_rows = np.array([13, 19] * 32)  # 1024 rows
-    batch, group_steps = 64, 4
-    order = Order(chunk_rows, 5, Schedule(((32, batch),), 8), group_steps)
+    batch, shuffle_steps = 64, 4
+    order = Order(chunk_rows, 5, Schedule(((32, batch),), 8), shuffle_steps)
     ends = np.cumsum(chunk_rows) - chunk_rows
     step_of = np.zeros((2, 1024), dtype=int)
     for (t, _), (epoch, chunk, row) in rows_of(order).items():
@@ -172,7 +170,7 @@ def test_neighbours_of_one_epoch_are_not_neighbours_of_the_next():
     assert chance * 0.9 < again < chance * 1.35, (again, chance)
     # rows next to each other in a file meet in one batch of their group, not in one batch for sure
     adjacent = np.mean(step_of[0][1:] == step_of[0][:-1])
-    assert adjacent < 1.3 / group_steps, adjacent
+    assert adjacent < 1.3 / shuffle_steps, adjacent
 
 
 def test_schedule_counts_and_refuses():
@@ -193,9 +191,7 @@ def test_schedule_counts_and_refuses():
 
 def test_groups_stop_at_a_phase_but_not_at_the_end_of_the_run():
     order = Order(np.array([5, 6]), 0, Schedule(((3, 4), (3, 8)), 4), 2)
-    assert [order.group(t) for t in range(6)] == [range(0, 2)] * 2 + [range(2, 3)] + [range(3, 5)] * 2 + [
-        range(5, 7)
-    ]
+    assert [order.span(t) for t in range(6)] == [range(0, 2)] * 2 + [range(2, 3)] + [range(3, 5)] * 2 + [range(5, 7)]
 
 
 @pytest.mark.slow
@@ -204,7 +200,7 @@ def test_a_billion_rows_are_reached_in_a_second():
 
     order = Order(np.full(4_000_000, 250, dtype=np.int32), 1, Schedule(((200_000, 32768),), 256), 8)
     started = time.perf_counter()
-    part = order.slice_rows(order.group(150_000), 0, 2)
+    part = order.slice_rows(order.span(150_000), 0, 2)
     elapsed = time.perf_counter() - started
     assert len(part) == 8 * 2 * 256
     assert elapsed < 5, elapsed  # measured 0.5 s; the bound leaves room for a busy machine

@@ -39,7 +39,7 @@ from vlmo_ray.errors import UserError
 SHARD_ROWS, GROUP_ROWS, CORRUPT = (23, 31, 17), 5, 40
 NUM_ROWS = sum(SHARD_ROWS)  # 71: no batch size divides it
 SCHEDULE = Schedule(((7, 12), (6, 24)), 4)  # 228 rows: 3.2 epochs
-DATA = DataConfig(group_steps=3)
+DATA = DataConfig(shuffle_steps=3)
 SHAPE = {"image_size": 16, "max_text_len": 12, "vocab_size": 30522}
 
 
@@ -74,9 +74,7 @@ def manifest(tmp_path_factory) -> Manifest:
     return make_data_set(tmp_path_factory.mktemp("pairs"))
 
 
-def train_reader(
-    manifest: Manifest, data=DATA, seed=3, image_size=16, max_text_len=12, vocab_size=30522
-) -> Reader:
+def train_reader(manifest: Manifest, data=DATA, seed=3, image_size=16, max_text_len=12, vocab_size=30522) -> Reader:
     encoder = MaskedPairs(image_size, max_text_len, data, vocab_size, 0.15)
     return Reader(Sources((manifest,)).places, encoder, seed)
 
@@ -90,7 +88,7 @@ def stream_of(
     image_size: int, max_text_len: int, vocab_size: int, **options,
 ) -> Stream:  # fmt: skip
     reader = train_reader(manifest, data, seed, image_size, max_text_len, vocab_size)
-    order = Order(manifest.chunk_rows, seed, schedule, data.group_steps)
+    order = Order(manifest.chunk_rows, seed, schedule, data.shuffle_steps)
     return Stream(Sources((manifest,)), reader, order, start=start, stop=stop, **options)
 
 
@@ -121,11 +119,11 @@ def wanted(manifest) -> list[Batch]:
 
 
 def test_rows_are_what_order_decoder_and_tokenizer_say(manifest, wanted):
-    order = Order(manifest.chunk_rows, 3, SCHEDULE, DATA.group_steps)
+    order = Order(manifest.chunk_rows, 3, SCHEDULE, DATA.shuffle_steps)
     first_row = np.cumsum(manifest.chunk_rows) - manifest.chunk_rows
     tokenizer = Tokenizer(SHAPE["max_text_len"])
     for step, batch in enumerate(wanted):
-        rows = order.slice_rows(order.group(step), 0, SCHEDULE.num_slices(step), step, step + 1)
+        rows = order.slice_rows(order.span(step), 0, SCHEDULE.num_slices(step), step, step + 1)
         assert batch.position.tolist() == list(range(SCHEDULE.batch_size(step)))
         for q, (chunk, row) in enumerate(zip(rows.chunk, rows.row, strict=True)):
             i = int(first_row[chunk] + row)
@@ -140,19 +138,16 @@ def test_rows_are_what_order_decoder_and_tokenizer_say(manifest, wanted):
             assert batch.valid[q]
             assert np.array_equal(batch.image[q], image)
             assert batch.text_ids[q].tolist() == ids.tolist() and batch.text_mask[q].tolist() == mask.tolist()
-            assert (
-                batch.mlm_ids[q].tolist() == masked.tolist()
-                and batch.mlm_labels[q].tolist() == labels.tolist()
-            )
+            assert batch.mlm_ids[q].tolist() == masked.tolist() and batch.mlm_labels[q].tolist() == labels.tolist()
             assert batch.image_key[q] == rng.hash_text(source["image_id"])
             assert batch.text_key[q] == rng.hash_text(normalise(source["text"]))
 
 
 def test_every_pair_once_per_epoch(manifest, wanted):
-    order = Order(manifest.chunk_rows, 3, SCHEDULE, DATA.group_steps)
+    order = Order(manifest.chunk_rows, 3, SCHEDULE, DATA.shuffle_steps)
     seen = {}
     for step, batch in enumerate(wanted):
-        rows = order.slice_rows(order.group(step), 0, SCHEDULE.num_slices(step), step, step + 1)
+        rows = order.slice_rows(order.span(step), 0, SCHEDULE.num_slices(step), step, step + 1)
         for epoch, name in zip(rows.epoch.tolist(), batch.ids, strict=True):
             seen.setdefault(epoch, []).append(name)
     everything = sorted(f"pair{i}" for i in range(NUM_ROWS))
@@ -177,7 +172,7 @@ def test_a_corrupt_record_is_masked_and_named(manifest, wanted):
 @pytest.mark.parametrize("num_workers", [2, 3, 5])
 def test_workers_and_parts_change_nothing(manifest, wanted, num_workers):
     """With 5 workers and 3 slices, some have no rows in the first phase."""
-    found = global_batches(manifest, num_workers, part_rows=num_workers, window_groups=1)
+    found = global_batches(manifest, num_workers, part_rows=num_workers, window_spans=1)
     assert_equal(found, wanted)
 
 
@@ -190,9 +185,7 @@ def test_resume_in_the_middle_of_a_group(manifest, wanted, start):
 def test_a_window_reads_small_chunks_once_and_shares_large_ones_out(manifest):
     options = {"data": DATA, "schedule": Schedule(((24, 24),), 4), "seed": 3, "start": 2, "stop": 24} | SHAPE
     for rank, num_workers, part_rows in [(0, 1, 20), (1, 2, 30), (0, 1, 2)]:
-        stream = stream_of(
-            manifest, rank=rank, num_workers=num_workers, part_rows=part_rows, window_groups=3, **options
-        )
+        stream = stream_of(manifest, rank=rank, num_workers=num_workers, part_rows=part_rows, window_spans=3, **options)
         for window in stream.windows():
             sizes = [len(part) for part in window.parts]
             assert sum(sizes) == len(window.steps) * 24 // num_workers
@@ -209,7 +202,7 @@ def test_a_window_reads_small_chunks_once_and_shares_large_ones_out(manifest):
 def test_steps_without_rows(manifest):
     """A worker beside a batch of one slice; windows without parts follow one another at once."""
     for in_process in (True, False):
-        options = {"schedule": Schedule(((300, 16),), 16), "window_groups": 1, "in_process": in_process}
+        options = {"schedule": Schedule(((300, 16),), 16), "window_spans": 1, "in_process": in_process}
         found = batches(manifest, stop=300, num_workers=2, rank=0, **options)
         assert [len(batch) for batch in found] == [0] * 300
 
@@ -232,9 +225,7 @@ def test_windows_grow_with_the_tasks(manifest):
         stream = stream_of(manifest, schedule=schedule, start=0, stop=2000, tasks=tasks, **options)
         windows = list(stream.windows())
         assert [len(window.steps) for window in windows[:3]] == [8, 16, 32]
-        assert (
-            max(len(window.parts) for window in windows) >= 1.5 * tasks
-        )  # all have work until the next begins
+        assert max(len(window.parts) for window in windows) >= 1.5 * tasks  # all have work until the next begins
         return max(len(window.steps) for window in windows) * 64
 
     assert largest(16, 1) == 4096 and largest(16, 16) == 8192
@@ -339,7 +330,7 @@ def test_user_error_is_found_in_a_chain():
 
 @pytest.mark.ray
 def test_ray_gives_the_same_batches(ray_cluster, manifest, wanted):
-    found = batches(manifest, in_process=False, part_rows=9, window_groups=2, tasks=2)
+    found = batches(manifest, in_process=False, part_rows=9, window_spans=2, tasks=2)
     assert_equal(found, wanted)
 
 
@@ -366,7 +357,7 @@ def test_large_blocks_that_ray_splits(ray_cluster, manifest, wanted):
     before = context.target_max_block_size
     try:
         context.target_max_block_size = 10_000  # about ten rows
-        assert_equal(batches(manifest, in_process=False, window_groups=3), wanted)
+        assert_equal(batches(manifest, in_process=False, window_spans=3), wanted)
     finally:
         context.target_max_block_size = before
     assert not context.execution_options.preserve_order  # ours are set on the datasets, not here
@@ -388,7 +379,7 @@ def test_a_missing_shard_stops_ray_with_the_same_sentence(ray_cluster, tmp_path)
 @pytest.mark.ray
 def test_closing_early_ends_the_thread(ray_cluster, manifest):
     schedule = Schedule(((1000, 24),), 4)
-    options = {"data": DATA, "schedule": schedule, "seed": 3, "tasks": 2, "window_groups": 2} | SHAPE
+    options = {"data": DATA, "schedule": schedule, "seed": 3, "tasks": 2, "window_spans": 2} | SHAPE
     stream = stream_of(manifest, start=0, stop=1000, **options)
     for _ in zip(range(5), stream, strict=False):
         pass
@@ -443,8 +434,8 @@ assert all(len(reader(part)["image"]) for reader in readers)
 sys.exit(", ".join({"torch", "ray"} & set(sys.modules)) or None)
 """
     readers = train_reader(manifest), eval_reader(manifest)
-    order = Order(manifest.chunk_rows, 3, SCHEDULE, DATA.group_steps)
-    part = make_part(Sources((manifest,)), order.slice_rows(order.group(0), 0, 1))
+    order = Order(manifest.chunk_rows, 3, SCHEDULE, DATA.shuffle_steps)
+    part = make_part(Sources((manifest,)), order.slice_rows(order.span(0), 0, 1))
     given = pickle.dumps((readers, part))
     done = subprocess.run([sys.executable, "-c", code], input=given, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr.decode()

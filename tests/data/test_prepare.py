@@ -29,11 +29,7 @@ FLICKR = Path(__file__).parents[2].resolve().parent / "shared" / "data" / "flick
 
 def test_karpathy(ray_cluster, places):
     source, out = places
-    sentences = [
-        {"sentid": 0, "raw": "first"},
-        {"sentid": 1, "raw": " "},
-        {"sentid": 2, "raw": "third"},
-    ]
+    sentences = [{"sentid": 0, "raw": "first"}, {"sentid": 1, "raw": " "}, {"sentid": 2, "raw": "third"}]
     images = [
         {"filename": "a.jpg", "imgid": 0, "split": "train", "sentences": sentences},
         {"filename": "b.png", "imgid": 1, "split": "restval", "sentences": [{"sentid": 3, "raw": "b"}]},
@@ -41,12 +37,7 @@ def test_karpathy(ray_cluster, places):
         {"filename": "../a.jpg", "imgid": 3, "split": "train", "sentences": [{"sentid": 5, "raw": "d"}]},
         {"filename": "a.jpg", "imgid": 4, "split": "val", "sentences": [{"sentid": 6, "raw": "e"}]},
         {"filename": "text.jpg", "imgid": 5, "split": "train", "sentences": [{"sentid": 7, "raw": "f"}]},
-        {
-            "filename": "coco.jpg",
-            "filepath": "val2014",
-            "split": "train",
-            "sentences": [{"sentid": 8, "raw": "g"}],
-        },
+        {"filename": "coco.jpg", "filepath": "val2014", "split": "train", "sentences": [{"sentid": 8, "raw": "g"}]},
     ]
     put(source, {"dataset_x.json": json.dumps({"images": images}).encode()})
     pictures = {"a.jpg": make_image(0), "b.png": make_image(1, "PNG"), "val2014/coco.jpg": make_image(2)}
@@ -118,18 +109,8 @@ def test_parquet(ray_cluster, places, tmp_path):
     struct = pa.array([{"bytes": p, "path": "x.jpg"} for p in pictures[:3]])
     tables = {
         "hf.parquet": {"image": struct, "caption": [["a", "b"], ["c"], []]},
-        "sub/img2dataset.parquet": {
-            "jpg": [*pictures[3:5], None],
-            "caption": ["d", None, "f"],
-            "key": [1, 2, 3],
-        },
-        "own.parquet": {
-            "id": ["own"],
-            "image_id": ["i"],
-            "image": [pictures[5]],
-            "text": ["g"],
-            "forbid": [["crop"]],
-        },
+        "sub/img2dataset.parquet": {"jpg": [*pictures[3:5], None], "caption": ["d", None, "f"], "key": [1, 2, 3]},
+        "own.parquet": {"id": ["own"], "image_id": ["i"], "image": [pictures[5]], "text": ["g"], "forbid": [["crop"]]},
     }
     for name, columns in tables.items():
         file = io.BytesIO()
@@ -145,9 +126,7 @@ def test_parquet(ray_cluster, places, tmp_path):
         "sub/img2dataset.parquet:0": ("d", 3),
         "own": ("g", 5),
     }
-    assert (
-        read["hf.parquet:0#0"].image_id == read["hf.parquet:0#1"].image_id != read["hf.parquet:1#0"].image_id
-    )
+    assert read["hf.parquet:0#0"].image_id == read["hf.parquet:0#1"].image_id != read["hf.parquet:1#0"].image_id
     assert read["own"].image_id == "i" and read["own"].forbid == ("crop",)
     with pytest.raises(UserError, match=r"has no text column alt; it has .*text_column="):
         prepare("parquet", source, f"{out}2", text_column="alt")
@@ -161,9 +140,7 @@ def _table(rows: list[list[str]], **dialect) -> bytes:
 
 def test_table(ray_cluster, places, monkeypatch):
     source, out = places
-    monkeypatch.setattr(
-        "vlmo_ray.data.prepare.table.UNIT_BYTES", 2500
-    )  # some rows per unit, cut in the driver
+    monkeypatch.setattr("vlmo_ray.data.prepare.table.UNIT_BYTES", 2500)  # some rows per unit, cut in the driver
     put(source, {f"im/{i}.jpg": make_image(i) for i in range(12)})
     captions = [f'caption {i}, "quoted"\nand on a second line' for i in range(12)]
     rows = [["title", "n", "filepath"], *([c, str(i), f"im/{i}.jpg"] for i, c in enumerate(captions))]
@@ -172,18 +149,10 @@ def test_table(ray_cluster, places, monkeypatch):
     put(source, {"t.csv": _table(rows) + b"\n" + b"too few\n" + b"\xff,1,im/1.jpg\n"})
     counts = prepare("table", f"{source}/t.csv", out)
     assert counts == Counts(
-        14,
-        11,
-        {
-            "the caption is not UTF-8": 1,
-            "the image file is missing": 1,
-            "the row has too few columns": 1,
-        },
+        14, 11, {"the caption is not UTF-8": 1, "the image file is missing": 1, "the row has too few columns": 1}
     )
     by_row = {int(r.id.removeprefix("t.csv:")): r for r in read_all(out)}
-    assert {i: r.values["text"] for i, r in by_row.items()} == {
-        i: c for i, c in enumerate(captions) if i != 3
-    }
+    assert {i: r.values["text"] for i, r in by_row.items()} == {i: c for i, c in enumerate(captions) if i != 3}
     assert by_row[2].image_id == "im/2.jpg" and by_row[2].values["image"] == make_image(2)
     assert Store(out).exists("prepare.json") and not Store(out).list(WORK)
 

@@ -47,16 +47,8 @@ def test_classes_are_the_sorted_folders(places, monkeypatch):
     assert len(units) > 1 and sum(unit.bytes for unit in units) >= 4 * 500
     records = {record.id: record for unit in units for record in source.records(unit)}
     labels = {id: record.values["label"] for id, record in records.items()}
-    assert labels == {
-        "cat/1.jpg": 0,
-        "dog/2.jpg": 1,
-        "dog/deep/er/0.png": 1,
-        "eel/notes.txt": 2,
-        "stray.jpg": None,
-    }
-    assert records["dog/2.jpg"].image_id == "dog/2.jpg" and records["dog/2.jpg"].values[
-        "image"
-    ] == make_image(2)
+    assert labels == {"cat/1.jpg": 0, "dog/2.jpg": 1, "dog/deep/er/0.png": 1, "eel/notes.txt": 2, "stray.jpg": None}
+    assert records["dog/2.jpg"].image_id == "dog/2.jpg" and records["dog/2.jpg"].values["image"] == make_image(2)
     assert records["stray.jpg"].problem == "the file lies in no folder of a class"
     listing = source.listing
     put(place, {"dog/3.jpg": make_image(3)})
@@ -155,9 +147,7 @@ def test_our_own_shards_keep_their_columns(ray_cluster, places):
     fingerprint = write_dataset(source, rows, 2, schema=schema).fingerprint
     assert prepare("parquet", source, out) == Counts(5, 5)
     assert load_manifest(out).schema == schema
-    assert sorted((r.id, r.values["answers"]) for r in read_all(out)) == [
-        (r["id"], r["answers"]) for r in rows
-    ]
+    assert sorted((r.id, r.values["answers"]) for r in read_all(out)) == [(r["id"], r["answers"]) for r in rows]
     Store(source).delete(MANIFEST)
     assert prepare("parquet", source, index=True) == Counts(5, 5)
     assert load_manifest(source).fingerprint == fingerprint

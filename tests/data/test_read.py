@@ -37,11 +37,7 @@ def test_parquet(place, tmp_path, request):
     manifest = write_dataset(uri, records, 4, groups_per_shard=2, forbid=("color",))
     read = read_all(manifest)
     for record, wrote in zip(read, records, strict=True):
-        assert (record.id, record.image_id, record.values["text"]) == (
-            wrote["id"],
-            wrote["image_id"],
-            wrote["text"],
-        )
+        assert (record.id, record.image_id, record.values["text"]) == (wrote["id"], wrote["image_id"], wrote["text"])
         assert record.values["image"] == wrote["image"] and record.problem == ""
         assert record.forbid == (*wrote["forbid"], "color")
     assert read[5].address == f"{uri}/00000.parquet#1:1" and read[9].address == f"{uri}/00001.parquet#0:1"
@@ -77,11 +73,7 @@ def test_other_peoples_parquet(tmp_path):
         "there is no image",
         "there is no image",
     ]
-    assert (
-        read[4].values["text"] == "same caption"
-        and read[4].values["image"] == make_image(4)
-        and read[8].id == ""
-    )
+    assert read[4].values["text"] == "same caption" and read[4].values["image"] == make_image(4) and read[8].id == ""
 
 
 def test_a_flipped_byte(tmp_path):
@@ -200,11 +192,7 @@ def test_webdataset(tmp_path):
     assert [r.id for r in read] == ["s.tar/0", "7", *(f"s.tar/{i}" for i in range(2, 9))]
     assert read[1].image_id == "shared" and read[0].image_id == "s.tar/0"
     assert [r.values["text"] for r in read[:3]] == ["plain", "with facts", "from the JSON"]
-    assert [r.values["image"] for r in read[:3]] == [
-        make_image(0),
-        make_image(1, "PNG"),
-        make_image(2, "WEBP"),
-    ]
+    assert [r.values["image"] for r in read[:3]] == [make_image(0), make_image(1, "PNG"), make_image(2, "WEBP")]
     assert read[0].forbid == ("color",) and read[1].forbid == ("flip", "color")
     assert [r.problem for r in read[:3]] == ["", "", ""]
     expected = [

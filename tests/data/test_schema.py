@@ -197,16 +197,10 @@ def test_every_kind_comes_back(tmp_path):
     loaded = load_manifest(str(tmp_path))
     assert loaded.schema == EVERYTHING and loaded.fingerprint == written.fingerprint
     for record, row in zip(read_all(str(tmp_path)), rows, strict=True):
-        assert (record.id, record.image_id, list(record.forbid)) == (
-            row["id"],
-            row["image_id"],
-            row["forbid"],
-        )
+        assert (record.id, record.image_id, list(record.forbid)) == (row["id"], row["image_id"], row["forbid"])
         assert record.values == {name: row[name] for name in EVERYTHING.names}
     footer = pq.read_metadata(tmp_path / "00000.parquet").row_group(0)
-    compression = {
-        footer.column(i).path_in_schema: footer.column(i).compression for i in range(footer.num_columns)
-    }
+    compression = {footer.column(i).path_in_schema: footer.column(i).compression for i in range(footer.num_columns)}
     for name in ("image", "image_2", "mask"):
         assert compression.pop(name) == "UNCOMPRESSED"
     assert set(compression.values()) == {"ZSTD"} and len(compression) == 9
@@ -275,9 +269,7 @@ def test_shards_state_their_schema(tmp_path):
     pq.write_table(pa.Table.from_pylist(make_records(2)), tmp_path / "others.parquet")
     assert stored_schema(store, "others.parquet") == PAIRS
     other = dataclasses.replace(EVERYTHING.field("label"), values=("dog", "cat", "eel"))
-    with pytest.raises(
-        UserError, match=r"00000\.parquet states the column 'label' as label of 3 values \(cat"
-    ):
+    with pytest.raises(UserError, match=r"00000\.parquet states the column 'label' as label of 3 values \(cat"):
         index_parquet(store, ["00000.parquet"], Schema((other,)))
     with pytest.raises(UserError, match="the column 'image_2' is missing, not binary"):
         index_parquet(store, ["others.parquet"], EVERYTHING)

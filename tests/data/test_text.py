@@ -43,12 +43,7 @@ def test_pieces_share_the_word_of_their_head():
     assert word.tolist() == [-1, 0, 1, 1, 1, -1] and mask.all()
 
 
-@given(
-    st.one_of(
-        st.text(max_size=60),
-        st.lists(st.sampled_from(PIECES)).map(" ".join),
-    )
-)
+@given(st.one_of(st.text(max_size=60), st.lists(st.sampled_from(PIECES)).map(" ".join)))
 @checked
 def test_ids_are_those_of_tokenizers(caption):
     assume(not any(special in caption for special in module._SPECIALS))
@@ -63,9 +58,7 @@ def test_ids_are_those_of_tokenizers(caption):
     for token, index in zip(ids[mask][1:-1], word[mask][1:-1], strict=True):
         count += not WORDS[token].startswith("##")
         assert index == count
-    assert (
-        (word[~mask] == -1).all() and word[0] == word[mask.sum() - 1] == -1 and (ids[~mask] == PAD_ID).all()
-    )
+    assert (word[~mask] == -1).all() and word[0] == word[mask.sum() - 1] == -1 and (ids[~mask] == PAD_ID).all()
 
 
 def test_a_long_text_loses_its_end_and_keeps_sep():
@@ -135,9 +128,7 @@ def captions(draw):
     """Ids and words as `encode` gives them, from random word lengths."""
     lengths = draw(st.lists(st.integers(1, 5), min_size=1, max_size=12))
     word = np.repeat(np.arange(len(lengths)), lengths).astype(np.int16)
-    tokens = np.array(
-        draw(st.lists(st.integers(999, VOCAB_SIZE - 1), min_size=len(word), max_size=len(word)))
-    )
+    tokens = np.array(draw(st.lists(st.integers(999, VOCAB_SIZE - 1), min_size=len(word), max_size=len(word))))
     pad = draw(st.integers(0, 5))
     ids = np.concatenate([[101], tokens, [102], np.zeros(pad)]).astype(np.int32)
     return ids, np.pad(word, (1, 1 + pad), constant_values=-1)

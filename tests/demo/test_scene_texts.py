@@ -26,20 +26,9 @@ from vlmo_ray.demo.scenes.questions import (
     pair_with_claim,
     questions,
 )
-from vlmo_ray.demo.scenes.records import (
-    retrieval_records,
-    retrieval_set,
-    vqa_records,
-)
+from vlmo_ray.demo.scenes.records import retrieval_records, retrieval_set, vqa_records
 from vlmo_ray.demo.scenes.render import PATTERNS
-from vlmo_ray.demo.scenes.world import (
-    BACKGROUND_COLOURS,
-    HELD_OUT,
-    KINDS,
-    SHAPE_COLOURS,
-    SIZES,
-    scene,
-)
+from vlmo_ray.demo.scenes.world import BACKGROUND_COLOURS, HELD_OUT, KINDS, SHAPE_COLOURS, SIZES, scene
 
 # ---- a second reading of the language -------------------------------------------------------------------
 
@@ -103,9 +92,7 @@ def caption_is_true(text: str, shown) -> bool:
         )
     phrases = [p for p in re.split(r", | and ", text) if p]
     assert all(re.fullmatch(r"(an?|something) [a-z ]+", p) for p in phrases), text  # nothing left unread
-    return any(
-        all(map(matches, phrases, chosen)) for chosen in itertools.permutations(shown.shapes, len(phrases))
-    )
+    return any(all(map(matches, phrases, chosen)) for chosen in itertools.permutations(shown.shapes, len(phrases)))
 
 
 def the(shapes, phrase: str):
@@ -199,8 +186,7 @@ def test_captions_are_varied_and_mostly_telling():
     telling = [bool(c.claim.background and any(p.colour and p.kind for p in c.claim.shapes)) for c in told]
     assert np.mean(telling) > 0.85
     complete = [
-        bool(c.claim.background)
-        and sum(bool(p.colour and p.kind) for p in c.claim.shapes) == len(scene(6, i).shapes)
+        bool(c.claim.background) and sum(bool(p.colour and p.kind) for p in c.claim.shapes) == len(scene(6, i).shapes)
         for i, c in enumerate(told)
     ]
     assert np.mean(complete) > 0.55

@@ -19,26 +19,10 @@ from PIL import Image
 from scipy import ndimage
 
 from vlmo_ray.demo.scenes.captions import captions, forbidden_augmentations
-from vlmo_ray.demo.scenes.questions import (
-    pair_statement,
-    questions,
-)
-from vlmo_ray.demo.scenes.records import (
-    classification_records,
-    nlvr2_records,
-    records,
-    segmentation_records,
-)
+from vlmo_ray.demo.scenes.questions import pair_statement, questions
+from vlmo_ray.demo.scenes.records import classification_records, nlvr2_records, records, segmentation_records
 from vlmo_ray.demo.scenes.render import OUTLINES, PALETTE, PATTERNS, coverage
-from vlmo_ray.demo.scenes.world import (
-    BACKGROUND_COLOURS,
-    COMBINATIONS,
-    HELD_OUT,
-    KINDS,
-    SEEN,
-    SHAPE_COLOURS,
-    scene,
-)
+from vlmo_ray.demo.scenes.world import BACKGROUND_COLOURS, COMBINATIONS, HELD_OUT, KINDS, SEEN, SHAPE_COLOURS, scene
 from vlmo_ray.errors import UserError
 
 # ---- scenes and their pictures --------------------------------------------------------------------------
@@ -55,12 +39,7 @@ def nearest_colour(pixels: np.ndarray) -> np.ndarray:
 
 
 @settings(max_examples=40, deadline=None)
-@given(
-    st.integers(0, 2**40),
-    st.integers(0, 10**7),
-    st.sampled_from(["train", "eval"]),
-    st.sampled_from([16, 32, 50]),
-)
+@given(st.integers(0, 2**40), st.integers(0, 10**7), st.sampled_from(["train", "eval"]), st.sampled_from([16, 32, 50]))
 def test_pure(seed, index, split, size):
     first, second = scene(seed, index, split, size), scene(seed, index, split, size)
     assert first == second
@@ -75,8 +54,7 @@ def test_pure(seed, index, split, size):
 
 def test_seed_index_and_split_matter():
     images = [
-        scene(*key).image.tobytes()
-        for key in ((1, 0, "train"), (2, 0, "train"), (1, 1, "train"), (1, 0, "eval"))
+        scene(*key).image.tobytes() for key in ((1, 0, "train"), (2, 0, "train"), (1, 1, "train"), (1, 0, "eval"))
     ]
     assert len(set(images)) == 4
 

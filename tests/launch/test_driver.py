@@ -161,8 +161,7 @@ def test_a_run_that_is_another_drivers_ends(tmp_path, monkeypatch):
     [
         ControllerError(UserError("s3://bucket/run: it is away")),
         WorkerGroupError(
-            "rank 1",
-            {0: ValueError(), 1: RayTaskError("train", "", UserError("s3://bucket/run: it is away"))},
+            "rank 1", {0: ValueError(), 1: RayTaskError("train", "", UserError("s3://bucket/run: it is away"))}
         ),
     ],
 )

@@ -34,9 +34,7 @@ from vlmo_ray.train.loop import train
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 # long enough that what happens after the first checkpoint falls before the last one
-CONFIG = dataclasses.replace(
-    SMALL, phases=(Phase(40, 8), Phase(120, 12)), checkpoint_every=20, keep_checkpoints=2
-)
+CONFIG = dataclasses.replace(SMALL, phases=(Phase(40, 8), Phase(120, 12)), checkpoint_every=20, keep_checkpoints=2)
 
 
 def test_other_settings_are_taken_on_request(ray_cluster, scenes, tmp_path, monkeypatch, capsys):
@@ -126,9 +124,7 @@ def test_a_sharded_run_equals_one_process(ray_cluster, bucket, scenes, tmp_path)
 def test_a_broken_shard_ends_the_run_with_its_address(ray_cluster, scenes, tmp_path):
     broken = tmp_path / "broken"
     shutil.copytree(scenes, broken)
-    shard = sorted(broken.rglob("*.parquet"), key=lambda path: (path.name == "manifest.parquet", path.name))[
-        1
-    ]
+    shard = sorted(broken.rglob("*.parquet"), key=lambda path: (path.name == "manifest.parquet", path.name))[1]
     data = bytearray(shard.read_bytes())
     data[300] ^= 1
     shard.write_bytes(data)

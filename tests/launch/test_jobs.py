@@ -51,12 +51,7 @@ def head(tmp_path):
     command = [BIN / "ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1", *ports, *sizes]
     with (tmp_path / "head.log").open("w") as log:
         process = subprocess.Popen(
-            command,
-            env=environment,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            cwd=tmp_path,
-            start_new_session=True,
+            command, env=environment, stdout=log, stderr=subprocess.STDOUT, cwd=tmp_path, start_new_session=True
         )
         try:
             yield f"http://127.0.0.1:{dashboard}", environment

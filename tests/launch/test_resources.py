@@ -24,9 +24,7 @@ def test_cpu_workers_take_less_where_else_too_few_had_room():
 def test_gpu_workers_fit_on_nodes_and_not_on_sums():
     nodes = [Node(11, 4), Node(11, 4), Node(32)]
     assert share(ClusterConfig(4, 8), nodes) == Share(3.0, 2, room=6)
-    with pytest.raises(
-        UserError, match=r"8 workers with 1 CPUs and 2 for data .* room for: 6, with 54 CPUs on 3"
-    ):
+    with pytest.raises(UserError, match=r"8 workers with 1 CPUs and 2 for data .* room for: 6, with 54 CPUs on 3"):
         share(ClusterConfig(8, 8), nodes)
 
 

@@ -7,12 +7,7 @@ import torch
 
 from vlmo_ray.config import ModelConfig
 from vlmo_ray.errors import UserError
-from vlmo_ray.model.embeddings import (
-    ImageEmbedding,
-    RelativePositionBias,
-    TextEmbedding,
-    relative_position_index,
-)
+from vlmo_ray.model.embeddings import ImageEmbedding, RelativePositionBias, TextEmbedding, relative_position_index
 from vlmo_ray.rng import Noise
 
 CONFIG = ModelConfig(

@@ -72,9 +72,7 @@ def test_each_pass_trains_its_experts_and_all_that_is_shared(config):
     of_image = {n for n in names if n.startswith("image_embed")}
 
     def experts(*which: str) -> set[str]:  # of layers 0, 1 and 2
-        starts = [
-            f"layers.{layer}.experts.{name}." for layer, some in enumerate(which) for name in some.split()
-        ]
+        starts = [f"layers.{layer}.experts.{name}." for layer, some in enumerate(which) for name in some.split()]
         return {n for n in names if n.startswith(tuple(starts))}
 
     out = model.encode(image=image)

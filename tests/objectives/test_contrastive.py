@@ -33,14 +33,10 @@ def plain_sigmoid(image, text, log_scale, bias, pairs):
 
 @pytest.mark.parametrize("chunk", [1, 3, 7, 100])
 @pytest.mark.parametrize("kind", ["softmax", "smoothed", "sigmoid"])
-@pytest.mark.parametrize(
-    "log_scale", [0.5, 4.6]
-)  # 4.6: logits of +-100, far beyond what exp can hold unshifted
+@pytest.mark.parametrize("log_scale", [0.5, 4.6])  # 4.6: logits of +-100, far beyond what exp can hold unshifted
 def test_value_and_gradients(chunk, kind, log_scale):
     generator = torch.Generator().manual_seed(0)
-    image, text = (
-        F.normalize(torch.randn(7, 5, generator=generator, dtype=torch.float64), dim=1) for _ in "it"
-    )
+    image, text = (F.normalize(torch.randn(7, 5, generator=generator, dtype=torch.float64), dim=1) for _ in "it")
     log_scale = torch.tensor(log_scale, dtype=torch.float64)
     for x in (image, text, log_scale):
         x.requires_grad_()

@@ -47,9 +47,7 @@ def test_drawn_from_the_softmax_of_scaled_similarity():
     counts = np.zeros((rows, rows))
     for key in range(draws):
         counts[np.arange(rows), hard_negatives(images, texts, log_scale, pairs, key * 7919).numpy()] += 1
-    logits = (2.5 * images @ texts.T).masked_fill(
-        ~pairs.may_oppose(slice(0, rows), slice(0, rows)), -torch.inf
-    )
+    logits = (2.5 * images @ texts.T).masked_fill(~pairs.may_oppose(slice(0, rows), slice(0, rows)), -torch.inf)
     expected = torch.softmax(logits, dim=1).numpy() * draws
     for row in range(rows):
         possible = expected[row] > 0
@@ -72,16 +70,12 @@ def test_local_mining_stays_in_a_rows_own_run_and_asked_rows_draw_the_same():
     asked = rows_to_match(4, 8, run=4, share=0.5)
     assert asked.tolist() == [0, 1, 4, 5]
     everywhere = hard_negatives(texts, images, scale, pairs, key)
-    assert torch.equal(
-        hard_negatives(texts[4:], images, scale, second, key, asked=asked), everywhere[4:][asked]
-    )
+    assert torch.equal(hard_negatives(texts[4:], images, scale, second, key, asked=asked), everywhere[4:][asked])
     assert rows_to_match(4, 8, run=4, share=1.0).tolist() == list(range(8))
 
 
 def test_matching_loss_is_the_mean_over_kept_rows():
-    logits = [
-        torch.randn(4, 2, generator=torch.Generator().manual_seed(i), requires_grad=True) for i in range(3)
-    ]
+    logits = [torch.randn(4, 2, generator=torch.Generator().manual_seed(i), requires_grad=True) for i in range(3)]
     kept = torch.tensor([True, False, True, True])
     loss, right = matching_loss(*logits, kept, torch.tensor(5))
     joined = torch.cat([x[kept] for x in logits])

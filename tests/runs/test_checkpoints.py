@@ -35,9 +35,7 @@ CONFIG = dataclasses.replace(SMALL, checkpoint_every=2, keep_checkpoints=5, prec
 
 def curve(run: Path | str) -> np.ndarray:
     metrics, _ = read_metrics(Store(str(run)))
-    return np.array(
-        [[m[name] for name in ("step", "samples", "loss", "itm", "mlm", "grad_norm")] for m in metrics]
-    )
+    return np.array([[m[name] for name in ("step", "samples", "loss", "itm", "mlm", "grad_norm")] for m in metrics])
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -201,9 +199,7 @@ def test_a_failed_write_is_told_and_made_up_for(scenes, undisturbed, tmp_path, m
 
 
 @pytest.mark.parametrize("failing", ["checkpoint-00000004", "checkpoint-00000010"])
-def test_an_upload_that_fails_stops_the_run_with_its_sentence(
-    scenes, undisturbed, tmp_path, monkeypatch, failing
-):
+def test_an_upload_that_fails_stops_the_run_with_its_sentence(scenes, undisturbed, tmp_path, monkeypatch, failing):
     """In the background: at the latest two steps on, and at the end before the run is called finished."""
     original = Store.upload
 
@@ -245,9 +241,7 @@ def test_a_notice_saves_and_ends_without_a_step_repeated(scenes, undisturbed, tm
 
 
 @pytest.mark.slow
-def test_storage_that_fails_slows_a_run_and_changes_nothing(
-    scenes, undisturbed, s3_server, bucket, monkeypatch
-):
+def test_storage_that_fails_slows_a_run_and_changes_nothing(scenes, undisturbed, s3_server, bucket, monkeypatch):
     """Data, metrics and checkpoints go through a proxy that answers 503, cuts bodies, and is away for a while."""
     for file in Path(scenes).rglob("*.*"):
         Store(f"{bucket}/data").upload(file, str(file.relative_to(scenes)))
@@ -268,9 +262,7 @@ def test_storage_that_fails_slows_a_run_and_changes_nothing(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2])
-def test_storage_that_stays_away_ends_the_run_with_its_address(
-    scenes, s3_server, bucket, tmp_path, monkeypatch, world
-):
+def test_storage_that_stays_away_ends_the_run_with_its_address(scenes, s3_server, bucket, tmp_path, monkeypatch, world):
     """Only the run is there; it is away from some step on, for longer than the patience."""
     with faulty_s3(s3_server["AWS_ENDPOINT_URL"]) as (endpoint, faults):
         monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
@@ -310,6 +302,4 @@ def test_a_masked_shard_is_counted_row_by_row(scenes, tmp_path):
     metrics, _ = read_metrics(Store(str(tmp_path / "run")))
     assert sum(m["masked_rows"] for m in metrics) > 0 and all(np.isfinite(m["loss"]) for m in metrics)
     found = audit(str(tmp_path / "run"), str(broken))
-    assert found.clean and sum(len(epoch.masked) for epoch in found.epochs) == sum(
-        m["masked_rows"] for m in metrics
-    )
+    assert found.clean and sum(len(epoch.masked) for epoch in found.epochs) == sum(m["masked_rows"] for m in metrics)

@@ -80,9 +80,7 @@ def wait_until(condition) -> None:
 
 def test_the_second_is_refused_and_takes_over_from_the_dead(tmp_path, holder):
     run = Store(str(tmp_path))
-    with pytest.raises(
-        UserError, match=rf"already being trained, by process {holder.pid} on .*another --name"
-    ):
+    with pytest.raises(UserError, match=rf"already being trained, by process {holder.pid} on .*another --name"):
         with lease(run, pytest.fail):
             pass
     holder.kill()
@@ -128,12 +126,7 @@ def test_of_two_at_once_one_gives_way(tmp_path, monkeypatch):
 def test_of_two_at_once_the_earlier_is_told_when_the_others_write_was_late(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_SETTLE_S", 0.25)
     monkeypatch.setattr(module, "RENEW_S", 60.0)
-    earlier_holds, later_writes, end, told = (
-        threading.Event(),
-        threading.Event(),
-        threading.Event(),
-        queue.Queue(),
-    )
+    earlier_holds, later_writes, end, told = (threading.Event(), threading.Event(), threading.Event(), queue.Queue())
 
     class Late(Store):
         def write(self, name, data):

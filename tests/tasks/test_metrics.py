@@ -36,9 +36,7 @@ def test_recall_is_the_slow_loops(num_images, num_texts, width, chunk, seed):
     texts = draw.integers(-2, 3, (num_texts, width)).astype(np.float32)
     image_of_text = draw.integers(0, num_images, num_texts)
     ks = (1, 2, 5)
-    assert recall_at_k(images, texts, image_of_text, ks, chunk) == slow_recall(
-        images, texts, image_of_text, ks
-    )
+    assert recall_at_k(images, texts, image_of_text, ks, chunk) == slow_recall(images, texts, image_of_text, ks)
 
 
 def test_asking_for_some_images_keeps_the_candidates():
@@ -52,9 +50,7 @@ def test_asking_for_some_images_keeps_the_candidates():
     alone = {i: recall_at_k(images, texts, image_of_text, (2,), asked=np.arange(7) == i) for i in (0, 2, 3)}
     texts_of = np.bincount(image_of_text)
     for name, weights in (("text_retrieval_r@2", [1, 1, 1]), ("image_retrieval_r@2", texts_of[[0, 2, 3]])):
-        assert found[name] == pytest.approx(
-            np.average([one[name] for one in alone.values()], weights=weights)
-        )
+        assert found[name] == pytest.approx(np.average([one[name] for one in alone.values()], weights=weights))
     everyone = recall_at_k(images, texts, image_of_text, (2,), asked=np.ones(7, bool))
     assert everyone == recall_at_k(images, texts, image_of_text, (2,)) != found
     with pytest.raises(ValueError, match="no image that is asked for"):
@@ -76,10 +72,7 @@ def test_recall_of_real_features_is_that_of_a_full_sort():
     for k in (1, 5, 10):
         best_texts = np.argsort(-similarity, axis=1)[:, :k]
         best_images = np.argsort(-similarity, axis=0)[:k].T
-        assert (
-            found[f"text_retrieval_r@{k}"]
-            == (image_of_text[best_texts] == np.arange(37)[:, None]).any(1).mean()
-        )
+        assert found[f"text_retrieval_r@{k}"] == (image_of_text[best_texts] == np.arange(37)[:, None]).any(1).mean()
         assert found[f"image_retrieval_r@{k}"] == (best_images == image_of_text[:, None]).any(1).mean()
     assert 0.1 < found["image_retrieval_r@1"] < 0.9
 

@@ -18,21 +18,8 @@ from vlmo_ray.config import ClusterConfig, Config, Phase
 from vlmo_ray.data.store import Store
 from vlmo_ray.runs.metrics import read_metrics
 
-LONG = dataclasses.replace(
-    SMALL, phases=(Phase(20, 8), Phase(10, 12)), checkpoint_every=10, precision="float64"
-)
-NAMES = (
-    "step",
-    "samples",
-    "loss",
-    "itc",
-    "itc_vl",
-    "itm",
-    "mlm",
-    "grad_norm",
-    "temperature",
-    "negative_similarity",
-)
+LONG = dataclasses.replace(SMALL, phases=(Phase(20, 8), Phase(10, 12)), checkpoint_every=10, precision="float64")
+NAMES = ("step", "samples", "loss", "itc", "itc_vl", "itm", "mlm", "grad_norm", "temperature", "negative_similarity")
 
 
 def config_of(strategy: str = "ddp", **changes) -> Config:
@@ -61,11 +48,7 @@ def assert_same(run: Path, alone: Path, tolerance: float, weight_tolerance: floa
     assert one.keys() == other.keys()
     for name, value in one.items():
         torch.testing.assert_close(
-            value,
-            other[name],
-            rtol=weight_tolerance,
-            atol=weight_tolerance,
-            msg=lambda m, n=name: f"{n}: {m}",
+            value, other[name], rtol=weight_tolerance, atol=weight_tolerance, msg=lambda m, n=name: f"{n}: {m}"
         )
 
 
@@ -85,8 +68,7 @@ def test_the_noise_is_on():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "world, strategy, micro_batch",
-    [(1, "ddp", 2), (2, "ddp", 4), (3, "ddp", 2), (2, "fsdp", 4), (3, "fsdp", 2)],
+    "world, strategy, micro_batch", [(1, "ddp", 2), (2, "ddp", 4), (3, "ddp", 2), (2, "fsdp", 4), (3, "fsdp", 2)]
 )
 def test_workers_draw_one_curve(scenes, alone, tmp_path, world, strategy, micro_batch):
     """3 workers share 4 slices, later 6: unequal rows and unequal numbers of micro-batches."""

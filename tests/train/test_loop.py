@@ -49,14 +49,7 @@ def test_losses_fall_and_every_figure_is_there(undisturbed):
     assert [m["step"] for m in metrics] == list(range(1, 11)) and not repeated
     assert [m["samples"] for m in metrics] == [8, 16, 24, 32, 40, 48, 60, 72, 84, 96]
     assert metrics[-1]["loss"] < metrics[0]["loss"]
-    wanted = {
-        "itm_accuracy",
-        "mlm_accuracy",
-        "negative_similarity",
-        "temperature",
-        "temperature_vl",
-        "samples_per_s",
-    }
+    wanted = {"itm_accuracy", "mlm_accuracy", "negative_similarity", "temperature", "temperature_vl", "samples_per_s"}
     assert wanted | {"data_wait", "exchanged_bytes", "masked_rows", "workers"} <= set(metrics[0])
     assert list((undisturbed / "tensorboard").iterdir())
 
@@ -89,9 +82,7 @@ def test_other_data_or_settings_are_refused(scenes, undisturbed, tmp_path):
         train(job(scenes, tmp_path / "a", seed=2))
     other = str(tmp_path / "other")
     write_dataset(other, records(5, 60, image_size=16), rows_per_group=7)
-    with pytest.raises(
-        UserError, match=r"other settings: data: fingerprint .* go on with them by --accept-changes"
-    ):
+    with pytest.raises(UserError, match=r"other settings: data: fingerprint .* go on with them by --accept-changes"):
         train(job(other, tmp_path / "b"))
     accepted = dataclasses.replace(job(other, tmp_path / "b", seed=2), accept_changes=True)
     assert train(accepted).step == 10

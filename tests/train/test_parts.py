@@ -38,15 +38,7 @@ def test_learning_rate_rises_then_falls_to_zero_over_all_phases():
     assert all(a > b for a, b in itertools.pairwise(rates))  # no jump where the batch doubles
 
 
-FIGURES = {
-    "loss": 1.0,
-    "itc": 1.0,
-    "itm": 1.0,
-    "mlm": 1.0,
-    "samples_per_s": 5.0,
-    "data_wait": 0.1,
-    "step_s": 1.0,
-}
+FIGURES = {"loss": 1.0, "itc": 1.0, "itm": 1.0, "mlm": 1.0, "samples_per_s": 5.0, "data_wait": 0.1, "step_s": 1.0}
 
 
 def test_meters_write_segments_and_a_repeated_step_counts_once(tmp_path, capsys):
@@ -62,14 +54,7 @@ def test_meters_write_segments_and_a_repeated_step_counts_once(tmp_path, capsys)
         second.add(FIGURES | {"step": step, "loss": 2.0, "masked_rows": 1.0})
     second.flush()
     metrics, repeated = read_metrics(store)
-    assert [(m["step"], m["loss"]) for m in metrics] == [
-        (1, 1.0),
-        (2, 1.0),
-        (3, 2.0),
-        (4, 2.0),
-        (5, 2.0),
-        (6, 2.0),
-    ]
+    assert [(m["step"], m["loss"]) for m in metrics] == [(1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0), (5, 2.0), (6, 2.0)]
     assert repeated == [3]
     printed = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in printed] == ["2/6", "4/6", "6/6"]

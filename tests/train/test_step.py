@@ -130,9 +130,7 @@ def oracle(task: Pretraining, batch: Batch, objective: str = "exact") -> dict[st
             columns = counted[i].nonzero().squeeze(1)
             target = (columns == i).nonzero()[0]
             for row in (logits[i], logits[:, i]):
-                total = total + F.cross_entropy(
-                    row[columns][None], target, label_smoothing=options.label_smoothing
-                )
+                total = total + F.cross_entropy(row[columns][None], target, label_smoothing=options.label_smoothing)
         return total / (2 * max(1, len(valid))), logits
 
     itc, logits = contrast(model.itc, image.image, text.text)
@@ -173,9 +171,7 @@ def oracle(task: Pretraining, batch: Batch, objective: str = "exact") -> dict[st
     ]  # fmt: skip
     itm = sum(terms) / max(1, 3 * int(kept.sum()))
 
-    hidden = model.encode(
-        image=pixels, text=batch.mlm_ids, text_mask=batch.text_mask, noise=noise("mlm")
-    ).text
+    hidden = model.encode(image=pixels, text=batch.mlm_ids, text_mask=batch.text_mask, noise=noise("mlm")).text
     target = batch.mlm_labels >= 0
     mlm = F.cross_entropy(model.mlm(hidden[target]), batch.mlm_labels[target], reduction="sum")
     mlm = mlm / max(1, int(target.sum()))
@@ -209,11 +205,7 @@ def check(figures, grads, case, objective="exact", tolerance=1e-9):
     wanted, wanted_grads = expected(case, objective)
     for name in ("loss", "itc", "itc_vl", "itm", "mlm"):
         torch.testing.assert_close(
-            float(figures[name]),
-            float(wanted[name]),
-            rtol=tolerance,
-            atol=tolerance,
-            msg=lambda m, n=name: f"{n}: {m}",
+            float(figures[name]), float(wanted[name]), rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
         )
     assert grads.keys() == wanted_grads.keys()
     for name, grad in grads.items():
@@ -329,9 +321,7 @@ def worker(rank, counts, port, trials, folder):
     out = []
     for trial in trials:
         task = make_task(trial.dtype, trial.objective)
-        cluster = ClusterConfig(
-            strategy=trial.strategy, activation_checkpointing=trial.activation_checkpointing
-        )
+        cluster = ClusterConfig(strategy=trial.strategy, activation_checkpointing=trial.activation_checkpointing)
         parallel = parallelize(task, cluster, len(counts), torch.device("cpu"))
         batch = make_batch(**CASES[trial.case]).rows(slice(first, first + counts[rank]))
         figures = gradients(parallel, batch, Workers(counts, rank), STEP, trial.micro_batch)

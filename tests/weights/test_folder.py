@@ -16,13 +16,7 @@ import vlmo_ray
 from vlmo_ray.config import MODEL_SIZES
 from vlmo_ray.errors import UserError
 from vlmo_ray.model.vlmo import VLMo, init_weights
-from vlmo_ray.weights.folder import (
-    export_official,
-    from_official,
-    import_official,
-    load_model,
-    save_model,
-)
+from vlmo_ray.weights.folder import export_official, from_official, import_official, load_model, save_model
 from vlmo_ray.weights.official import official_name, our_name
 from vlmo_ray.weights.resize import resample_table
 
@@ -52,9 +46,7 @@ def test_import_then_export_gives_every_bit_back(tmp_path, wrapper, position):
     state = {n: v.half() if n in half else v for n, v in state.items()}
     state["transformer.norm.bias"] = state["transformer.norm.bias"].to(torch.bfloat16)
     state["transformer.norm.weight"][:2] = torch.tensor([float("nan"), -0.0])
-    state["text_embeddings.word_embeddings.weight"] = (
-        state["text_embeddings.word_embeddings.weight"].T.clone().T
-    )
+    state["text_embeddings.word_embeddings.weight"] = state["text_embeddings.word_embeddings.weight"].T.clone().T
     torch.save(wrapped(state, wrapper), tmp_path / "in.pt")
 
     report = import_official(tmp_path / "in.pt", tmp_path / "folder")
@@ -79,9 +71,7 @@ def test_fine_tuned_and_text_stage_files_round_trip(tmp_path, losses):
     report = import_official(tmp_path / "in.safetensors", tmp_path / "folder")
     assert not report.missing
     model = load_model(tmp_path / "folder")
-    assert (
-        model.config.max_text_len == 9 and model.config.num_heads == 2 and model.config.vl_start == vl_start
-    )
+    assert model.config.max_text_len == 9 and model.config.num_heads == 2 and model.config.vl_start == vl_start
     export_official(tmp_path / "folder", tmp_path / "out.pt")
     out = torch.load(tmp_path / "out.pt", weights_only=True)
     assert out.keys() == state.keys()
@@ -161,9 +151,7 @@ class Evil:
 
 
 def test_files_that_would_run_code_are_refused(tmp_path):
-    torch.save(
-        {"state_dict": random_state_dict(**RELATIVE), "hook": Evil(tmp_path / "ran")}, tmp_path / "evil.pt"
-    )
+    torch.save({"state_dict": random_state_dict(**RELATIVE), "hook": Evil(tmp_path / "ran")}, tmp_path / "evil.pt")
     for reader in (load_model, lambda path: import_official(path, tmp_path / "out")):
         with pytest.raises(UserError, match="run code"):
             reader(tmp_path / "evil.pt")
@@ -214,9 +202,7 @@ def test_a_model_of_ours_is_saved_loaded_and_exported_with_index_buffers(tmp_pat
     out = torch.load(tmp_path / "out.pt", weights_only=True)["model"]
     assert out["relative_position_index"].shape == (10, 10)
     assert out["text_imag_relative_position_index"].shape == (16, 16)
-    assert torch.equal(
-        out["text_imag_relative_position_index"][6:, 6:].long(), out["relative_position_index"]
-    )
+    assert torch.equal(out["text_imag_relative_position_index"][6:, 6:].long(), out["relative_position_index"])
     assert torch.equal(out["text_embeddings.position_ids"], torch.arange(6)[None])
     again = vlmo_ray.load(tmp_path / "out.pt")
     assert again.config == config
@@ -237,9 +223,7 @@ def test_beit_becomes_vision_experts_and_reports_the_rest(tmp_path, shared):
     tables = full["relative_position_bias_table"][: 5 * 5 + 3]
     beit = {}
     for name, value in full.items():
-        if not name.startswith("transformer.") or any(
-            s in name for s in ("_text", "_vl", "transformer.norm")
-        ):
+        if not name.startswith("transformer.") or any(s in name for s in ("_text", "_vl", "transformer.norm")):
             continue
         beit[name.removeprefix("transformer.").replace("_imag", "")] = value
     for layer in range(3):
@@ -248,11 +232,7 @@ def test_beit_becomes_vision_experts_and_reports_the_rest(tmp_path, shared):
             beit[f"blocks.{layer}.attn.relative_position_bias_table"] = tables[:, 2 * layer : 2 * layer + 2]
     if shared:
         beit["rel_pos_bias.relative_position_bias_table"] = tables[:, :2]
-    beit |= {
-        "fc_norm.weight": torch.ones(24),
-        "fc_norm.bias": torch.zeros(24),
-        "head.weight": torch.zeros(9, 24),
-    }
+    beit |= {"fc_norm.weight": torch.ones(24), "fc_norm.bias": torch.zeros(24), "head.weight": torch.zeros(9, 24)}
 
     config, state, report = from_official({"model": beit}, max_text_len=6)
     assert (config.vl_start, config.depth, config.image_size, config.num_heads) == (3, 3, 12, 2)

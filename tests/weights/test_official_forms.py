@@ -65,9 +65,7 @@ def test_pretraining_outputs_and_gradients():
         "pair_image": expected_pair[:, 6:],
     }
     for name in ours:
-        torch.testing.assert_close(
-            ours[name], expected[name], **CLOSE, msg=lambda text, name=name: name + text
-        )
+        torch.testing.assert_close(ours[name], expected[name], **CLOSE, msg=lambda text, name=name: name + text)
 
     generator = torch.Generator().manual_seed(5)
     weights = {name: torch.randn(x.shape, generator=generator, dtype=x.dtype) for name, x in ours.items()}
@@ -96,9 +94,7 @@ def test_nlvr2_puts_the_second_image_in_slot_two():
         model.pooler(model.encode(image=image, text=text, text_mask=mask, image_slot=slot).text[:, 0])
         for image, slot in ((left, 1), (right, 2))
     ]
-    expected = [
-        reference.pooled(reference.pair(image, text, mask, s)) for image, s in ((left, 1), (right, 2))
-    ]
+    expected = [reference.pooled(reference.pair(image, text, mask, s)) for image, s in ((left, 1), (right, 2))]
     expected = reference.classified("nlvr2", torch.cat(expected, dim=1))
     torch.testing.assert_close(model.nlvr2(torch.cat(pooled, dim=1)), expected, **CLOSE)
 

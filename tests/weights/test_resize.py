@@ -100,9 +100,7 @@ def test_a_state_fits_a_larger_image_and_a_shorter_text(position):
     model.load_state_dict(fitted.state)
     changed = {name for name in state if fitted.state[name].shape != state[name].shape}
     assert changed == (
-        {"relative.table"}
-        if position == "relative"
-        else {"image_embed.position", "text_embed.position.weight"}
+        {"relative.table"} if position == "relative" else {"image_embed.position", "text_embed.position.weight"}
     )
     if position == "absolute":
         cut = state["text_embed.position.weight"][:3]

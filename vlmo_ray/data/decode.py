@@ -46,13 +46,7 @@ class SizeError(DecodeError):
 
 
 def decode_train(
-    image: bytes,
-    size: int,
-    data: DataConfig,
-    forbid: Collection[str],
-    seed: int,
-    step: int,
-    position: int,
+    image: bytes, size: int, data: DataConfig, forbid: Collection[str], seed: int, step: int, position: int
 ) -> np.ndarray:
     """An augmented image, uint8 `[3, size, size]`, C-contiguous; the same for the same arguments everywhere.
 
@@ -71,14 +65,7 @@ def decode_train(
 
 
 def decode_train_with_mask(
-    image: bytes,
-    mask: bytes,
-    size: int,
-    data: DataConfig,
-    forbid: Collection[str],
-    seed: int,
-    step: int,
-    position: int,
+    image: bytes, mask: bytes, size: int, data: DataConfig, forbid: Collection[str], seed: int, step: int, position: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """An augmented image as `decode_train` gives it, and its mask uint8 `[size, size]` under the same draw.
 
@@ -149,9 +136,7 @@ def draw_augmentation(
     if unknown := sorted(set(forbid) - set(FORBIDDABLE)):
         raise DecodeError(f"forbid has {unknown[0]!r}, which is none of {', '.join(FORBIDDABLE)}")
     attempts, corner = 2 * _CROP_ATTEMPTS, 2
-    draws = rng.generator(seed, "augment", step, position).random(
-        attempts + corner + 1 + 3 * data.randaugment_ops
-    )
+    draws = rng.generator(seed, "augment", step, position).random(attempts + corner + 1 + 3 * data.randaugment_ops)
     crop, corner, flip, operations = np.split(draws, np.cumsum([attempts, corner, 1]))
     if "crop" in forbid:
         box = (0, 0, width, height)
@@ -216,30 +201,19 @@ OPERATIONS: dict[str, Operation] = {
     "equalize": Operation(lambda image, level, sign: ImageOps.equalize(image), "color"),
     "brightness": Operation(_enhance(ImageEnhance.Brightness), "color"),
     "sharpness": Operation(_enhance(ImageEnhance.Sharpness)),
-    "shear_x": Operation(
-        lambda image, level, sign: _affine(image, 1, 0.3 * level * sign, 0, 0, 1, 0), "geometric"
-    ),
-    "shear_y": Operation(
-        lambda image, level, sign: _affine(image, 1, 0, 0, 0.3 * level * sign, 1, 0), "geometric"
-    ),
+    "shear_x": Operation(lambda image, level, sign: _affine(image, 1, 0.3 * level * sign, 0, 0, 1, 0), "geometric"),
+    "shear_y": Operation(lambda image, level, sign: _affine(image, 1, 0, 0, 0.3 * level * sign, 1, 0), "geometric"),
     "translate_x": Operation(
-        lambda image, level, sign: _affine(image, 1, 0, _MAX_TRANSLATION_PX * level * sign, 0, 1, 0),
-        "geometric",
+        lambda image, level, sign: _affine(image, 1, 0, _MAX_TRANSLATION_PX * level * sign, 0, 1, 0), "geometric"
     ),
     "translate_y": Operation(
-        lambda image, level, sign: _affine(image, 1, 0, 0, 0, 1, _MAX_TRANSLATION_PX * level * sign),
-        "geometric",
+        lambda image, level, sign: _affine(image, 1, 0, 0, 0, 1, _MAX_TRANSLATION_PX * level * sign), "geometric"
     ),
-    "rotate": Operation(
-        lambda image, level, sign: image.rotate(30 * level * sign, **_outside(image)),
-        "geometric",
-    ),
+    "rotate": Operation(lambda image, level, sign: image.rotate(30 * level * sign, **_outside(image)), "geometric"),
 }
 
 
-def _square(
-    picture: Image.Image, box: tuple[int, int, int, int], size: int, draft: bool = False
-) -> Image.Image:
+def _square(picture: Image.Image, box: tuple[int, int, int, int], size: int, draft: bool = False) -> Image.Image:
     """The box of an opened picture as an RGB image of `size` x `size`, bicubic with antialiasing.
 
     With `draft`, a JPEG is decoded at 1/2, 1/4 or 1/8 of its size as long as the box keeps `size` pixels on

@@ -110,9 +110,7 @@ def _opened_parquet(store: Store, name: str) -> Iterator[pa.NativeFile]:
         raise UserError(f"{address} cannot be read as Parquet: {error}") from error
 
 
-def index_tar(
-    store: Store, names: list[str], rows_per_chunk: int = 256, schema: Schema = PAIRS
-) -> list[Chunk]:
+def index_tar(store: Store, names: list[str], rows_per_chunk: int = 256, schema: Schema = PAIRS) -> list[Chunk]:
     """The chunks of plain tars: runs of `rows_per_chunk` records; reads every byte once, in order."""
     chunks = []
     for name in names:

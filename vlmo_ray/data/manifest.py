@@ -24,13 +24,7 @@ from vlmo_ray.errors import UserError
 MANIFEST = "manifest.parquet"
 VERSION = 2  # the schema is stated since this one; before, all data sets were `PAIRS`
 Format = Literal["parquet", "webdataset"]
-_COLUMNS = {
-    "index": np.int32,
-    "offset": np.int64,
-    "bytes": np.int64,
-    "rows": np.int32,
-    "crc": np.uint32,
-}
+_COLUMNS = {"index": np.int32, "offset": np.int64, "bytes": np.int64, "rows": np.int32, "crc": np.uint32}
 
 
 @dataclass(frozen=True)
@@ -106,8 +100,7 @@ def _assemble(
     if not pa.types.is_dictionary(shard.type):
         shard = shard.dictionary_encode()
     columns = {
-        name: np.ascontiguousarray(table.column(name).to_numpy(), dtype=dtype)
-        for name, dtype in _COLUMNS.items()
+        name: np.ascontiguousarray(table.column(name).to_numpy(), dtype=dtype) for name, dtype in _COLUMNS.items()
     }
     number = np.ascontiguousarray(shard.indices.to_numpy(), dtype=np.int32)
     shards = tuple(shard.dictionary.to_pylist())

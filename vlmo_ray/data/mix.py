@@ -47,7 +47,7 @@ class Mix:
     Args:
         chunk_rows: of each data set the rows of its chunks, int `[C]`.
         weights: of each data set, the share of a batch that it gets, up to whole slices.
-        seed, schedule, group_steps: as for `Order`.
+        seed, schedule, shuffle_steps: as for `Order`.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Mix:
         weights: Sequence[float],
         seed: int,
         schedule: Schedule,
-        group_steps: int,
+        shuffle_steps: int,
     ):
         if len(weights) != len(chunk_rows):
             raise UserError(f"{len(chunk_rows)} data sets have {len(weights)} weights; give one each")
@@ -66,7 +66,7 @@ class Mix:
         self._patterns = {sum(count): pattern(count) for count in counts}
         self._first_chunk = np.cumsum([0, *(len(rows) for rows in chunk_rows)])
         self.orders = [
-            Order(rows, seed, Schedule(_phases(schedule, counts, k), size), group_steps)
+            Order(rows, seed, Schedule(_phases(schedule, counts, k), size), shuffle_steps)
             for k, rows in enumerate(chunk_rows)
         ]
 
@@ -74,21 +74,21 @@ class Mix:
     def num_rows(self) -> int:
         return sum(order.num_rows for order in self.orders)
 
-    def group(self, step: int) -> range:
+    def span(self, step: int) -> range:
         """The steps whose rows are shuffled together with those of `step`: the same in every data set."""
-        return self.orders[0].group(step)
+        return self.orders[0].span(step)
 
     def slice_rows(
-        self, group: range, first_slice: int, last_slice: int, start: int = 0, stop: int | None = None
+        self, span: range, first_slice: int, last_slice: int, start: int = 0, stop: int | None = None
     ) -> Rows:
-        """The rows of slices `[first_slice, last_slice)` in the steps of `group` that are in `[start, stop)`."""
-        source = self._patterns[self.schedule.num_slices(group.start)]
+        """The rows of slices `[first_slice, last_slice)` in the steps of `span` that are in `[start, stop)`."""
+        source = self._patterns[self.schedule.num_slices(span.start)]
         size = self.schedule.slice_size
         pieces = []
         for k, order in enumerate(self.orders):
             slices = np.flatnonzero(source == k)  # where its own slices are in the batch
             first, last = np.searchsorted(slices, [first_slice, last_slice])
-            rows = order.slice_rows(group, int(first), int(last), start, stop)
+            rows = order.slice_rows(span, int(first), int(last), start, stop)
             position = slices[rows.position // size] * size + rows.position % size
             chunk = rows.chunk + self._first_chunk[k]
             pieces.append(Rows(rows.step, position, rows.epoch, chunk, rows.row))

@@ -4,13 +4,13 @@ The rows form one endless stream. Epoch e owns the stream positions `[e * T, (e 
 rows and goes through all chunks in an order of its own. Batch t is the stream positions `[R(t), R(t + 1))`,
 where R is the running sum of the batch sizes, so the place in the data is one number, the step.
 
-Within a group of consecutive steps the rows are dealt out again: each slice gets a run of neighbouring rows
-of the epoch's sequence, spread at random over the group's batches. So a worker, which has a contiguous range
+Within a span of consecutive steps the rows are dealt out again: each slice gets a run of neighbouring rows
+of the epoch's sequence, spread at random over the span's batches. So a worker, which has a contiguous range
 of slices, reads few chunks that it does not use, and rows that are neighbours in a file are rarely in the
-same batch. A group never crosses a phase (the number of slices would change inside it), and the parts of a
-group that belong to different epochs are dealt separately, so that an epoch holds every row exactly once.
+same batch. A span never crosses a phase (the number of slices would change inside it), and the parts of a
+span that belong to different epochs are dealt separately, so that an epoch holds every row exactly once.
 
-    batch size 4 = 2 slices of 2, groups of 2 steps, chunks a b c d of 2 rows, in this epoch's order c a d b:
+    batch size 4 = 2 slices of 2, spans of 2 steps, chunks a b c d of 2 rows, in this epoch's order c a d b:
         sequence          c0 c1 a0 a1 | d0 d1 b0 b1
         slice 0, slice 1  <---------> | <--------->
         batch 0             c1   a1   |   d0   b1
@@ -126,12 +126,12 @@ class Order:
     chunk_rows: np.ndarray
     seed: int
     schedule: Schedule
-    group_steps: int
+    shuffle_steps: int
     _epochs: dict = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self):
-        if self.group_steps < 1:
-            raise UserError(f"group_steps is {self.group_steps}: make it at least 1.")
+        if self.shuffle_steps < 1:
+            raise UserError(f"shuffle_steps is {self.shuffle_steps}: make it at least 1.")
         if self.num_rows == 0:
             raise UserError("The data set has no rows: prepare it again.")
 
@@ -142,30 +142,30 @@ class Order:
     def num_rows(self) -> int:
         return int(np.sum(self.chunk_rows, dtype=np.int64))
 
-    def group(self, step: int) -> range:
+    def span(self, step: int) -> range:
         """The steps whose rows are shuffled together with those of `step`.
 
-        Only the last group of the last phase may reach beyond the run's last step, so that a run which is
+        Only the last span of the last phase may reach beyond the run's last step, so that a run which is
         made longer later goes on exactly where it stopped.
         """
         phase = self.schedule.phase(step)
-        first = step - (step - phase.start) % self.group_steps
-        last = first + self.group_steps
+        first = step - (step - phase.start) % self.shuffle_steps
+        last = first + self.shuffle_steps
         is_last_phase = phase.stop == self.schedule.total_steps
         return range(first, last if is_last_phase else min(last, phase.stop))
 
-    def slice_rows(self, group: range, first_slice: int, last_slice: int, start=0, stop=None) -> Rows:
-        """The rows of slices `[first_slice, last_slice)` in the steps of `group` that are in `[start, stop)`.
+    def slice_rows(self, span: range, first_slice: int, last_slice: int, start=0, stop=None) -> Rows:
+        """The rows of slices `[first_slice, last_slice)` in the steps of `span` that are in `[start, stop)`.
 
         How slices are put together to parts changes nothing: the rows of a slice are its own.
         """
-        assert group == self.group(group.start)
-        size, batch = self.schedule.slice_size, self.schedule.batch_size(group.start)
+        assert span == self.span(span.start)
+        size, batch = self.schedule.slice_size, self.schedule.batch_size(span.start)
         assert 0 <= first_slice <= last_slice <= batch // size
-        begin = self.schedule.rows_before(group.start)
-        end = begin + len(group) * batch
+        begin = self.schedule.rows_before(span.start)
+        end = begin + len(span) * batch
         pieces = [
-            self._deal_epoch(epoch, group, begin, batch, first_slice * size, last_slice * size)
+            self._deal_epoch(epoch, span, begin, batch, first_slice * size, last_slice * size)
             for epoch in range(begin // self.num_rows, -(-end // self.num_rows))
         ]
         columns = [np.concatenate(column) for column in zip(*pieces, strict=True)]
@@ -176,20 +176,20 @@ class Order:
         keep = keep[np.lexsort((columns[1][keep], columns[0][keep]))]
         return Rows(*(column[keep] for column in columns))
 
-    def _deal_epoch(self, epoch: int, group: range, begin: int, batch: int, low: int, high: int) -> tuple:
-        """The columns of `Rows` for the batch positions `[low, high)` of one group, one epoch's share."""
+    def _deal_epoch(self, epoch: int, span: range, begin: int, batch: int, low: int, high: int) -> tuple:
+        """The columns of `Rows` for the batch positions `[low, high)` of one span, one epoch's share."""
         first_row = epoch * self.num_rows
         # the batch positions of each step that belong to this epoch, as a range per step
-        starts = begin + np.arange(len(group), dtype=np.int64) * batch
+        starts = begin + np.arange(len(span), dtype=np.int64) * batch
         lows = np.clip(first_row - starts, 0, batch)
         highs = np.clip(first_row + self.num_rows - starts, 0, batch)
         step, position = [], []
         for offset, (a, b) in enumerate(zip(np.maximum(lows, low), np.minimum(highs, high), strict=True)):
             positions = np.arange(a, b)
             position.append(positions)
-            step.append(np.full(len(positions), group.start + offset))
+            step.append(np.full(len(positions), span.start + offset))
         step, position = np.concatenate(step), np.concatenate(position)
-        streamed = begin + (step - group.start) * batch + position
+        streamed = begin + (step - span.start) * batch + position
         key = rng.uniforms(rng.stream(self.seed, "rows", epoch), streamed, 1)[:, 0]
         order = np.lexsort((key, position // self.schedule.slice_size))
         # in slice order, the slices before `low` take their rows of the sequence first
@@ -204,7 +204,7 @@ class Order:
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The chunks in the order of this epoch and the number of rows up to the end of each, int64."""
         if epoch not in self._epochs:
-            while len(self._epochs) > 1:  # a group rarely touches more than two
+            while len(self._epochs) > 1:  # a span rarely touches more than two
                 self._epochs.pop(next(iter(self._epochs)))
             generator = np.random.Generator(np.random.Philox(key=rng.stream(self.seed, "chunks", epoch)))
             chunks = generator.permutation(len(self.chunk_rows))

@@ -5,7 +5,7 @@ processes of the worker's node, under the CPUs that are reserved for the worker.
 would wait for ever where training workers have taken all; and of what is left over Ray Data 2.60 gives each pipeline
 its part by integer division, node by node: with many workers, nothing.)
 
-A dataset is built for a window of some groups of steps (see `order`) at a time, so nothing grows with the size of the
+A dataset is built for a window of some spans of steps (see `order`) at a time, so nothing grows with the size of the
 data set or the length of the run. The rows of a window are cut into parts at the ends of chunks, so that a window reads
 a chunk once (a chunk of very many rows a few times). A part is one block, and the rows of a step come out of the blocks
 that have some of them.
@@ -42,7 +42,7 @@ if TYPE_CHECKING:  # both are slow to import, and a data task needs neither
 
 PART_ROWS = 128, 512  # at least and at most, about; a block costs Ray Data 25 ms
 WINDOW_ROWS = 4096  # of a worker, and so much more for each 8 tasks more
-WINDOW_BYTES = 384 << 20  # of decoded rows, and so much more for each 4 tasks more; but always one group
+WINDOW_BYTES = 384 << 20  # of decoded rows, and so much more for each 4 tasks more; but always one span
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's `mallopt`
 
@@ -52,10 +52,10 @@ class RowOrder(Protocol):
 
     schedule: Schedule
 
-    def group(self, step: int) -> range: ...
+    def span(self, step: int) -> range: ...
 
     def slice_rows(
-        self, group: range, first_slice: int, last_slice: int, start: int = 0, stop: int | None = None
+        self, span: range, first_slice: int, last_slice: int, start: int = 0, stop: int | None = None
     ) -> Rows: ...
 
 
@@ -90,7 +90,7 @@ class Stream:
     `in_process` does the same work without Ray, in the calling process.
 
     The decoded rows of up to three windows are in memory at once: the one being trained on and the next two. A window
-    has at least one group of steps: a run whose batches are too large for that sets `data.group_steps` to 1.
+    has at least one span of steps: a run whose batches are too large for that sets `data.shuffle_steps` to 1.
 
     A stream can be iterated once. Raises `ShardError` when a chunk cannot be read.
     """
@@ -106,14 +106,14 @@ class Stream:
         rank: int = 0,
         num_workers: int = 1,
         part_rows: int | None = None,  # None: two parts a task and window, within PART_ROWS
-        window_groups: int | None = None,  # None: up to WINDOW_ROWS rows and WINDOW_BYTES
+        window_spans: int | None = None,  # None: up to WINDOW_ROWS rows and WINDOW_BYTES
         tasks: int = 1,
         in_process: bool = False,
     ):
         assert 0 <= start <= stop <= order.schedule.total_steps and tasks > 0
         self._sources, self._reader, self._order = sources, reader, order
         self._steps, self._rank, self._num_workers = range(start, stop), rank, num_workers
-        self._part_rows, self._window_groups = part_rows, window_groups
+        self._part_rows, self._window_spans = part_rows, window_spans
         self._tasks, self._in_process = tasks, in_process
         self._windows = self.windows()
         self._ahead = Overlapped(self._read)
@@ -137,24 +137,24 @@ class Stream:
         self.close()
 
     def windows(self) -> Iterator[Window]:
-        """How the steps are cut: one group at first, to start soon, then ever more."""
-        step, stop, count = self._steps.start, self._steps.stop, self._window_groups or 1
+        """How the steps are cut: one span at first, to start soon, then ever more."""
+        step, stop, count = self._steps.start, self._steps.stop, self._window_spans or 1
         by_rows = WINDOW_ROWS * max(1, self._tasks / 8)
         by_bytes = WINDOW_BYTES * max(1, self._tasks / 4) / self._reader.row_bytes
-        most = math.inf if self._window_groups else min(by_rows, by_bytes)
+        most = math.inf if self._window_spans else min(by_rows, by_bytes)
         while step < stop:
-            begin, groups, total = step, [], 0
-            while step < stop and len(groups) < count:
-                group = self._order.group(step)
+            begin, spans, total = step, [], 0
+            while step < stop and len(spans) < count:
+                span = self._order.span(step)
                 first, last = self._slices(step)
-                end = min(group.stop, stop)
+                end = min(span.stop, stop)
                 total += (last - first) * self._order.schedule.slice_size * (end - step)
-                if groups and total > most:
+                if spans and total > most:
                     break
-                groups.append(self._order.slice_rows(group, first, last, step, end))
+                spans.append(self._order.slice_rows(span, first, last, step, end))
                 step = end
-            yield Window(range(begin, step), self._cut_parts(Rows.concatenate(groups)))
-            count = self._window_groups or 2 * len(groups)
+            yield Window(range(begin, step), self._cut_parts(Rows.concatenate(spans)))
+            count = self._window_spans or 2 * len(spans)
 
     def _batches(self) -> Iterator[Batch]:
         from vlmo_ray.data.batch import Batch
@@ -203,9 +203,7 @@ class Stream:
         for size in sizes.tolist():
             pieces = math.ceil(size / min(2 * wanted, max(wanted, most)))
             for begin, stop in (deal(size, pieces, piece) for piece in range(pieces)):
-                if (
-                    end + (stop - begin) / 2 - cuts[-1] > wanted
-                ):  # nearer to what is wanted without this piece
+                if end + (stop - begin) / 2 - cuts[-1] > wanted:  # nearer to what is wanted without this piece
                     cuts.append(end)
                 end += stop - begin
         chosen = [np.sort(part) for part in np.split(order, cuts[1:]) if len(part)]
@@ -320,10 +318,7 @@ def _dataset(parts: list[Part], reader, **options) -> ray.data.Dataset:
 
     items = [{"part": pickle.dumps(part)} for part in parts]
     dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-        read,
-        batch_size=None,
-        batch_format="numpy",
-        **options,
+        read, batch_size=None, batch_format="numpy", **options
     )
     context = dataset.context  # this dataset's own copy
     context.execution_options.preserve_order = True

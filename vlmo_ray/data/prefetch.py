@@ -40,9 +40,7 @@ class Prefetch(Iterator):
         self._stop = threading.Event()
         # no reference to self, so that dropping the iterator ends the thread; a daemon, so that a thread
         # that waits for Ray does not keep the interpreter from ending
-        self._thread = threading.Thread(
-            target=_fill, args=(source, self._queue, self._stop), name="data", daemon=True
-        )
+        self._thread = threading.Thread(target=_fill, args=(source, self._queue, self._stop), name="data", daemon=True)
         self._thread.start()
 
     def __next__(self) -> Any:

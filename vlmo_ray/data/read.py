@@ -141,9 +141,7 @@ def _tail(file: pa.NativeFile) -> bytes:
     return file.read_at(length, size - length) if longer else tail
 
 
-def _decode_parquet(
-    store: Store, chunk: Chunk, data: bytes, schema: Schema, names: Collection[str]
-) -> list[Record]:
+def _decode_parquet(store: Store, chunk: Chunk, data: bytes, schema: Schema, names: Collection[str]) -> list[Record]:
     footer = _footer(store, chunk.shard)
     known = chunk.index < footer.num_row_groups
     if not known or row_group_range(footer, chunk.index) != (chunk.offset, chunk.bytes):
@@ -181,9 +179,7 @@ def _values(column: pa.ChunkedArray) -> Iterator[tuple[Any, bool]]:
         yield from ((value, True) for value in values)
 
 
-def _decode_webdataset(
-    store: Store, chunk: Chunk, data: bytes, schema: Schema, names: Collection[str]
-) -> list[Record]:
+def _decode_webdataset(store: Store, chunk: Chunk, data: bytes, schema: Schema, names: Collection[str]) -> list[Record]:
     samples = iter_samples(iter_members(io.BytesIO(data).read, whole=False))
     return [record_of(chunk.shard, sample, schema, names) for sample in samples if sample.is_record(schema)]
 

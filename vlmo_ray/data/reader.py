@@ -114,9 +114,7 @@ class Reader:
 
     def __call__(self, part: Part) -> Columns:
         n = len(part)
-        columns = {
-            name: np.empty((n, *column.shape), column.dtype) for name, column in self.encoder.columns.items()
-        }
+        columns = {name: np.empty((n, *column.shape), column.dtype) for name, column in self.encoder.columns.items()}
         ids, problems = np.full(n, "", dtype=object), np.full(n, "not read", dtype=object)
         for index, (source, chunk) in enumerate(part.chunks):
             uri, schema = self.places[source]

@@ -134,12 +134,7 @@ def _reason(code: str, error: Exception, address: str) -> str:
             return f"the bucket {bucket!r} does not exist at {where}; create it or correct the address"
         case "NoCredentialsError" | "PartialCredentialsError":
             return "there are no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-        case (
-            "InvalidAccessKeyId"
-            | "INVALID_ACCESS_KEY_ID"
-            | "InvalidClientTokenId"
-            | "INVALID_CLIENT_TOKEN_ID"
-        ):
+        case "InvalidAccessKeyId" | "INVALID_ACCESS_KEY_ID" | "InvalidClientTokenId" | "INVALID_CLIENT_TOKEN_ID":
             return f"{where} does not know the access key; check AWS_ACCESS_KEY_ID"
         case "SignatureDoesNotMatch" | "SIGNATURE_DOES_NOT_MATCH":
             return f"{where} refuses the signature; check AWS_SECRET_ACCESS_KEY"

@@ -52,17 +52,14 @@ class Field:
 
     name: str  # of the column; "image_2" is a second image
     kind: Kind
-    values: tuple[
-        str, ...
-    ] = ()  # names of the classes of a label, or the answers that are possible; () if open
+    values: tuple[str, ...] = ()  # names of the classes of a label, or the answers that are possible; () if open
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
             raise UserError(f"{self.kind!r} is not a kind of column; choose from {', '.join(get_args(Kind))}")
         if not re.fullmatch("[A-Za-z][A-Za-z0-9_]*", self.name) or self.name in _RESERVED:
             raise UserError(
-                f"{self.name!r} cannot name a column; use letters, digits and '_', and none of "
-                f"{', '.join(_RESERVED)}"
+                f"{self.name!r} cannot name a column; use letters, digits and '_', and none of {', '.join(_RESERVED)}"
             )
         if self.values and self.kind not in ("label", "answers"):
             raise UserError(f"the column {self.name!r} is of kind {self.kind!r}, which has no list of values")
@@ -116,8 +113,7 @@ class Schema:
     def to_json(self) -> list[dict]:
         """Lists and dicts for `json.dumps`."""
         return [
-            {"name": field.name, "kind": field.kind}
-            | ({"values": list(field.values)} if field.values else {})
+            {"name": field.name, "kind": field.kind} | ({"values": list(field.values)} if field.values else {})
             for field in self.fields
         ]
 

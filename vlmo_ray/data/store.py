@@ -121,8 +121,7 @@ class Store:
     def open_stream(self, name: str) -> pa.NativeFile:
         """The file for reading from beginning to end."""
         return self.patiently(
-            name,
-            lambda: self.fs.open_input_stream(self.path(name), compression=None, buffer_size=_STREAM_BYTES),
+            name, lambda: self.fs.open_input_stream(self.path(name), compression=None, buffer_size=_STREAM_BYTES)
         )
 
     def read(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
@@ -255,9 +254,7 @@ def open_store(uri: str, *, create: bool = False, retry_timeout_s: float = 0.0) 
         return store
     with s3.explained(store.uri):
         bucket, prefix = store._bucket_key("")
-        found = s3.client(probe=True).list_objects_v2(
-            Bucket=bucket, Prefix=f"{prefix}/" if prefix else "", MaxKeys=1
-        )
+        found = s3.client(probe=True).list_objects_v2(Bucket=bucket, Prefix=f"{prefix}/" if prefix else "", MaxKeys=1)
     if not create and not found.get("KeyCount"):
         raise UserError(f"{store.uri} is empty: there is nothing under this prefix")
     return store

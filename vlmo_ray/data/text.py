@@ -35,9 +35,7 @@ class Tokenizer:
 
     def __init__(self, max_len: int, vocab: str | Path | None = None):
         if max_len < 3:
-            raise UserError(
-                f"max_text_len = {max_len} leaves no room between [CLS] and [SEP]; use at least 3"
-            )
+            raise UserError(f"max_text_len = {max_len} leaves no room between [CLS] and [SEP]; use at least 3")
         # Texts are encoded one at a time here; a thread pool would only make later forks unsafe.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         shipped = importlib.resources.files("vlmo_ray.data") / "vocab" / "bert_base_uncased.txt"
@@ -45,9 +43,7 @@ class Tokenizer:
         ids = {entry: index for index, entry in enumerate(lines)}
         for entry, index in _SPECIALS.items():
             if ids.get(entry) != index:
-                raise UserError(
-                    f"{vocab} is not in the layout of BERT's vocabulary: line {index} must be {entry}"
-                )
+                raise UserError(f"{vocab} is not in the layout of BERT's vocabulary: line {index} must be {entry}")
         self.max_len = max_len
         self.vocab_size = len(lines)
         self._words = RustTokenizer(WordPiece(ids, unk_token="[UNK]", max_input_chars_per_word=100))

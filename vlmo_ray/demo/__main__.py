@@ -93,9 +93,7 @@ def _pretrain(console: Console) -> Story:
         try:
             for line in process.stdout:
                 log.write(line)
-                message = re.sub(
-                    r"\x1b\[\d+m|\(\w+ pid=[^)]*\) ?", "", line
-                ).strip()  # Ray's colours and prefixes
+                message = re.sub(r"\x1b\[\d+m|\(\w+ pid=[^)]*\) ?", "", line).strip()  # Ray's colours and prefixes
                 if found := _WORKER.search(line):
                     rank, world, pid = map(int, found.groups())
                     story.workers = {r: p for r, p in story.workers.items() if r < world} | {rank: pid}
@@ -113,9 +111,7 @@ def _pretrain(console: Console) -> Story:
             process.terminate()
             raise
     if process.returncode:
-        raise RuntimeError(
-            f"pre-training ended with exit code {process.returncode}; see {OUT / 'pretrain.log'}"
-        )
+        raise RuntimeError(f"pre-training ended with exit code {process.returncode}; see {OUT / 'pretrain.log'}")
     if not story.killed_pid:
         raise RuntimeError("no worker was killed: the run had no checkpoint before its end")
     return story

@@ -93,9 +93,7 @@ def local_s3(folder: str | Path, buckets: tuple[str, ...] = ("vlmo",)) -> Iterat
                 break
 
 
-def _wait(
-    server: subprocess.Popen, endpoint: str, key: str, secret: str, buckets: tuple[str, ...], log: Path
-) -> None:
+def _wait(server: subprocess.Popen, endpoint: str, key: str, secret: str, buckets: tuple[str, ...], log: Path) -> None:
     """Until every bucket exists and takes an object: the port answers before writes do."""
     import boto3
     from botocore.config import Config

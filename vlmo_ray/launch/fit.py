@@ -32,12 +32,7 @@ from vlmo_ray.train.build import RunSpec
 
 
 def fit(
-    config: Config,
-    data: str,
-    storage: str,
-    name: str | None = None,
-    accept_changes: bool = False,
-    eval_data: str = "",
+    config: Config, data: str, storage: str, name: str | None = None, accept_changes: bool = False, eval_data: str = ""
 ) -> Store:
     """Trains `config` on the data set at `data`; returns the run, `storage`/`name` (default: the recipe's).
 
@@ -52,9 +47,7 @@ def fit(
     check_shards(manifest, open_store(data))
     _check_evaluation(config, eval_data)
     open_store(storage, create=True)
-    run = open_store(
-        f"{storage.rstrip('/')}/{name}", create=True, retry_timeout_s=config.data.retry_timeout_s
-    )
+    run = open_store(f"{storage.rstrip('/')}/{name}", create=True, retry_timeout_s=config.data.retry_timeout_s)
     stop = Stop(run)
     # Ray sets signal handlers of its own in ray_session
     with lease(run, stop.lose) as token, ray_session(dashboard=True), stop.on_signals():
@@ -88,9 +81,7 @@ def fit(
             accept_changes=accept_changes,
         )
         with scratch() as folder:
-            start = functools.partial(
-                _start, functools.partial(work, spec, token), cluster, each, name, folder
-            )
+            start = functools.partial(_start, functools.partial(work, spec, token), cluster, each, name, folder)
             outcome = _Driver(cluster, each, autoscaling, run, stop, start).train()
     if outcome is None:
         raise UserError(
@@ -219,9 +210,7 @@ class _Driver:
                 with contextlib.suppress(UserError):  # the storage is away: at the next look
                     Store(self._run.uri).write(RESIZE, b"")
                     resizing = True
-                    print(
-                        f"room for {more} more workers: the {size} workers save and start again", flush=True
-                    )
+                    print(f"room for {more} more workers: the {size} workers save and start again", flush=True)
         return resizing
 
     def _more_room(self, size: int) -> int:
@@ -267,9 +256,7 @@ def _start(
         run_config=RunConfig(
             name=name,
             storage_path=str(folder),
-            failure_config=FailureConfig(
-                max_failures=0, controller_failure_limit=0, max_preemption_failures=0
-            ),
+            failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
         ),
     )
     future: concurrent.futures.Future = concurrent.futures.Future()

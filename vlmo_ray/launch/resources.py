@@ -54,11 +54,7 @@ def share(cluster: ClusterConfig, nodes: list[Node], autoscaling: bool = False) 
                 f"{cpus:g} CPUs on {len(nodes)} nodes. Lower cluster.cpus_per_worker or cluster.data_cpus_per_worker"
             )
         return found
-    pieces = {
-        math.floor(16 * node.cpus / k) / 16
-        for node in nodes
-        for k in range(1, int(node.cpus / _LEAST_CPUS) + 1)
-    }
+    pieces = {math.floor(16 * node.cpus / k) / 16 for node in nodes for k in range(1, int(node.cpus / _LEAST_CPUS) + 1)}
     for size in sorted({need} | {size for size in pieces if size < need}, reverse=True):
         if (fits := room(nodes, size)) >= cluster.min_workers:
             return Share(size, max(1, round(size / need * cluster.data_cpus_per_worker)), fits)

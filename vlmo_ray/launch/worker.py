@@ -12,9 +12,7 @@ from vlmo_ray.train.agree import Notice
 from vlmo_ray.train.build import RunSpec
 from vlmo_ray.train.loop import train
 
-RESIZE = (
-    "resize"  # an object in the run's store: its workers save and end, and the driver starts more of them
-)
+RESIZE = "resize"  # an object in the run's store: its workers save and end, and the driver starts more of them
 
 
 def work(spec: RunSpec, token: str) -> dict:
@@ -31,10 +29,7 @@ def work(spec: RunSpec, token: str) -> dict:
     rank, world, device = context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device()
     if device.type == "cpu":
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
-    print(
-        f"worker {rank} of {world}: process {os.getpid()} on {os.uname().nodename}, {device}",
-        flush=True,
-    )
+    print(f"worker {rank} of {world}: process {os.getpid()} on {os.uname().nodename}, {device}", flush=True)
     run = Store(spec.run, spec.config.data.retry_timeout_s)
     leaving: set[str] = set()
 

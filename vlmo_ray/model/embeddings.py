@@ -94,9 +94,7 @@ def relative_position_index(grid: int, text_len: int) -> Tensor:
     text = _with_cls(text, num_rows)
 
     text_to_image = torch.full((len(text), len(image)), first_cross)
-    return torch.cat(
-        [torch.cat([text, text_to_image], dim=1), torch.cat([text_to_image.T + 1, image], dim=1)], dim=0
-    )
+    return torch.cat([torch.cat([text, text_to_image], dim=1), torch.cat([text_to_image.T + 1, image], dim=1)], dim=0)
 
 
 def _with_cls(distances: Tensor, end: int) -> Tensor:

@@ -86,9 +86,7 @@ def contrast(
             if label_smoothing:
                 num_compared += compared.sum(dim=1)
                 sums += torch.stack([side.masked_fill(~compared, 0).sum(dim=1) for side in logits])
-        share = (
-            label_smoothing / num_compared if label_smoothing else num_compared
-        )  # of every compared column
+        share = label_smoothing / num_compared if label_smoothing else num_compared  # of every compared column
         all_lse_image, all_lse_text, all_share = workers.gather(torch.stack([*lse, share], dim=1)).unbind(1)
 
         grads = [torch.zeros_like(image), torch.zeros_like(text)]

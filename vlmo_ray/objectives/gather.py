@@ -85,8 +85,6 @@ class Workers:
         dist.all_to_all_single(incoming, outgoing, receive_counts, send_counts)
         # where each wanted row lies in [own rows; received rows]; `remote` is sorted, and so is what arrives
         local = (asked[mine] >= self.first) & (asked[mine] < self.first + len(rows))
-        place = torch.where(
-            local, asked[mine] - self.first, len(rows) + torch.searchsorted(remote, asked[mine])
-        )
+        place = torch.where(local, asked[mine] - self.first, len(rows) + torch.searchsorted(remote, asked[mine]))
         pool = torch.cat([rows, incoming])
         return pool[place.to(rows.device)], incoming.numel() * incoming.element_size()

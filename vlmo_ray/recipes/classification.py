@@ -5,16 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from vlmo_ray.config import (
-    MODEL_SIZES,
-    ClusterConfig,
-    Config,
-    DataConfig,
-    OptimConfig,
-    Phase,
-    TaskConfig,
-    setting,
-)
+from vlmo_ray.config import MODEL_SIZES, ClusterConfig, Config, DataConfig, OptimConfig, Phase, TaskConfig, setting
 from vlmo_ray.recipes.tiny import tiny
 
 
@@ -26,9 +17,7 @@ class ClassificationConfig(TaskConfig):
 
     label_smoothing: float = setting(0.1, at_least=0, below=1)
     head_lr_scale: float = setting(1.0, above=0)  # of the rate of the last layer
-    layer_decay: float = setting(
-        1.0, above=0, at_most=1
-    )  # each layer's rate against that of the one above it
+    layer_decay: float = setting(1.0, above=0, at_most=1)  # each layer's rate against that of the one above it
 
 
 def classification_base() -> Config:
@@ -44,9 +33,7 @@ def classification_base() -> Config:
         slice_size=16,
         micro_batch=128,
         data=DataConfig(crop_area=(0.08, 1.0)),
-        optim=OptimConfig(
-            peak_lr=2e-3, warmup_steps=25_000, weight_decay=0.05, beta2=0.999, schedule="cosine"
-        ),
+        optim=OptimConfig(peak_lr=2e-3, warmup_steps=25_000, weight_decay=0.05, beta2=0.999, schedule="cosine"),
         cluster=ClusterConfig(max_workers=8, cpus_per_worker=2, data_cpus_per_worker=10),
     )
 

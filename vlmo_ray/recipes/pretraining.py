@@ -28,18 +28,14 @@ class PretrainingConfig(TaskConfig):
     label_smoothing: float = setting(0.0, at_least=0, below=1)  # of the softmax contrast
     # Multiplies the contrast's gradient at the features, not its value nor the temperatures' gradient. 1 is
     # exact. The released models' gather had no gradient, which left 1 / number of GPUs: 1/64 or 1/128.
-    feature_grad_scale: float = setting(
-        1.0, above=0, remedy="1 is exact. To leave the contrast out, set task.itc=0"
-    )
+    feature_grad_scale: float = setting(1.0, above=0, remedy="1 is exact. To leave the contrast out, set task.itc=0")
     negatives: Literal["global", "local"] = "global"  # drawn from the whole batch or from the row's own slice
     itm_share: float = 1.0  # of each slice's rows that matching is computed for
 
     def check(self, config: Config) -> None:
         model, slice_size = config.model, config.slice_size
         if model.vl_start == model.depth:
-            raise UserError(
-                f"model.vl_start={model.vl_start} leaves no layer with a vision-language expert; lower it"
-            )
+            raise UserError(f"model.vl_start={model.vl_start} leaves no layer with a vision-language expert; lower it")
         if missing := [head for head in ("itc", "itc_vl", "itm", "mlm") if head not in model.heads]:
             raise UserError(
                 f"model.heads lacks {', '.join(missing)}: pre-training needs the heads itc, itc_vl, itm and mlm"
@@ -55,9 +51,7 @@ class PretrainingConfig(TaskConfig):
                 "set it to null"
             )
         if self.label_smoothing and self.contrast == "sigmoid":
-            raise UserError(
-                "task.label_smoothing is of the softmax contrast; set it to 0 for the sigmoid one"
-            )
+            raise UserError("task.label_smoothing is of the softmax contrast; set it to 0 for the sigmoid one")
         if not 0 < self.itm_share <= 1 or round(self.itm_share * slice_size) < 1:
             raise UserError(
                 f"task.itm_share={self.itm_share} of a slice of {slice_size} rows is less than one row, or more "
@@ -90,10 +84,7 @@ def pretrain_base_plus() -> Config:
     """The narrow 24-layer model of the official release: as base, peak rate 1e-4."""
     base = pretrain_base()
     return replace(
-        base,
-        name="pretrain_base_plus",
-        model=MODEL_SIZES["base_plus"],
-        optim=replace(base.optim, peak_lr=1e-4),
+        base, name="pretrain_base_plus", model=MODEL_SIZES["base_plus"], optim=replace(base.optim, peak_lr=1e-4)
     )
 
 

@@ -33,7 +33,7 @@ def demo() -> Config:
         phases=(Phase(steps=300, global_batch=96),),
         slice_size=24,
         micro_batch=48,
-        data=DataConfig(group_steps=16),
+        data=DataConfig(shuffle_steps=16),
         optim=OptimConfig(peak_lr=1e-3, warmup_steps=30),
         checkpoint_every=50,
         log_every=10,
@@ -66,7 +66,7 @@ def small_photos() -> Config:
         phases=(Phase(steps=700, global_batch=128),),
         slice_size=32,
         micro_batch=64,
-        data=DataConfig(group_steps=16, randaugment_ops=0),
+        data=DataConfig(shuffle_steps=16, randaugment_ops=0),
         optim=OptimConfig(peak_lr=1e-3, warmup_steps=70),
         checkpoint_every=100,
         log_every=10,
@@ -78,9 +78,7 @@ def medium_photos() -> Config:
     return replace(
         small_photos(),
         name="medium_photos",
-        model=replace(
-            MODEL_SIZES["base"], width=384, num_heads=6, image_size=128, max_text_len=32, bias_text_len=32
-        ),
+        model=replace(MODEL_SIZES["base"], width=384, num_heads=6, image_size=128, max_text_len=32, bias_text_len=32),
         phases=(Phase(steps=4000, global_batch=1024),),
         slice_size=64,
         micro_batch=512,

@@ -141,9 +141,7 @@ def audit(run: str, data: str) -> Audit:
     for what, places in (("not consumed", counts == 0), ("consumed more than once", counts > 1)):
         if places.any():
             first = int(np.flatnonzero(places)[0])
-            at = (
-                int(np.searchsorted(schedule.rows_before(np.arange(state.step + 1)), first, side="right")) - 1
-            )
+            at = int(np.searchsorted(schedule.rows_before(np.arange(state.step + 1)), first, side="right")) - 1
             problems.append(f"{int(places.sum())} places {what}, the first in step {at}")
     in_data = Counter(known.values())
     epochs = []

@@ -41,9 +41,7 @@ def weights_of(task: nn.Module) -> dict[str, Tensor]:
     return {stored_name(name): tensor for name, tensor in task.state_dict().items()}
 
 
-def _everything(
-    task: nn.Module, optimizer: torch.optim.Optimizer, average: dict[str, Tensor] | None
-) -> dict[str, Any]:
+def _everything(task: nn.Module, optimizer: torch.optim.Optimizer, average: dict[str, Tensor] | None) -> dict[str, Any]:
     """What a checkpoint holds. Of the optimizer only its state: settings come from the config."""
     moments = {
         stored_name(name): dict(optimizer.state[parameter])
@@ -143,10 +141,7 @@ def read_state(folder: Path) -> TrainState:
 
 
 def load(
-    folder: Path,
-    task: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    average: dict[str, Tensor] | None = None,
+    folder: Path, task: nn.Module, optimizer: torch.optim.Optimizer, average: dict[str, Tensor] | None = None
 ) -> TrainState:
     """Fills the weights, the optimizer's state and the average in place; any number of workers may have written them.
 

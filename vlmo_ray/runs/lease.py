@@ -96,18 +96,13 @@ class _Lease:
             if time.monotonic() > until:
                 break
             if current is first:
-                print(
-                    f"waiting up to {LAPSE_S:.0f} s to see whether {current.host} still trains this run",
-                    flush=True,
-                )
+                print(f"waiting up to {LAPSE_S:.0f} s to see whether {current.host} still trains this run", flush=True)
             time.sleep(2)
             current = _read(self._run)
         self._write(self._run)
         time.sleep(_SETTLE_S)
         if not self._is_mine(_read(self._run)):
-            raise UserError(
-                f"another program began to train {self._run.uri} at the same time; this one gives way"
-            )
+            raise UserError(f"another program began to train {self._run.uri} at the same time; this one gives way")
 
     def renew(self) -> Holder | None:
         """Who else holds the lease by now; None when nobody does and it is renewed.
@@ -129,9 +124,7 @@ class _Lease:
                 other = self.renew()
             except (UserError, OSError) as error:
                 if not failing:
-                    print(
-                        f"the lease of {self._run.uri} could not be renewed, trying on: {error}", flush=True
-                    )
+                    print(f"the lease of {self._run.uri} could not be renewed, trying on: {error}", flush=True)
                 failing = True
                 continue
             failing = False

@@ -81,9 +81,7 @@ def _events(figures: list[tuple[float, dict[str, float]]]) -> bytes:
     writer = RecordWriter(out)
     writer.write(Event(wall_time=figures[0][0], file_version="brain.Event:2").SerializeToString())
     for when, values in figures:
-        scalars = [
-            Summary.Value(tag=tag, simple_value=value) for tag, value in values.items() if tag != "step"
-        ]
+        scalars = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items() if tag != "step"]
         event = Event(wall_time=when, step=int(values["step"]), summary=Summary(value=scalars))
         writer.write(event.SerializeToString())
     return out.getvalue()

@@ -25,9 +25,7 @@ class TrainState:
     step: int
     config: dict[str, Any]
     fingerprint: str  # of the data set
-    attempts: list[tuple[int, str]] = field(
-        default_factory=list
-    )  # (first step, name) of the starts behind it
+    attempts: list[tuple[int, str]] = field(default_factory=list)  # (first step, name) of the starts behind it
     versions: dict[str, str] = field(default_factory=versions)
 
     @classmethod

@@ -29,9 +29,7 @@ class Classification(Task):
         assert isinstance(config.task, ClassificationConfig)
         self.settings, self.data = config.task, config.data
         if "label" not in schema or len(schema.field("label").values) < 2:
-            raise UserError(
-                "classification needs a 'label' column with two or more classes: `vlmo prepare folders`"
-            )
+            raise UserError("classification needs a 'label' column with two or more classes: `vlmo prepare folders`")
         self.names = schema.field("label").values
         self.head = nn.Linear(model.config.width, len(self.names))
         self.init_linear("head", self.head)

@@ -39,9 +39,7 @@ def recall_at_k(
         raise ValueError(f"image_of_text spans {span}, but there are {num_images} images")
     images, texts = _fixed_point(image_features), _fixed_point(text_features)
 
-    own = np.concatenate(
-        [np.einsum("nd,nd->n", texts[c], images[image_of_text[c]]) for c in _chunks(num_texts, chunk)]
-    )
+    own = np.concatenate([np.einsum("nd,nd->n", texts[c], images[image_of_text[c]]) for c in _chunks(num_texts, chunk)])
     best_own = np.full(num_images, -np.inf)
     np.maximum.at(best_own, image_of_text, own)
 
@@ -64,9 +62,7 @@ def recall_at_k(
     return _named(ks, lambda k: (text_rank < k).mean(), lambda k: (image_rank < k).mean())
 
 
-def chance_recall(
-    image_of_text: np.ndarray, num_images: int, ks: Sequence[int] = (1, 5, 10)
-) -> dict[str, float]:
+def chance_recall(image_of_text: np.ndarray, num_images: int, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
     """What `recall_at_k` expects of a random ranking of distinct similarities, under the same names.
 
     An image with n of the N texts finds none of them among k with probability C(N - n, k) / C(N, k).

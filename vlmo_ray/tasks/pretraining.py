@@ -88,11 +88,7 @@ class Pretraining(GlobalTask):
     def encoder(self) -> MaskedPairs:
         config = self.model.config
         return MaskedPairs(
-            config.image_size,
-            config.max_text_len,
-            self.data,
-            config.vocab_size,
-            self.settings.mlm_probability,
+            config.image_size, config.max_text_len, self.data, config.vocab_size, self.settings.mlm_probability
         )
 
     def evaluation(self) -> Retrieval:
@@ -115,11 +111,7 @@ class Pretraining(GlobalTask):
         tokens = model.embed_image(pixels(model, batch.image))
         image = model.encode(image=tokens, bias=bias, vl_branch=True, noise=noise("image"))
         text = model.encode(
-            text=batch.text_ids,
-            text_mask=batch.text_mask,
-            bias=bias,
-            vl_branch=True,
-            noise=noise("text"),
+            text=batch.text_ids, text_mask=batch.text_mask, bias=bias, vl_branch=True, noise=noise("text")
         )
         features = torch.stack(
             [

@@ -28,9 +28,7 @@ class Retrieval(Evaluation):
 
     def __init__(self, model: VLMo, subset: Collection[str] = ()):
         if model.itc is None:
-            raise UserError(
-                "this model has no contrastive head ('itc'), which retrieval needs; load a pre-trained one"
-            )
+            raise UserError("this model has no contrastive head ('itc'), which retrieval needs; load a pre-trained one")
         self.model, self.head = model, model.itc
         self.subset = [rng.hash_text(name) for name in subset]
 

@@ -74,7 +74,7 @@ def stream_of(spec: RunSpec, manifest: Manifest, task: Task, start: int, rank: i
     return Stream(
         sources,
         reader,
-        Order(manifest.chunk_rows, config.seed, schedule_of(config), config.data.group_steps),
+        Order(manifest.chunk_rows, config.seed, schedule_of(config), config.data.shuffle_steps),
         start=start,
         stop=config.total_steps,
         rank=rank,

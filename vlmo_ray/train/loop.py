@@ -140,14 +140,10 @@ class _Run:
         decay = config.optim.average_decay
         self.average = WeightAverage(self.task, decay) if decay else None
         self.store = Store(spec.run, config.data.retry_timeout_s)
-        self.checkpoints = Checkpoints(
-            self.store, config.keep_checkpoints, config.keep_every, keeper=rank == 0
-        )
+        self.checkpoints = Checkpoints(self.store, config.keep_checkpoints, config.keep_every, keeper=rank == 0)
         self.local = stack.enter_context(scratch())
         stack.callback(self.checkpoints.close)
-        self.meters = (
-            Meters(self.store, config.total_steps, config.log_every, task.shown) if rank == 0 else None
-        )
+        self.meters = Meters(self.store, config.total_steps, config.log_every, task.shown) if rank == 0 else None
         if self.meters is not None:
             stack.callback(_flush, self.meters)
         self.attempts: list[tuple[int, str]] = []
@@ -203,13 +199,7 @@ class _Run:
         self.done = step + 1
 
     def write_down(
-        self,
-        step: int,
-        batch: Batch,
-        figures: dict[str, Tensor],
-        schedule: Schedule,
-        took_s: float,
-        waited_s: float,
+        self, step: int, batch: Batch, figures: dict[str, Tensor], schedule: Schedule, took_s: float, waited_s: float
     ) -> None:
         """What the step consumed, its figures, and the rows that had to be masked."""
         if self.consumed is not None:
@@ -222,11 +212,7 @@ class _Run:
                 "step_s": took_s,
                 "workers": self.world,
             } | mfu(rows / took_s / self.world * self.task.flops_per_row(), self.device)
-            place = {
-                "step": self.done,
-                "samples": schedule.rows_before(self.done),
-                "lr": lr_at(step, self.config),
-            }
+            place = {"step": self.done, "samples": schedule.rows_before(self.done), "lr": lr_at(step, self.config)}
             values = {name: float(value) for name, value in figures.items()}
             self.agreement.attempt(self.meters.add, place | values | speed)
         for problem in filter(None, batch.problems):

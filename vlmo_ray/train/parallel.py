@@ -94,9 +94,7 @@ def parallelize(task: Task, cluster: ClusterConfig, world: int, device: torch.de
             layer.forward = torch.compile(layer.forward)
         if cluster.activation_checkpointing:
             # every draw is stateless: there is no generator to keep
-            layer.forward = functools.partial(
-                checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
-            )
+            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
     if world == 1:
         return Parallel(task)
     if cluster.strategy == "fsdp":
@@ -107,9 +105,7 @@ def parallelize(task: Task, cluster: ClusterConfig, world: int, device: torch.de
     with warnings.catch_warnings():
         # torch 2.15 gives the argument another name, which 2.11 does not know
         warnings.simplefilter("ignore", FutureWarning)
-        return Parallel(
-            task, DistributedDataParallel(task, broadcast_buffers=False, gradient_as_bucket_view=True)
-        )
+        return Parallel(task, DistributedDataParallel(task, broadcast_buffers=False, gradient_as_bucket_view=True))
 
 
 def total_norm(model: nn.Module) -> Tensor:

@@ -16,12 +16,7 @@ from vlmo_ray.train.parallel import Parallel
 
 
 def gradients(
-    parallel: Parallel,
-    batch: Batch,
-    workers: Workers,
-    step: int,
-    micro_batch: int,
-    bf16: bool = False,
+    parallel: Parallel, batch: Batch, workers: Workers, step: int, micro_batch: int, bf16: bool = False
 ) -> dict[str, Tensor]:
     """Leaves d(total loss)/d(parameter) in `.grad`, and returns this step's global figures (0-d tensors).
 

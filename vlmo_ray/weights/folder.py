@@ -23,14 +23,7 @@ from vlmo_ray.config import ModelConfig
 from vlmo_ray.errors import UserError
 from vlmo_ray.model.vlmo import VLMo, init_weights
 from vlmo_ray.overrides import model_from_dict, to_dict
-from vlmo_ray.weights.official import (
-    MODULE,
-    Official,
-    index_buffers,
-    shorten,
-    to_official,
-    translate,
-)
+from vlmo_ray.weights.official import MODULE, Official, index_buffers, shorten, to_official, translate
 from vlmo_ray.weights.resize import Fitted, fit_state
 
 _WEIGHTS, _CARRIED, _DESCRIPTION = "model.safetensors", "carried.safetensors", "model.json"
@@ -70,9 +63,7 @@ def from_official(
     `max_text_len` and `heads` ask for others than those of the file; `num_heads` and `bias_text_len` tell
     what a file cannot (see `official.translate`). Raises UserError naming keys that are not VLMo's.
     """
-    official = translate(
-        state_dict, num_heads=num_heads, bias_text_len=bias_text_len, max_text_len=max_text_len
-    )
+    official = translate(state_dict, num_heads=num_heads, bias_text_len=bias_text_len, max_text_len=max_text_len)
     config, fitted = _fit(official.config, official.state, image_size, max_text_len, heads)
     return config, fitted.state, _report(official, fitted)
 

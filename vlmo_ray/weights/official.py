@@ -164,9 +164,7 @@ def translate(
         else:
             unknown.append(name)
     if unknown:
-        raise UserError(
-            f"The state dict has keys that are not VLMo's: {shorten(unknown)}. Nothing was loaded."
-        )
+        raise UserError(f"The state dict has keys that are not VLMo's: {shorten(unknown)}. Nothing was loaded.")
     return Official(config, state, carried, dropped, wrapper, keys)
 
 
@@ -223,16 +221,12 @@ def infer_config(
             )
         grid, heads_of_table = (side + 1) // 2, table.shape[1] // depth
         if num_heads not in (None, heads_of_table):
-            raise UserError(
-                f"num_heads is {num_heads}, but the relative bias table has {heads_of_table} per layer."
-            )
+            raise UserError(f"num_heads is {num_heads}, but the relative bias table has {heads_of_table} per layer.")
         num_heads = heads_of_table
     else:
         grid = math.isqrt(positions.shape[1] - 1)
         if grid * grid != positions.shape[1] - 1:
-            raise UserError(
-                f"transformer.pos_embed has {positions.shape[1] - 1} patches, which is no square."
-            )
+            raise UserError(f"transformer.pos_embed has {positions.shape[1] - 1} patches, which is no square.")
         if num_heads is None:
             num_heads = {size.width: size.num_heads for size in MODEL_SIZES.values()}.get(width)
         if num_heads is None:

@@ -85,9 +85,7 @@ def resample_table(table: Tensor, old_grid: int, new_grid: int, text_len: int) -
     num_others = NUM_CLS_ROWS + NUM_CROSS_ROWS + 2 * text_len
     assert len(table) == old * old + num_others, (len(table), old, num_others)
     if old == 1:
-        raise UserError(
-            f"A model with a single patch has no distances to resample to {new_grid} patches a side."
-        )
+        raise UserError(f"A model with a single patch has no distances to resample to {new_grid} patches a side.")
     at = geometric_distances(old, new)
     wanted = np.arange(-(new // 2), new // 2 + 1, dtype=np.float64)
     degree = min(3, old - 1)

@@ -55,10 +55,7 @@ class Pairs(Encoder):
         text = record.values["text"]
         image = image_row(record, "image", self.image_size, self.data, draw)
         ids, mask, word = tokenizer(self.max_text_len).encode(text)
-        keys = {
-            "image_key": rng.hash_text(record.image_id),
-            "text_key": rng.hash_text(normalise(text)),
-        }
+        keys = {"image_key": rng.hash_text(record.image_id), "text_key": rng.hash_text(normalise(text))}
         return {"image": image, "text_ids": ids, "text_mask": mask} | keys, word
 
 
@@ -78,7 +75,5 @@ class MaskedPairs(Pairs):
     def __call__(self, record: Record, draw: Draw | None) -> Row:
         assert draw is not None, "words are masked in training only; evaluate with Pairs"
         row, word = self._pair(record, draw)
-        masked = mask_whole_words(
-            row["text_ids"], word, self.vocab_size, self.mlm_probability, draw.generator("mlm")
-        )
+        masked = mask_whole_words(row["text_ids"], word, self.vocab_size, self.mlm_probability, draw.generator("mlm"))
         return row | dict(zip(("mlm_ids", "mlm_labels"), masked, strict=True))

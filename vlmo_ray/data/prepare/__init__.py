@@ -14,12 +14,7 @@ from dataclasses import asdict, dataclass, field
 
 import pyarrow as pa
 
-from vlmo_ray.data.manifest import (
-    MANIFEST,
-    check_forbid,
-    chunk_table,
-    write_manifest,
-)
+from vlmo_ray.data.manifest import MANIFEST, check_forbid, chunk_table, write_manifest
 from vlmo_ray.data.prepare import shuffle
 from vlmo_ray.data.prepare.shards import write_dataset
 from vlmo_ray.data.prepare.source import Indexable, Source, WorkUnit
@@ -115,9 +110,7 @@ def prepare(
                 finished = _index(opened, place, units, rows_per_group, memory, forbid)
             else:
                 buckets = shuffle.num_buckets(sum(unit.bytes for unit in units), memory)
-                spec = shuffle.Shuffle(
-                    opened, place, seed, buckets, memory, shard_bytes, rows_per_group, verify
-                )
+                spec = shuffle.Shuffle(opened, place, seed, buckets, memory, shard_bytes, rows_per_group, verify)
                 finished = _shuffle(spec, units, forbid, state["source"])
         place.write(STATE, json.dumps(state | {"counts": asdict(finished)}, indent=1).encode())
     place.delete_folder(WORK)
@@ -189,9 +182,7 @@ def _begin(out: Store, state: dict, index: bool) -> Counts | None:
 
 
 def _shuffle(spec: shuffle.Shuffle, units: list[WorkUnit], forbid: Iterable[str], source: str) -> Counts:
-    run_stage(
-        spec.out, "scatter", list(enumerate(units)), functools.partial(shuffle.scatter, spec), spec.memory
-    )
+    run_stage(spec.out, "scatter", list(enumerate(units)), functools.partial(shuffle.scatter, spec), spec.memory)
     pieces, tally, listed = [], Counter(), []
     num_read = 0
     for result in results(spec.out, "scatter", len(units)):
@@ -209,9 +200,7 @@ def _shuffle(spec: shuffle.Shuffle, units: list[WorkUnit], forbid: Iterable[str]
     counts = Counts(num_read, num_read - tally.total(), dict(sorted(tally.items())))
     lines = [json.dumps(entry) for entry in listed]
     if tally.total() > len(listed):
-        lines.append(
-            json.dumps({"note": f"{tally.total() - len(listed)} more were dropped and are not listed"})
-        )
+        lines.append(json.dumps({"note": f"{tally.total() - len(listed)} more were dropped and are not listed"}))
     spec.out.write(DROPPED, "".join(f"{line}\n" for line in lines).encode())
     if not counts.kept:
         raise UserError(f"no record of {source} is left:\n{counts}\nsee {spec.out.address(DROPPED)}")
@@ -232,12 +221,7 @@ def _index_unit(source: Indexable, rows_per_chunk: int, unit: WorkUnit) -> dict:
 
 
 def _index(
-    source: Indexable,
-    out: Store,
-    units: list[WorkUnit],
-    rows_per_chunk: int,
-    memory: int,
-    forbid: Iterable[str],
+    source: Indexable, out: Store, units: list[WorkUnit], rows_per_chunk: int, memory: int, forbid: Iterable[str]
 ) -> Counts:
     if compressed := [unit.name for unit in units if unit.name.endswith(("gz", "tgz"))]:
         raise UserError(
@@ -250,11 +234,6 @@ def _index(
         for result in results(out, "index", len(units))
     ]
     manifest = write_manifest(
-        out.uri,
-        source.format,
-        pa.concat_tables(tables),
-        forbid=tuple(forbid),
-        source=out.uri,
-        schema=source.schema,
+        out.uri, source.format, pa.concat_tables(tables), forbid=tuple(forbid), source=out.uri, schema=source.schema
     )
     return Counts(manifest.num_rows, manifest.num_rows)

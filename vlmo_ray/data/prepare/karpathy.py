@@ -8,13 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from vlmo_ray.data.prepare.source import (
-    WorkUnit,
-    cut_units,
-    mean_image_bytes,
-    open_file,
-    read_images,
-)
+from vlmo_ray.data.prepare.source import WorkUnit, cut_units, mean_image_bytes, open_file, read_images
 from vlmo_ray.data.schema import PAIRS, Record, Schema
 from vlmo_ray.data.store import Store, open_store
 from vlmo_ray.errors import UserError
@@ -71,9 +65,7 @@ class Karpathy:
         except (ValueError, KeyError, TypeError) as error:
             if isinstance(error, UserError):
                 raise
-            raise UserError(
-                f"{self.uri} is not in Karpathy's format: {type(error).__name__} {error}"
-            ) from error
+            raise UserError(f"{self.uri} is not in Karpathy's format: {type(error).__name__} {error}") from error
 
     def units(self) -> list[WorkUnit]:
         mean = mean_image_bytes(self._images, [entry["paths"] for entry in self._entries])

@@ -10,14 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vlmo_ray.data.index import SCHEMA_KEY, parquet_chunks
-from vlmo_ray.data.manifest import (
-    MANIFEST,
-    Chunk,
-    Manifest,
-    check_forbid,
-    chunk_table,
-    write_manifest,
-)
+from vlmo_ray.data.manifest import MANIFEST, Chunk, Manifest, check_forbid, chunk_table, write_manifest
 from vlmo_ray.data.schema import PAIRS, Record, Schema, check_declared, problem_of
 from vlmo_ray.data.store import Store, open_store
 from vlmo_ray.errors import UserError
@@ -123,13 +116,6 @@ def write_dataset(
             yield values | {"id": record.id, "image_id": record.image_id, "forbid": forbid}
 
     chunks = write_shards(
-        store,
-        rows(),
-        "{:05d}.parquet",
-        rows_per_group=rows_per_group,
-        groups_per_shard=groups_per_shard,
-        schema=schema,
+        store, rows(), "{:05d}.parquet", rows_per_group=rows_per_group, groups_per_shard=groups_per_shard, schema=schema
     )
-    return write_manifest(
-        store.uri, "parquet", chunk_table(chunks), forbid=tuple(forbid), source=source, schema=schema
-    )
+    return write_manifest(store.uri, "parquet", chunk_table(chunks), forbid=tuple(forbid), source=source, schema=schema)

@@ -166,9 +166,7 @@ def gather(shuffle: Shuffle, pieces: list[int], bucket: int) -> dict:
         batches = [batch for section in sections for batch in section]
     rows = []
     for b, batch in enumerate(batches):
-        for i, (id, order) in enumerate(
-            zip(batch["id"].to_pylist(), batch["_order"].to_pylist(), strict=True)
-        ):
+        for i, (id, order) in enumerate(zip(batch["id"].to_pylist(), batch["_order"].to_pylist(), strict=True)):
             rows.append((key_of(shuffle.seed, id), id, order, b, i))
     rows.sort()
     dropped, schema = _Dropped(), shuffle.source.schema.arrow
@@ -194,11 +192,7 @@ def gather(shuffle: Shuffle, pieces: list[int], bucket: int) -> dict:
         shard_bytes=shard_bytes,
         schema=shuffle.source.schema,
     )
-    return {
-        "chunks": pack_chunks(chunks),
-        "dropped": dropped.counts,
-        "listed": dropped.listed,
-    }
+    return {"chunks": pack_chunks(chunks), "dropped": dropped.counts, "listed": dropped.listed}
 
 
 def pack_chunks(chunks: list[Chunk]) -> list[list]:

@@ -9,13 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from vlmo_ray.data.prepare.source import (
-    UNIT_BYTES,
-    WorkUnit,
-    mean_image_bytes,
-    open_file,
-    read_images,
-)
+from vlmo_ray.data.prepare.source import UNIT_BYTES, WorkUnit, mean_image_bytes, open_file, read_images
 from vlmo_ray.data.schema import PAIRS, Record, Schema
 from vlmo_ray.data.store import Store, open_store
 from vlmo_ray.errors import UserError

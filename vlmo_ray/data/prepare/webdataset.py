@@ -46,9 +46,7 @@ class WebDataset:
         address = self.store.address(unit.name)
         try:
             with self.store.open_stream(unit.name) as file:
-                stream = (
-                    file if unit.name.endswith(".tar") else gzip.GzipFile(fileobj=io.BufferedReader(file))
-                )
+                stream = file if unit.name.endswith(".tar") else gzip.GzipFile(fileobj=io.BufferedReader(file))
                 for sample in iter_samples(iter_members(stream.read)):
                     if sample.is_record(self.schema):
                         record = record_of(unit.name, sample, self.schema)

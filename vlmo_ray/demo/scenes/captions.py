@@ -136,10 +136,7 @@ class _Writer:
             return self.pick(("in the middle", "in the center")), {"row": 1, "col": 1}
         if row != 1 and col != 1 and self.chance(0.6):
             words = f"{self.pick(_ROWS[row])} {_COLS[col]}"
-            return self.pick((f"in the {words}", f"at the {words}", f"in the {words} corner")), {
-                "row": row,
-                "col": col,
-            }
+            return self.pick((f"in the {words}", f"at the {words}", f"in the {words} corner")), {"row": row, "col": col}
         if col == 1 or (row != 1 and self.chance(0.5)):
             return f"at the {_ROWS[row][0]}", {"row": row}
         return self.pick(("on the", "at the")) + f" {_COLS[col]}", {"col": col}
@@ -190,9 +187,7 @@ class _Writer:
     def related(self) -> Caption:
         """A shape left of, right of, above or below another, where two shapes stand clearly so."""
         shapes = self.scene.shapes
-        options = [
-            (a, b, name) for a in shapes for b in shapes for name, holds in RELATIONS.items() if holds(a, b)
-        ]
+        options = [(a, b, name) for a in shapes for b in shapes for name, holds in RELATIONS.items() if holds(a, b)]
         if not options:  # a single shape
             return self.placed()
         a, b, relation = self.pick(options)

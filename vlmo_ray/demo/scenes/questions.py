@@ -25,17 +25,10 @@ from vlmo_ray.demo.scenes.world import (
 )
 
 ANSWERS = tuple(
-    dict.fromkeys(
-        ("yes", "no", "1", "2", "3", *SHAPE_COLOURS, *BACKGROUND_COLOURS, *KINDS, *SIZES, *PATTERNS)
-    )
+    dict.fromkeys(("yes", "no", "1", "2", "3", *SHAPE_COLOURS, *BACKGROUND_COLOURS, *KINDS, *SIZES, *PATTERNS))
 )
 
-_SIDES = {
-    "on the left": ("col", 0),
-    "on the right": ("col", 2),
-    "at the top": ("row", 0),
-    "at the bottom": ("row", 2),
-}
+_SIDES = {"on the left": ("col", 0), "on the right": ("col", 2), "at the top": ("row", 0), "at the bottom": ("row", 2)}
 
 
 def _only(shapes, **attributes):
@@ -92,9 +85,7 @@ def questions(scene: Scene) -> list[tuple[str, str]]:
     main = pick(draw, shapes)
     colour, kind = _absent(scene, draw)
     both("is there {}?", article(f"{main.colour} {main.kind}"), article(f"{colour} {kind}"))
-    both(
-        "is the background {}?", background.colour, pick(draw, _others(BACKGROUND_COLOURS, background.colour))
-    )
+    both("is the background {}?", background.colour, pick(draw, _others(BACKGROUND_COLOURS, background.colour)))
     both("is the background {}?", background.pattern, pick(draw, _others(PATTERNS, background.pattern)))
     if _only(shapes, kind=main.kind):
         both(f"is the {main.kind} {{}}?", main.size, pick(draw, _others(SIZES, main.size)))
@@ -155,9 +146,7 @@ _PAIR_TEXTS = {
 }
 
 
-def pair_statement(
-    seed: int, index: int, split: str = "train", image_size: int = 64
-) -> tuple[Scene, Scene, str, bool]:
+def pair_statement(seed: int, index: int, split: str = "train", image_size: int = 64) -> tuple[Scene, Scene, str, bool]:
     """Two scenes, a statement about them, and whether it is true, as in NLVR2.
 
     The truth is drawn first, evenly and apart from the words; scenes are then drawn until they agree with
@@ -167,9 +156,7 @@ def pair_statement(
     return left, right, text, truth
 
 
-def pair_with_claim(
-    seed: int, index: int, split: str, image_size: int
-) -> tuple[Scene, Scene, str, bool, PairClaim]:
+def pair_with_claim(seed: int, index: int, split: str, image_size: int) -> tuple[Scene, Scene, str, bool, PairClaim]:
     """`pair_statement` with the statement's logical form."""
     check_arguments(split, image_size)
     draw = rng.generator(seed, f"scene-pair/{split}", 0, index)

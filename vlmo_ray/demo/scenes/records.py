@@ -50,12 +50,7 @@ def _pair(shown: Scene, image: bytes, caption: Caption, number: int) -> dict:
 
 
 def records(
-    seed: int,
-    count: int,
-    split: str = "train",
-    image_size: int = 64,
-    captions_per_scene: int = 1,
-    start: int = 0,
+    seed: int, count: int, split: str = "train", image_size: int = 64, captions_per_scene: int = 1, start: int = 0
 ) -> Iterator[dict]:
     """Image-text pairs of `count` scenes: id, image_id, image, text, forbid.
 
@@ -97,12 +92,7 @@ def retrieval_records(seed: int, n: int = 200, image_size: int = 64) -> Iterator
 
 
 def vqa_records(
-    seed: int,
-    count: int,
-    split: str = "train",
-    image_size: int = 64,
-    questions_per_scene: int = 4,
-    start: int = 0,
+    seed: int, count: int, split: str = "train", image_size: int = 64, questions_per_scene: int = 4, start: int = 0
 ) -> Iterator[dict]:
     """Questions about `count` scenes: id, image_id, image, text (the question), answer, forbid.
 
@@ -125,9 +115,7 @@ def vqa_records(
             }
 
 
-def nlvr2_records(
-    seed: int, count: int, split: str = "train", image_size: int = 64, start: int = 0
-) -> Iterator[dict]:
+def nlvr2_records(seed: int, count: int, split: str = "train", image_size: int = 64, start: int = 0) -> Iterator[dict]:
     """Statements about pairs of scenes: id, image_id, image (left), image_right, text, label, forbid.
 
     `label` is 1 where the statement is true of the pair, else 0.

@@ -47,14 +47,10 @@ OUTLINES = {
     "square": lambda x, y: np.maximum(np.abs(x), np.abs(y)) <= 0.82,
     "triangle": lambda x, y: (y <= 0.78) & (y + 0.95 >= np.abs(x) * (1.73 / 0.96)),
     "star": _star,
-    "cross": lambda x, y: (
-        (np.minimum(np.abs(x), np.abs(y)) <= 0.34) & (np.maximum(np.abs(x), np.abs(y)) <= 0.95)
-    ),
+    "cross": lambda x, y: (np.minimum(np.abs(x), np.abs(y)) <= 0.34) & (np.maximum(np.abs(x), np.abs(y)) <= 0.95),
     "ring": lambda x, y: (x**2 + y**2 <= 1) & (x**2 + y**2 >= 0.52**2),
     "diamond": lambda x, y: np.abs(x) / 0.72 + np.abs(y) <= 1,
-    "heart": lambda x, y: (
-        ((1.2 * x) ** 2 + (0.15 - 1.2 * y) ** 2 - 1) ** 3 <= (1.2 * x) ** 2 * (0.15 - 1.2 * y) ** 3
-    ),
+    "heart": lambda x, y: ((1.2 * x) ** 2 + (0.15 - 1.2 * y) ** 2 - 1) ** 3 <= (1.2 * x) ** 2 * (0.15 - 1.2 * y) ** 3,
 }
 
 

@@ -121,10 +121,7 @@ def _place(draw: np.random.Generator, sizes: list[str]) -> list[tuple[int, int, 
             (x_low, x_high), (y_low, y_high) = _BANDS[col], _BANDS[row]
             x = float(draw.uniform(max(x_low, margin), min(x_high, 1 - margin)))
             y = float(draw.uniform(max(y_low, margin), min(y_high, 1 - margin)))
-            if all(
-                hypot(x - u, y - v) > _REACH * (radius + r) and (row, col) != (i, j)
-                for i, j, u, v, r in placed
-            ):
+            if all(hypot(x - u, y - v) > _REACH * (radius + r) and (row, col) != (i, j) for i, j, u, v, r in placed):
                 placed.append((row, col, x, y, radius))
                 break
         else:
@@ -132,9 +129,7 @@ def _place(draw: np.random.Generator, sizes: list[str]) -> list[tuple[int, int, 
     return placed
 
 
-def sample_scene(
-    draw: np.random.Generator, seed: int, name: str, split: str, image_size: int, required=None
-) -> Scene:
+def sample_scene(draw: np.random.Generator, seed: int, name: str, split: str, image_size: int, required=None) -> Scene:
     """A scene from the generator; `required`, a (colour, kind), is made one of its shapes."""
     count = 1 + int(np.searchsorted((0.35, 0.75), draw.random()))
     if split == "eval" and draw.random() < HELD_OUT_SHARE and (required is None or count > 1):
