@@ -1,7 +1,7 @@
 """True English sentences about a scene, their logical form, and the augmentations they forbid.
 
-Every word is one WordPiece of the bert-base-uncased vocabulary, and no caption has more than `MAX_TOKENS`
-tokens, so that small models can read them whole.
+Every word is one WordPiece of the bert-base-uncased vocabulary. No caption has more than `MAX_TOKENS` tokens, so small
+models can read all of it.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def join(parts: list[str]) -> str:
 
 
 def num_tokens(text: str) -> int:
-    """Tokens of a text whose words are all single WordPieces, with [CLS] and [SEP]."""
+    """The tokens of a text whose words are all single WordPieces, [CLS] and [SEP] included."""
     return len(re.findall(r"\w+|[^\w\s]", text)) + 2
 
 
@@ -70,13 +70,12 @@ _SHAPES |= {word for words in (*NOUNS.values(), *ADJECTIVES.values()) for word i
 def forbidden_augmentations(text: str | Caption) -> tuple[str, ...]:
     """The augmentations that could make a caption, question or statement untrue, in a fixed order.
 
-    * "crop", where it names a shape, a size or a number: the crop may cut the shape out or enlarge it.
-    * "flip", where it names the left or the right ("the left image" of a pair is no side: flips act
-      within an image). Top and bottom survive, and every kind is its own mirror image.
-    * "color", where it names or asks for a colour: brightness or equalization may turn it into another.
-    * "geometric" (rotate, shear, translate), where it names a shape: it may leave the image, change
-      place, or turn from a square into a diamond; and where it calls the background plain, because the
-      corners are filled with gray.
+    * "crop" if the text names a shape, a size or a number: the crop may cut the shape out or enlarge it.
+    * "flip" if it names left or right. "The left image" of a pair does not count, because a flip acts within an image.
+      Top and bottom survive, and every kind is its own mirror image.
+    * "color" if it names or asks for a colour: brightness or equalization may turn it into another.
+    * "geometric" (rotate, shear, translate) if it names a shape: the shape may leave the image, change place, or turn
+      from a square into a diamond. Also if it calls the background plain: the corners are filled with gray.
     """
     text = text.text if isinstance(text, Caption) else text
     words = set(re.findall(r"\w+", re.sub(r"\b(left|right) image\b", "image", text)))
@@ -90,7 +89,7 @@ def forbidden_augmentations(text: str | Caption) -> tuple[str, ...]:
 
 
 class _Writer:
-    """Writes one caption; the draws decide what is named and how."""
+    """Writes one caption; random draws decide what it names and how."""
 
     def __init__(self, scene: Scene, draw: np.random.Generator):
         self.scene, self.draw = scene, draw
@@ -102,7 +101,7 @@ class _Writer:
         return self.draw.random() < share
 
     def shape(self, shape: Shape, size=0.25, colour=1.0, kind=1.0) -> tuple[str, ShapeClaim]:
-        """A noun phrase; the shares are those of the phrases that name each attribute."""
+        """A noun phrase that names each attribute with the given probability, and its claim."""
         named = ShapeClaim(
             shape.kind if self.chance(kind) else None,
             shape.colour if self.chance(colour) else None,
@@ -117,9 +116,8 @@ class _Writer:
         return article(" ".join(word for word in (adjective, named.colour, noun) if word)), named
 
     def background(self, colour=1.0, pattern=0.25) -> tuple[str, dict]:
-        """A noun phrase, and the fields of the claim."""
-        named = {}
-        words = []
+        """A noun phrase, and the fields of `Claim` that it sets."""
+        named, words = {}, []
         if self.chance(colour):
             named["background"] = self.scene.background.colour
             words.append(named["background"])
@@ -130,7 +128,7 @@ class _Writer:
         return article(" ".join([*words, self.pick(("background", "background", "backdrop"))])), named
 
     def place(self, shape: Shape) -> tuple[str, dict]:
-        """Where the shape is, sometimes only the row or only the column of a corner."""
+        """Where the shape is, and the fields of `ShapeClaim` that say so; of a corner sometimes only row or column."""
         row, col = shape.row, shape.col
         if row == col == 1:
             return self.pick(("in the middle", "in the center")), {"row": 1, "col": 1}
@@ -185,7 +183,7 @@ class _Writer:
         return Caption(text, Claim(tuple(parts), **fields))
 
     def related(self) -> Caption:
-        """A shape left of, right of, above or below another, where two shapes stand clearly so."""
+        """A shape left of, right of, above or below another, by their rows and columns."""
         shapes = self.scene.shapes
         options = [(a, b, name) for a in shapes for b in shapes for name, holds in RELATIONS.items() if holds(a, b)]
         if not options:  # a single shape
@@ -198,7 +196,7 @@ class _Writer:
         return Caption(text, Claim((first_part, second_part), relation=relation, **fields))
 
     def vague(self) -> Caption:
-        """A few attributes only: of some shapes, of the background, or a number."""
+        """Only a few attributes: of some shapes, of the background, or a number."""
         style = self.draw.integers(4)
         if style == 0:
             background, fields = self.background(pattern=0.7)
@@ -225,10 +223,10 @@ class _Writer:
 
 
 def captions(scene: Scene, n: int = 1) -> list[Caption]:
-    """`n` true captions, all different; the first of them is the same for every `n`.
+    """`n` different true captions; the first one does not depend on `n`.
 
-    About half name every shape and the background, a fifth the main shape and the background; others tell
-    places or relations, and a few tell little.
+    About half name every shape and the background, a fifth the main shape and the background. Others give places or
+    relations, and a few say little.
     """
     assert 1 <= n <= 32, "a scene has a limited number of different captions"
     writer = _Writer(scene, rng.generator(scene.seed, f"scene-captions/{scene.name}", 0, 0))
