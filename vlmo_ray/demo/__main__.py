@@ -1,9 +1,9 @@
-"""The main job in small, end to end: `make demo`.
+"""`make demo`: the main job at small scale, end to end.
 
-A SeaweedFS server on this machine holds the bucket. Scenes of coloured shapes are written into it as shards; a
-small VLMo is pre-trained from it with all three objectives by `vlmo train` on two elastic CPU workers; one of
-them is killed on the way; zero-shot retrieval is measured on scenes that the training never saw. Everything is
-left under `demo-out/`: the table as JSON, the curves as a picture, the log, the bucket.
+A SeaweedFS server on this machine holds the bucket. The demo writes scenes of coloured shapes into it as shards,
+pre-trains a small VLMo with all three objectives by `vlmo train` on two elastic CPU workers, kills one of them on the
+way, and measures zero-shot retrieval on unseen scenes. `demo-out/` keeps the scores as JSON, the curves as a picture,
+the log and the bucket.
 """
 
 from __future__ import annotations
@@ -42,19 +42,19 @@ _WORKER = re.compile(r"worker (\d+) of (\d+): process (\d+)")
 
 @dataclass
 class Story:
-    """What happened to the run, as seen from outside."""
+    """What happened to the run, as its output tells."""
 
     killed_pid: int = 0
     killed_at: float = 0.0  # seconds after the start
-    workers: dict[int, int] = field(default_factory=dict)  # rank -> process id, of the present workers
+    workers: dict[int, int] = field(default_factory=dict)  # rank -> process id of the current workers
     resumed_step: int = -1
 
 
 def main() -> int:
-    """Runs the demo; 0 if everything it promises came true, else 1 with the reason."""
+    """Runs the demo. Returns 0 if everything it promises came true, else 1 after printing the reason."""
     console = Console()
     began = time.monotonic()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that what was started is ended
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # child processes end too
     shutil.rmtree(OUT, ignore_errors=True)
     OUT.mkdir()
     try:
@@ -91,6 +91,7 @@ def _pretrain(console: Console) -> Story:
         ) as process,
     ):
         try:
+            assert process.stdout is not None  # it is a pipe
             for line in process.stdout:
                 log.write(line)
                 message = re.sub(r"\x1b\[\d+m|\(\w+ pid=[^)]*\) ?", "", line).strip()  # Ray's colours and prefixes
@@ -181,7 +182,7 @@ def _mean(metrics: list[dict[str, float]]) -> float:
 
 
 def _draw(metrics: list[dict[str, float]], repeated: list[int], path: Path) -> None:
-    """The four losses against pairs seen, the repeated steps shaded."""
+    """Plots the four losses against pairs seen, with repeated steps shaded."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -199,7 +200,7 @@ def _draw(metrics: list[dict[str, float]], repeated: list[int], path: Path) -> N
         axis.plot([m["samples"] for m in metrics], [m[name] for m in metrics], linewidth=0.9)
         if repeated:
             twice = samples[repeated[0]], samples[repeated[-1]]
-            axis.axvspan(*twice, color="tab:orange", alpha=0.3, label="done twice: a worker was killed")
+            axis.axvspan(*twice, color="tab:orange", alpha=0.3, label="repeated: a worker was killed")
         axis.set_title(title)
         axis.grid(alpha=0.3)
     axes[0, 0].legend()
