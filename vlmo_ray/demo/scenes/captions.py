@@ -161,26 +161,26 @@ class _Writer:
             text = f"{NUMBERS[len(phrases)]} {noun} on {background}: {subject}"
         else:
             text = self.on(subject, background)
-        return Caption(text, Claim(tuple(part for _, part in phrases), **fields))
+        return Caption(text, Claim(tuple(claim for _, claim in phrases), **fields))
 
     def main(self) -> Caption:
         """The main shape and the background."""
-        subject, part = self.shape(self.scene.shapes[0], size=0.6)
+        subject, claim = self.shape(self.scene.shapes[0], size=0.6)
         background, fields = self.background(pattern=0.4)
-        return Caption(self.on(subject, background), Claim((part,), **fields))
+        return Caption(self.on(subject, background), Claim((claim,), **fields))
 
     def placed(self) -> Caption:
         """One or two shapes with their places, and the background."""
-        phrases, parts = [], []
+        phrases, claims = [], []
         for i in self.draw.permutation(len(self.scene.shapes))[: 1 + self.chance(0.4)]:
-            subject, part = self.shape(self.scene.shapes[i], size=0.1)
+            subject, claim = self.shape(self.scene.shapes[i], size=0.1)
             where, cell = self.place(self.scene.shapes[i])
             phrases.append(f"{subject} {where}")
-            parts.append(ShapeClaim(part.kind, part.colour, part.size, **cell))
+            claims.append(ShapeClaim(claim.kind, claim.colour, claim.size, **cell))
         background, fields = self.background(pattern=0.1)
         subject = join(phrases)
         text = f"{background} with {subject}" if self.chance(0.5) else f"{subject}, on {background}"
-        return Caption(text, Claim(tuple(parts), **fields))
+        return Caption(text, Claim(tuple(claims), **fields))
 
     def related(self) -> Caption:
         """A shape left of, right of, above or below another, by their rows and columns."""
@@ -189,11 +189,11 @@ class _Writer:
         if not options:  # a single shape
             return self.placed()
         a, b, relation = self.pick(options)
-        (first, first_part), (second, second_part) = self.shape(a, size=0.1), self.shape(b, size=0.1)
+        (first, first_claim), (second, second_claim) = self.shape(a, size=0.1), self.shape(b, size=0.1)
         text = f"{first} {self.pick(_RELATION_WORDS[relation])} {second}"
         background, fields = self.background(pattern=0.0) if self.chance(0.85) else ("", {})
         text = f"{text} on {background}" if background else text
-        return Caption(text, Claim((first_part, second_part), relation=relation, **fields))
+        return Caption(text, Claim((first_claim, second_claim), relation=relation, **fields))
 
     def vague(self) -> Caption:
         """Only a few attributes: of some shapes, of the background, or a number."""
@@ -208,11 +208,11 @@ class _Writer:
             return Caption(f"{NUMBERS[count]} {noun} on {background}", Claim(count=count, **fields))
         order = self.draw.permutation(len(self.scene.shapes))
         phrases = [self.shape(self.scene.shapes[i], size=0.2, colour=0.6, kind=0.6) for i in order]
-        subject, parts = join([text for text, _ in phrases]), tuple(part for _, part in phrases)
+        subject, claims = join([text for text, _ in phrases]), tuple(claim for _, claim in phrases)
         if style == 2:
-            return Caption(subject, Claim(parts))
+            return Caption(subject, Claim(claims))
         background, fields = self.background(colour=0.7, pattern=0.5)
-        return Caption(self.on(subject, background), Claim(parts, **fields))
+        return Caption(self.on(subject, background), Claim(claims, **fields))
 
     def caption(self) -> Caption:
         kinds = (self.everything, self.main, self.placed, self.related, self.vague)

@@ -56,7 +56,7 @@ def is_true(claim: Claim, scene: Scene) -> bool:
     if any(claimed not in (None, value) for claimed, value in zip(told, actual, strict=True)):
         return False
     return any(
-        all(part.fits(shape) for part, shape in zip(claim.shapes, chosen, strict=True))
+        all(described.fits(shape) for described, shape in zip(claim.shapes, chosen, strict=True))
         and (claim.relation is None or RELATIONS[claim.relation](chosen[0], chosen[1]))
         for chosen in permutations(scene.shapes, len(claim.shapes))
     )

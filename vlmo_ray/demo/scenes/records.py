@@ -64,7 +64,7 @@ def retrieval_set(seed: int, n: int = 200, image_size: int = 64) -> list[tuple[S
             continue
         for caption in captions(shown, 6):
             claim = caption.claim
-            tells = claim.background and any(part.colour and part.kind for part in claim.shapes)
+            tells = claim.background and any(described.colour and described.kind for described in claim.shapes)
             if tells and not any(is_true(claim, other) for other, _ in chosen):
                 chosen.append((shown, caption))
                 break
