@@ -29,7 +29,12 @@ from vlmo_ray.data.store import Store, open_store
 from vlmo_ray.demo.local_s3 import local_s3
 from vlmo_ray.demo.scenes.records import declared, records, retrieval_records
 from vlmo_ray.errors import UserError
+from vlmo_ray.evaluate import evaluate
 from vlmo_ray.recipes import recipe
+from vlmo_ray.runs.checkpoints import Checkpoints
+from vlmo_ray.runs.evaluations import table
+from vlmo_ray.runs.metrics import read_metrics
+from vlmo_ray.session import ray_session
 
 OUT = Path("demo-out")
 TRAIN, EVAL, RUNS = "s3://demo/scenes-train", "s3://demo/scenes-eval", "s3://demo/runs"
@@ -83,7 +88,7 @@ def _pretrain(console: Console) -> Story:
     console.rule("vlmo " + " ".join(command[3:]))
     environment = os.environ | {"PYTHONUNBUFFERED": "1", "RAY_DEDUP_LOGS": "0"}
     story, began = Story(), time.monotonic()
-    run = Store(f"{RUNS}/demo")
+    checkpoints = Checkpoints(Store(f"{RUNS}/demo"))
     with (
         (OUT / "pretrain.log").open("w", buffering=1) as log,
         subprocess.Popen(
@@ -103,7 +108,7 @@ def _pretrain(console: Console) -> Story:
                 elif not re.match(r"step \d+/|.* steps, .* samples|done:|masked|vlmo:", message):
                     continue
                 console.print(message, highlight=False, markup=False)
-                if not story.killed_pid and message.startswith("step ") and _has_checkpoint(run):
+                if not story.killed_pid and message.startswith("step ") and checkpoints.newest():
                     story.killed_pid = story.workers[max(story.workers)]
                     story.killed_at = time.monotonic() - began
                     os.kill(story.killed_pid, signal.SIGKILL)
@@ -118,18 +123,7 @@ def _pretrain(console: Console) -> Story:
     return story
 
 
-def _has_checkpoint(run: Store) -> bool:
-    from vlmo_ray.runs.checkpoints import Checkpoints
-
-    return Checkpoints(run).newest() is not None
-
-
 def _report(console: Console, story: Story, began: float) -> int:
-    from vlmo_ray.evaluate import evaluate
-    from vlmo_ray.runs.evaluations import table
-    from vlmo_ray.runs.metrics import read_metrics
-    from vlmo_ray.session import ray_session
-
     console.rule("evaluation")
     unseen = list(retrieval_records(SEED, NUM_UNSEEN, image_size=recipe("demo").model.image_size))
     held_out = [record["image_id"] for record in unseen if record["held_out"]]

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 from PIL import Image
 
-from vlmo_ray.data.schema import PAIRS, Schema
+from vlmo_ray.data.schema import PAIRS
 from vlmo_ray.demo.scenes.captions import Caption, captions, forbidden_augmentations
 from vlmo_ray.demo.scenes.claims import is_true
 from vlmo_ray.demo.scenes.world import Scene, scene
@@ -25,10 +25,10 @@ def png(pixels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def declared(rows: Iterable[dict], schema: Schema = PAIRS) -> Iterator[dict]:
-    """The rows with only the columns that `schema` declares, as `write_dataset` requires."""
+def declared(rows: Iterable[dict]) -> Iterator[dict]:
+    """The rows with only the columns of pairs, as `write_dataset` requires."""
     for row in rows:
-        yield {name: row[name] for name in schema.arrow.names if name in row}
+        yield {name: row[name] for name in PAIRS.arrow.names if name in row}
 
 
 def _pair(shown: Scene, caption: Caption) -> dict:
