@@ -50,7 +50,8 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's `mallopt`
 class RowOrder(Protocol):
     """An `Order`, or a `Mix` of several."""
 
-    schedule: Schedule
+    @property
+    def schedule(self) -> Schedule: ...
 
     def span(self, step: int) -> range: ...
 
