@@ -192,15 +192,14 @@ def audit(run: Positional[str], data: str, json_output: bool = False) -> None:
 
     from rich.console import Console
 
-    from vlmo_ray.runs.audit import audit as examine
-    from vlmo_ray.runs.audit import table
+    from vlmo_ray.runs import audit as audits
 
-    found = examine(run, data)
+    found = audits.audit(run, data)
     if json_output:
         print(json.dumps(dataclasses.asdict(found) | {"clean": found.clean}))
     else:
         console = Console(soft_wrap=True)
-        console.print(table(found))
+        console.print(audits.table(found))
         for sentence in found.sentences():
             console.print(sentence, highlight=False, markup=False)
     if not found.clean:
@@ -209,18 +208,10 @@ def audit(run: Positional[str], data: str, json_output: bool = False) -> None:
 
 def main() -> None:
     """Entry point. A mistake that the user can fix gives one sentence and exit code 2."""
-    commands = {
-        "recipes": recipes,
-        "show": show,
-        "prepare": prepare,
-        "train": train,
-        "evaluate": evaluate,
-        "import": import_,
-        "export": export,
-        "audit": audit,
-    }
+    functions = (recipes, show, prepare, train, evaluate, import_, export, audit)
+    commands = {function.__name__.rstrip("_"): function for function in functions}
     try:
-        tyro.extras.subcommand_cli_from_dict(commands, prog="vlmo", description=__doc__)
+        tyro.extras.subcommand_cli_from_dict(commands, prog="vlmo", description="VLMo on a Ray cluster.")
     except UserError as error:
         print(f"vlmo: {error}", file=sys.stderr)
         sys.exit(2)

@@ -60,7 +60,7 @@ def keep(run: Store, step: int, result: Result) -> None:
     """Writes a result into the run. It replaces an earlier one of the same data set and step."""
     name = hashlib.sha256(result.data.encode()).hexdigest()[:8]
     content = {"step": step} | dataclasses.asdict(result)
-    run.write(f"{_FOLDER}/{step:08d}-{name}.json", json.dumps(content, indent=1, default=_plain).encode())
+    run.write(f"{_FOLDER}/{step:08d}-{name}.json", json.dumps(content, indent=1, default=np.generic.item).encode())
 
 
 def keep_in_run(path: str, result: Result) -> None:
@@ -72,11 +72,15 @@ def keep_in_run(path: str, result: Result) -> None:
         keep(run, state.step, result)
 
 
-def _plain(value):
-    """A NumPy number as a Python one, for `json.dumps`."""
-    if isinstance(value, np.generic):
-        return value.item()
-    raise TypeError(f"{type(value).__name__} cannot be written as JSON")
+def read_evaluations(run: Store) -> list[tuple[int, Result]]:
+    """(step, result) of every evaluation that the run keeps, in the order of steps."""
+    found = []
+    for name in run.list(f"{_FOLDER}/"):
+        content = json.loads(run.read(name))
+        scores = {key: Score(**score) for key, score in content["scores"].items()}
+        result = Result(scores, content["data"], content["num_rows"], tuple(content["problems"]))
+        found.append((content["step"], result))
+    return found
 
 
 def line(result: Result) -> str:

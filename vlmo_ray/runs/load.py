@@ -123,7 +123,9 @@ def _model_folder(path: str) -> Iterator[str]:
         target = Path(folder)
         inner = next((p for p in ("", f"{_MODEL}/") if store.exists(f"{p}model.json")), None)
         if inner is not None:
-            _download(store, inner, target)
+            for name in store.list(inner):
+                if "/" not in name.removeprefix(inner):
+                    (target / Path(name).name).write_bytes(store.read(name))
         elif Checkpoints(store).fetch_newest(shards := target / "checkpoint"):
             _from_checkpoint(store, shards, target)
         else:
@@ -148,9 +150,3 @@ def _from_checkpoint(store: Store, shards: Path, target: Path) -> None:
     if own:
         (target / _OWN).write_bytes(save_tensors(own))
     folders.save_model(task.model, target, {name: t for name, t in weights.items() if name not in own})
-
-
-def _download(store: Store, prefix: str, folder: Path) -> None:
-    for name in store.list(prefix):
-        if "/" not in name.removeprefix(prefix):
-            (folder / Path(name).name).write_bytes(store.read(name))
