@@ -25,10 +25,10 @@ from PIL import Image, ImageEnhance, ImageOps
 from vlmo_ray import rng
 from vlmo_ray.config import DataConfig
 from vlmo_ray.data.encoders import Column, Draw
-from vlmo_ray.data.schema import IMAGE_FORMATS, MAX_PIXELS, MAX_SIDE, Record
+from vlmo_ray.data.schema import FORBID, IMAGE_FORMATS, MAX_PIXELS, MAX_SIDE, Record
 from vlmo_ray.errors import RecordError
 
-FORBIDDABLE = ("crop", "flip", "color", "geometric")
+FORBIDDABLE = FORBID
 _CROP_RATIO = (3 / 4, 4 / 3)
 _CROP_ATTEMPTS = 10
 _OPERATION_PROBABILITY = 0.5
