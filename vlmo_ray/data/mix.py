@@ -1,7 +1,7 @@
 """Several data sets in one run: a fixed number of slices of every batch comes from each.
 
-Each data set has an `Order` of its own, over the schedule of its own slices. So a run sees each exactly once per its own
-epoch, however long the others are, and its place in each follows from the step alone.
+Each data set has an `Order` of its own, over the schedule of its own slices. So a run sees each exactly once per epoch
+of that data set, however long the others are, and its place in each follows from the step alone.
 
     weights 2 and 1, batches of 6 slices: 4 slices of A and 2 of B, spread evenly: A B A A B A
 """
