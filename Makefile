@@ -18,17 +18,18 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
 
-# the inner loop: neither Ray clusters nor anything else that takes more than a few seconds
+# for the inner loop: without Ray clusters and tests that take more than a few seconds
 test-fast: $(VENV)/.installed
 	$(BIN)/python -m pytest -m 'not ray and not slow'
 
-# half an hour of runs with faults at random, and a table of what came of it
+# half an hour of runs with random faults, and a table of the results
 soak: $(VENV)/.installed
 	$(BIN)/python tests/soak.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .

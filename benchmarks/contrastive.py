@@ -1,13 +1,13 @@
-"""Time and memory of the contrastive loss, forward and backward, both branches, as one rank of many sees it.
+"""Time and memory of the contrastive loss on one rank: forward and backward, both branches.
 
     python benchmarks/contrastive.py [--out FILE]
 
-One process plays one rank with 256 local rows of a global batch of N; what communication would bring is given.
-Three ways to the same gradients at the features:
+One process acts as one rank with 256 local rows of a global batch of N. Data of other ranks is given, not communicated.
+Three implementations compute the same gradients at the features:
 
 - ours: `vlmo_ray.objectives.contrastive.contrast`;
-- open_clip: its `ClipLoss(local_loss=True, gather_with_grad=True)`, whose gather hands back the given features;
-- plain: the full N x N matrices on every rank, as the original does it.
+- open_clip: its `ClipLoss(local_loss=True, gather_with_grad=True)`, with a gather that returns the given features;
+- plain: the full N x N matrices on every rank, as in the original program.
 
 Needs `pip install -e '.[benchmark]'`.
 """
@@ -42,12 +42,12 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 @dataclass
 class Given:
-    """Of each branch the gathered features, `[N, D]`; the first 256 rows are this rank's."""
+    """The gathered features `[N, D]` of each branch; the first 256 rows are this rank's."""
 
     images: list[Tensor]
     texts: list[Tensor]
     log_scale: Tensor
-    lse: list[Tensor]  # [N, 2], what the other ranks' log-sum-exps would be
+    lse: list[Tensor]  # [N, 2], stands for the log-sum-exps of the other ranks
 
     @classmethod
     def of(cls, total: int) -> Given:
@@ -62,14 +62,14 @@ class Given:
         return cls(images, texts, log_scale, lse)
 
     def gradient_bytes(self, gathered: bool) -> int:
-        """Of the gradients at the local features, and at the gathered ones where a way makes them."""
+        """The size of the gradients at the local features and, if `gathered`, at the gathered ones."""
         rows = ROWS + (len(self.images[0]) if gathered else 0)
         return rows * WIDTH * 4 * 2 * BRANCHES
 
 
 @dataclass(frozen=True)
 class OneRank(Workers):
-    """Rank 0 of N / 256; a gather joins its rows to the others' given ones."""
+    """Rank 0 of N / 256; its gather appends the given rows of the others."""
 
     given: Tensor | None = None
 
@@ -120,12 +120,12 @@ WAYS = {"ours": ours, "open_clip": open_clip_local, "plain": plain}
 
 
 def agree() -> float:
-    """The largest deviation of our gradients from the plain ones at N = 4,096, relative to their largest."""
+    """The largest deviation of our gradients from the plain ones at N = 4,096, relative to the largest gradient."""
     given = Given.of(SIZES[0])
     for images, texts, lse in zip(given.images, given.texts, given.lse, strict=True):
         logits = given.log_scale.exp() * images @ texts.T
         lse.copy_(torch.stack([logits.logsumexp(1), logits.logsumexp(0)], dim=1))
-    # the temperature's gradient is left out: ours is this rank's share of it
+    # without the temperature's gradient: ours is only this rank's part of the sum
     mine, wanted = ([g for g in way(given) if g.numel() > 1] for way in (ours, plain))
     return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(mine, wanted, strict=True))
 
@@ -141,7 +141,7 @@ def seconds(way, given: Given) -> float:
 
 
 def extra_memory(name: str, total: int) -> int:
-    """Bytes at the peak beyond features and their gradients; to be called in a fresh process."""
+    """Peak bytes beyond the features and their gradients; must be called in a fresh process."""
     WAYS[name](Given.of(2 * ROWS))  # loads the libraries
     given = Given.of(total)
     with PeakMemory() as peak:
@@ -151,13 +151,13 @@ def extra_memory(name: str, total: int) -> int:
 
 def in_fresh_process(name: str, total: int) -> int:
     command = [sys.executable, __file__, "--memory", name, str(total)]
-    # blocks of a megabyte or more go straight back to the system, so that none is used again unseen
+    # allocations of a megabyte or more are returned to the system at once, so none is reused unnoticed
     env = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True, env=env).stdout)
 
 
 def plain_bytes(total: int) -> int:
-    """At least: logits, their gradient and one softmax, for the branch at work."""
+    """A lower bound: logits, their gradient and one softmax, for one branch at a time."""
     return 3 * total * total * 4
 
 
@@ -178,7 +178,7 @@ def main() -> None:
         given = Given.of(total)
         taken: dict[str, list[float]] = {name: [] for name in ways}
         for repeat in range(arguments.repeats + 1):
-            for name in ways:  # in turn, so that a disturbance meets all
+            for name in ways:  # in turn, so a disturbance affects all of them
                 if name == "plain" and total > PLAIN_SIZES[0] and repeat > 1:
                     continue
                 took = seconds(WAYS[name], given)
@@ -195,14 +195,13 @@ def main() -> None:
 
     text = "\n\n".join(
         [
-            f"D = {WIDTH}, {ROWS} local rows of a global batch of N, both branches, forward and backward, float32; one "
-            "process plays one rank, and what communication would bring is given. Largest deviation of our gradients "
+            f"D = {WIDTH}, {ROWS} local rows of a global batch of N, both branches, forward and backward, float32. One "
+            "process acts as one rank; data of other ranks is given, not sent. Largest deviation of our gradients "
             f"from the plain ones at N = {SIZES[0]:,}, relative to the largest gradient: {deviation:.1e}.",
             f"Time per local row, median of {arguments.repeats} (plain above {PLAIN_SIZES[0]:,}: one):",
             table(["N", *WAYS, "ours / open_clip"], times),
-            "Memory at the peak less the given features and their gradients, each in a fresh process (open_clip's "
-            "gradients at the gathered features are subtracted in full though not all are there at its peak: a lower "
-            "bound):",
+            "Peak memory minus the given features and their gradients, each in a fresh process. For open_clip it is a "
+            "lower bound: its gradients at gathered features are subtracted in full, but not all exist at its peak.",
             table(["N", *WAYS], memory),
         ]
     )

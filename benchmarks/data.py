@@ -1,18 +1,18 @@
-"""Pairs per second from an S3 server to training batches, beside other loaders and what bounds them.
+"""Pairs per second from an S3 server to training batches, compared with other loaders and with upper bounds.
 
     python benchmarks/data.py [--out FILE] [--plot FILE] [--peers DIR] [--repeats 3]
 
-SeaweedFS serves JPEGs made for the benchmark, on this machine; every candidate runs in a fresh process, takes one
-epoch from there and turns it into batches of uint8 images, token ids and masked token ids with labels, with the same
-functions:
+SeaweedFS on this machine serves JPEGs made for the benchmark. Every candidate runs in a fresh process, reads one epoch
+and turns it into batches of uint8 images, token ids and masked token ids with labels. All use the same functions to
+decode, tokenise and mask:
 
-- ours: `Stream`, one worker; it makes keys for duplicates and a few more columns, which the others do not;
-- webdataset (tars at presigned URLs), mosaicml-streaming (MDS), litdata: each in its own format, written by itself;
-- dataloader-local: torch's DataLoader on JPEG files of the local disk;
-- decode-only: JPEGs in memory; read-only: one process, our chunks read and not decoded.
+- ours: `Stream` with one worker; it also computes duplicate keys and a few more columns, which the others do not;
+- webdataset (tars at presigned URLs), mosaicml-streaming (MDS), litdata: each in its own format, by its own writer;
+- dataloader-local: torch's DataLoader on JPEG files on the local disk;
+- decode-only: JPEGs in memory; read-only: one process that reads our chunks without decoding.
 
-The figure is pairs per CPU-second of the processes that read and decode. Needs the package's `demo` extra; the peers
-are webdataset, mosaicml-streaming and litdata, and `--peers` is a folder with those that are not installed.
+The result is pairs per CPU-second of the processes that read and decode. Needs the package's `demo` extra. The peers
+are webdataset, mosaicml-streaming and litdata; `--peers` is a folder with those that are not installed.
 """
 
 from __future__ import annotations
@@ -61,12 +61,12 @@ from vlmo_ray.demo.local_s3 import local_s3
 SIZE, TEXT_LEN, VOCABULARY, MLM_PROBABILITY, DATA = 224, 40, 30522, 0.15, DataConfig()
 SHARD_BYTES = 16 << 20  # about a chunk of ours
 BUCKET, LIMIT_S = "bench", 900
-RAY = "Ray's own"  # the processes of Ray that read and decode nothing
+RAY = "Ray's own"  # Ray's processes that neither read nor decode
 
 
 @dataclass(frozen=True)
-class Job:
-    """What a candidate's process is given; `folder` holds the JPEGs and is a place for a cache."""
+class Trial:
+    """What a candidate's process is told. `folder` holds the JPEGs and has room for a cache."""
 
     name: str
     folder: str
@@ -74,8 +74,8 @@ class Job:
     batch: int
     processes: int
     begin: int = 0  # batches before the clocks start
-    end: int = 0  # batches before they stop
-    rate: float = 0.0  # pairs/s that the consumer takes; 0: as they come
+    end: int = 0  # batches before the clocks stop
+    rate: float = 0.0  # pairs/s that the consumer takes; 0: as fast as they come
 
     @property
     def steps(self) -> int:
@@ -97,7 +97,7 @@ class Job:
 
 
 def make_picture(file: Path) -> int:
-    """A photo-like JPEG, noise of three scales, seeded by the number it is called; returns its bytes."""
+    """Writes a photo-like JPEG, noise of three scales seeded by the number in its name; returns its size in bytes."""
     generator = np.random.default_rng(int(file.stem))
     pixels = np.full((375, 500, 3), 127.5, np.float32)
     for width, height, contrast in ((6, 4, 1.0), (32, 24, 0.27), (125, 94, 0.24)):
@@ -113,7 +113,7 @@ def caption(file: Path) -> str:
 
 
 class Decode:
-    """A JPEG and its caption become image, token ids and targets of MLM: the work that all candidates share."""
+    """JPEG and caption -> image, token ids and targets of masked language modelling; the same for all candidates."""
 
     def __init__(self):
         self._tokenizer, self._count = Tokenizer(TEXT_LEN), 0
@@ -126,7 +126,7 @@ class Decode:
         return pixels, ids, mask, *mask_whole_words(ids, word, VOCABULARY, MLM_PROBABILITY, generator)
 
 
-# ---- the candidates: how each writes its data set to a folder, and the number of pairs of each batch ------
+# ---- the candidates: how each writes its data set, and how it yields the number of pairs of each batch ----
 
 
 def write_ours(files: list[Path], folder: Path) -> None:
@@ -134,58 +134,58 @@ def write_ours(files: list[Path], folder: Path) -> None:
     write_dataset(str(folder), rows)
 
 
-def ours(job: Job) -> Iterator[int]:
+def ours(trial: Trial) -> Iterator[int]:
     import ray
 
     quiet = {"include_dashboard": False, "logging_level": "ERROR", "log_to_driver": False}
-    ray.init(address="local", num_cpus=job.processes, **quiet)
-    with stream(job) as batches:
+    ray.init(address="local", num_cpus=trial.processes, **quiet)
+    with stream(trial) as batches:
         for batch in batches:
             assert batch.valid.all()
             yield len(batch)
 
 
-def stream(job: Job) -> Stream:
-    sources = Sources((load_manifest(job.data_set),))
+def stream(trial: Trial) -> Stream:
+    sources = Sources((load_manifest(trial.data_set),))
     encoder = MaskedPairs(SIZE, TEXT_LEN, DATA, VOCABULARY, MLM_PROBABILITY)
-    schedule = Schedule(((job.steps, job.batch),), slice_size=min(job.batch, 16))
+    schedule = Schedule(((trial.steps, trial.batch),), slice_size=min(trial.batch, 16))
     order = Order(sources.manifests[0].chunk_rows, 1, schedule, DATA.shuffle_steps)
     reader = Reader(sources.places, encoder, seed=1)
-    return Stream(sources, reader, order, start=0, stop=job.steps, tasks=job.processes)
+    return Stream(sources, reader, order, start=0, stop=trial.steps, tasks=trial.processes)
 
 
-def read_only(job: Job) -> Iterator[int]:
-    manifest = load_manifest(job.data_set)
+def read_only(trial: Trial) -> Iterator[int]:
+    manifest = load_manifest(trial.data_set)
     store = Store(manifest.uri)
     for chunk in range(manifest.num_chunks):
         yield len(read_chunk(store, manifest.chunk(chunk)))
 
 
-def decode_only(job: Job) -> Iterator[int]:
-    """In as many processes, as cores are slower when all of them work; each counts its own batches."""
-    pairs = [(file.read_bytes(), caption(file)) for file in job.files()]
+def decode_only(trial: Trial) -> Iterator[int]:
+    """Uses as many processes as the others, since cores are slower when all are busy."""
+    pairs = [(file.read_bytes(), caption(file)) for file in trial.files()]
     context = multiprocessing.get_context("fork")
-    done = context.Queue(2 * job.processes)  # as much ahead as a DataLoader
-    for rank in range(job.processes):
-        context.Process(target=decode_share, args=(job, pairs, rank, done), daemon=True).start()
-    for _ in range(job.steps):
+    done = context.Queue(2 * trial.processes)  # as far ahead as a DataLoader
+    for rank in range(trial.processes):
+        context.Process(target=decode_share, args=(trial, pairs, rank, done), daemon=True).start()
+    for _ in range(trial.steps):
         yield done.get()
 
 
-def decode_share(job: Job, pairs: list[tuple[bytes, str]], rank: int, done) -> None:
+def decode_share(trial: Trial, pairs: list[tuple[bytes, str]], rank: int, done) -> None:
     decode = Decode()
-    for first in range(rank * job.batch, job.steps * job.batch, job.processes * job.batch):
-        rows = [decode(*pair) for pair in pairs[first : first + job.batch]]
+    for first in range(rank * trial.batch, trial.steps * trial.batch, trial.processes * trial.batch):
+        rows = [decode(*pair) for pair in pairs[first : first + trial.batch]]
         images, *texts = map(np.stack, zip(*rows, strict=True))
         assert all(len(images) == len(text) for text in texts)
         done.put(len(images))
 
 
-def dataloader_local(job: Job) -> Iterator[int]:
+def dataloader_local(trial: Trial) -> Iterator[int]:
     from torch.utils.data import DataLoader, Dataset
 
     class Files(Dataset):
-        files, decode = job.files(), Decode()
+        files, decode = trial.files(), Decode()
 
         def __len__(self) -> int:
             return len(self.files)
@@ -193,7 +193,7 @@ def dataloader_local(job: Job) -> Iterator[int]:
         def __getitem__(self, i: int):
             return self.decode(self.files[i].read_bytes(), caption(self.files[i]))
 
-    return _sizes(DataLoader(Files(), job.batch, shuffle=True, num_workers=job.processes))
+    return _sizes(DataLoader(Files(), trial.batch, shuffle=True, num_workers=trial.processes))
 
 
 def write_webdataset(files: list[Path], folder: Path) -> None:
@@ -204,19 +204,19 @@ def write_webdataset(files: list[Path], folder: Path) -> None:
             writer.write({"__key__": f.stem, "jpg": f.read_bytes(), "txt": caption(f).encode()})
 
 
-def webdataset_loader(job: Job) -> Iterator[int]:
+def webdataset_loader(trial: Trial) -> Iterator[int]:
     import boto3
     import webdataset
     from botocore.config import Config
     from torch.utils.data import default_collate
 
     client = boto3.client("s3", config=Config(signature_version="s3v4"))
-    keys = [{"Bucket": BUCKET, "Key": f"{job.name}/{shard}"} for shard in Store(job.data_set).list()]
+    keys = [{"Bucket": BUCKET, "Key": f"{trial.name}/{shard}"} for shard in Store(trial.data_set).list()]
     urls = [client.generate_presigned_url("get_object", Params=key) for key in keys]  # for curl
     decode = Decode()
     rows = webdataset.WebDataset(urls, shardshuffle=len(urls)).shuffle(1000).to_tuple("jpg", "txt")
-    batches = rows.map(lambda row: decode(*row)).batched(job.batch, collation_fn=default_collate)
-    return _sizes(webdataset.WebLoader(batches, batch_size=None, num_workers=job.processes))
+    batches = rows.map(lambda row: decode(*row)).batched(trial.batch, collation_fn=default_collate)
+    return _sizes(webdataset.WebLoader(batches, batch_size=None, num_workers=trial.processes))
 
 
 def write_mosaicml(files: list[Path], folder: Path) -> None:
@@ -228,7 +228,7 @@ def write_mosaicml(files: list[Path], folder: Path) -> None:
             writer.write({"image": f.read_bytes(), "text": caption(f)})
 
 
-def mosaicml(job: Job) -> Iterator[int]:
+def mosaicml(trial: Trial) -> Iterator[int]:
     from streaming import StreamingDataset
     from torch.utils.data import DataLoader
 
@@ -239,10 +239,10 @@ def mosaicml(job: Job) -> Iterator[int]:
             row = super().__getitem__(i)
             return self.decode(row["image"], row["text"])
 
-    rows = Decoded(remote=job.data_set, local=job.cache, shuffle=True, batch_size=job.batch)
-    for stream in rows.streams:  # or forked workers share its open connection, and get each other's answers
+    rows = Decoded(remote=trial.data_set, local=trial.cache, shuffle=True, batch_size=trial.batch)
+    for stream in rows.streams:  # else forked workers share its open connection and receive each other's answers
         stream._downloader.clean_up()
-    return _sizes(DataLoader(rows, job.batch, num_workers=job.processes))
+    return _sizes(DataLoader(rows, trial.batch, num_workers=trial.processes))
 
 
 def litdata_row(file: str) -> dict:
@@ -256,19 +256,19 @@ def write_litdata(files: list[Path], folder: Path) -> None:
     litdata.optimize(litdata_row, inputs, str(folder), chunk_bytes=SHARD_BYTES, num_workers=1, verbose=False)
 
 
-def litdata_loader(job: Job) -> Iterator[int]:
+def litdata_loader(trial: Trial) -> Iterator[int]:
     import litdata.streaming.downloader
 
-    litdata.streaming.downloader._OBSTORE_CLIENT_OPTIONS["allow_http"] = "true"  # it has no option for that
+    litdata.streaming.downloader._OBSTORE_CLIENT_OPTIONS["allow_http"] = "true"  # there is no option for it
     decode = Decode()
     rows = litdata.StreamingDataset(
-        job.data_set,
-        cache_dir=job.cache,
+        trial.data_set,
+        cache_dir=trial.cache,
         shuffle=True,
         storage_options={"endpoint_url": os.environ["AWS_ENDPOINT_URL"]},
         transform=lambda row: decode(row["image"], row["text"]),
     )
-    return _sizes(litdata.StreamingDataLoader(rows, batch_size=job.batch, num_workers=job.processes))
+    return _sizes(litdata.StreamingDataLoader(rows, batch_size=trial.batch, num_workers=trial.processes))
 
 
 def _sizes(batches: Iterable) -> Iterator[int]:
@@ -300,13 +300,13 @@ PEERS = [name for name in WRITERS if name != "ours"]
 
 
 class Cpu:
-    """CPU-seconds of this process and all below it, from /proc: those that do the work and Ray's own servers."""
+    """CPU-seconds of this process and its descendants, from /proc, for each kind of process."""
 
     def __init__(self):
         self._seen: dict[int, tuple[str, float]] = {}
 
     def look(self) -> None:
-        """To be called often enough to see a Ray worker before it ends: the raylet does not wait for its children."""
+        """Must be called often enough to see a Ray worker before it ends: the raylet does not wait for its children."""
         parent, seconds = {}, {}
         for file in Path("/proc").glob("[0-9]*/stat"):
             try:
@@ -315,7 +315,7 @@ class Cpu:
                 continue
             pid = int(file.parent.name)
             parent[pid] = int(values[1])
-            ticks = sum(map(int, values[11:15]))  # and of children waited for
+            ticks = sum(map(int, values[11:15]))  # includes children that were waited for
             seconds[pid] = ticks / os.sysconf("SC_CLK_TCK")
         tree = {os.getpid()}
         while more := {pid for pid, above in parent.items() if above in tree} - tree:
@@ -336,42 +336,42 @@ class Cpu:
         return RAY if "Agent" in words[0] or any("/ray/" in word for word in words) else "subprocess"
 
     def seconds(self) -> dict[str, float]:
-        """Of each kind of process."""
+        """CPU-seconds by kind of process."""
         return {kind: sum(s for k, s in self._seen.values() if k == kind) for kind, _ in self._seen.values()}
 
     def count(self, kind: str) -> int:
         return sum(k == kind for k, _ in self._seen.values())
 
     def rest(self) -> tuple[float, dict[str, float]]:
-        """Waits until nothing more is read ahead: when that was, and `seconds`."""
+        """Waits until reading ahead has stopped; returns when that was, and `seconds`."""
         while True:
             self.look()
             began, before = time.perf_counter(), sum(self.seconds().values())
             time.sleep(1)
             self.look()
-            if sum(self.seconds().values()) - before < 0.2:  # what is idle still looks for work
+            if sum(self.seconds().values()) - before < 0.2:  # idle processes still poll for work
                 return began, self.seconds()
 
 
-def measure(job: Job) -> dict:
-    """The run of one candidate; the clocks run from the row that ends batch `begin` to the one that ends `end`."""
+def measure(trial: Trial) -> dict:
+    """Runs one candidate; the clocks run from the last row of batch `begin` to the last row of batch `end`."""
     cpu, rows, waits, rests = Cpu(), 0, [], []
-    marks = [job.begin * job.batch, job.end * job.batch]
-    batches = iter(READERS[job.name](job))
+    marks = [trial.begin * trial.batch, trial.end * trial.batch]
+    batches = iter(READERS[trial.name](trial))
     asked = looked = time.perf_counter()
     while size := next(batches, 0):
         now = time.perf_counter()
         waits.append(now - asked)
         before, rows = rows, rows + size
-        if job.rate:
-            time.sleep(size / job.rate)
+        if trial.rate:
+            time.sleep(size / trial.rate)
         elif any(before < mark <= rows for mark in marks):
             rests.append((rows, *cpu.rest()))
-        elif now - looked > 1:  # to look takes 5 ms
+        elif now - looked > 1:  # a look takes 5 ms
             cpu.look()
             looked = now
         asked = time.perf_counter()
-    if job.rate:
+    if trial.rate:
         return {"waits": waits}
     (first_rows, began, before), (last_rows, ended, after) = rests
     spent = {kind: seconds - before.get(kind, 0.0) for kind, seconds in after.items()}
@@ -386,7 +386,7 @@ def measure(job: Job) -> dict:
 
 
 class Relay(socketserver.ThreadingTCPServer):
-    """Passes connections on to the S3 server and counts the bytes that come back, in `received`."""
+    """Forwards connections to the S3 server and counts the bytes that come back, in `received`."""
 
     daemon_threads, request_queue_size = True, 128
 
@@ -416,7 +416,7 @@ class Relay(socketserver.ThreadingTCPServer):
 
 
 class Bench:
-    """Runs jobs in processes of their own, against the server."""
+    """Runs each trial in its own process, against the server."""
 
     def __init__(self, relay: Relay, env: dict[str, str], peers: str):
         self._relay = relay
@@ -424,30 +424,30 @@ class Bench:
         self._env = os.environ | env | {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
         self._peers_env = self._env | {"PYTHONPATH": os.path.abspath(peers)} if peers else self._env
 
-    def prepare(self, job: Job) -> str:
-        """Has the candidate write its data set, uploads that, and returns why it could not."""
-        folder = Path(job.folder, job.name)
+    def prepare(self, trial: Trial) -> str:
+        """Makes the candidate write its data set and uploads it; returns the reason if it failed, else ""."""
+        folder = Path(trial.folder, trial.name)
         folder.mkdir()
-        failed = self._run(job, "--write", str(folder)).get("failed", "")
+        failed = self._run(trial, "--write", str(folder)).get("failed", "")
         for file in sorted(path for path in folder.rglob("*") if path.is_file()):
             if not failed:
-                Store(job.data_set).upload(file, str(file.relative_to(folder)))
+                Store(trial.data_set).upload(file, str(file.relative_to(folder)))
         return failed
 
-    def run(self, job: Job) -> dict:
+    def run(self, trial: Trial) -> dict:
         before = self._relay.received
-        result = self._run(job)
+        result = self._run(trial)
         return result | {"received": self._relay.received - before}
 
-    def _run(self, job: Job, *options: str) -> dict:
-        command = [sys.executable, __file__, "--job", json.dumps(asdict(job)), *options]
-        env = self._peers_env if job.name in PEERS else self._env
+    def _run(self, trial: Trial, *options: str) -> dict:
+        command = [sys.executable, __file__, "--trial", json.dumps(asdict(trial)), *options]
+        env = self._peers_env if trial.name in PEERS else self._env
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         with subprocess.Popen(command, env=env, start_new_session=True, **pipes) as child:
             try:
                 out, errors = child.communicate(timeout=LIMIT_S)
             except BaseException as error:
-                os.killpg(child.pid, signal.SIGKILL)  # with the workers that it started
+                os.killpg(child.pid, signal.SIGKILL)  # its workers, too
                 if not isinstance(error, subprocess.TimeoutExpired):
                     raise
                 return {"failed": f"not done after {LIMIT_S} s"}
@@ -461,13 +461,13 @@ class Bench:
 
 
 EXPLAINED = (
-    "CPU-seconds and wall-clock run from batch {begin} to batch {end} of {steps}, in the steady state: at either, the "
-    "consumer waits until the candidate has read ahead as far as it does, so that in between it works on as many pairs "
-    "as it gives (windows of ours are of full size from the first on). Counted is the CPU time of the candidate's "
-    "process and all below it (Ray Data's actors are Ray workers), with the share of each kind; Ray's own servers "
-    "(raylet, GCS, agents, monitors) are not in it: their CPU is given as a share of it. The S3 server is in neither. "
-    "read-only is one process. Read amplification: bytes that came from the server in the whole run, counted by a "
-    "relay in front of it with HTTP headers, over bytes of the JPEGs and captions in the batches."
+    "CPU-seconds and wall-clock time are measured from batch {begin} to batch {end} of {steps}, in the steady state. "
+    "At both ends the consumer waits until the candidate has stopped reading ahead, so in between the candidate works "
+    "on as many pairs as it delivers (our windows have full size from there on). CPU time is that of the candidate's "
+    "process and its descendants (Ray Data's actors are Ray workers), with the fraction of each kind. Ray's own "
+    "servers (raylet, GCS, agents, monitors) are not included; their CPU time is given as a fraction of it. The S3 "
+    "server is in neither. read-only is one process. Read amplification is the bytes from the server in the whole run, "
+    "HTTP headers included, as counted by a relay in front of it, over the bytes of the JPEGs and captions in batches."
 )
 
 
@@ -479,13 +479,13 @@ def median(runs: list[dict], over: str, under: str) -> float:
     return statistics.median(run[over] / run[under] for run in runs)
 
 
-def summary(job: Job, runs: list[dict], ceiling: float) -> list[str]:
-    """A row of the table: medians over the repeats, or why there are none."""
+def summary(trial: Trial, runs: list[dict], ceiling: float) -> list[str]:
+    """A row of the table: medians over the repeats, or the reason why there are none."""
     if failed := failure(runs):
-        return [job.name, f"not run: {failed}", *[""] * 5]
+        return [trial.name, f"not run: {failed}", *[""] * 5]
     per_cpu = median(runs, "measured", "cpu")
     return [
-        job.name,
+        trial.name,
         f"{per_cpu:,.0f}",
         f"{per_cpu / ceiling:.2f}",
         f"{median(runs, 'measured', 'wall'):,.0f}",
@@ -496,46 +496,46 @@ def summary(job: Job, runs: list[dict], ceiling: float) -> list[str]:
 
 
 def bars(results: dict[str, list[dict]]) -> str:
-    """What is asked of ours, and whether it holds: the median of the ratios within each repeat."""
+    """The targets for ours, and whether they are met by the median of the ratios within each repeat."""
     lines, ours = [], results.get("ours", [])
     for name, bar in {"decode-only": 0.8, **dict.fromkeys(PEERS, 1.0)}.items():
-        verdict, others = "not known", results.get(name, [])
+        verdict, others = "unknown", results.get(name, [])
         if ours and others and not failure(ours + others):
             pairs = [[run["measured"] / run["cpu"] for run in pair] for pair in zip(ours, others, strict=True)]
             ratios = [our / other for our, other in pairs]
             ratio = statistics.median(ratios)
             verdict = f"{ratio:.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
             verdict += f", {'met' if ratio >= bar else 'NOT met'}"
-        lines.append(f"- ours / {name}, wanted {bar} or more: {verdict}")
+        lines.append(f"- ours / {name}, target {bar} or more: {verdict}")
     return "\n".join(lines)
 
 
-def waiting(run: dict, job: Job, file: str) -> str:
-    """The share of the time that a steady consumer waits, in words; and a plot of every batch, if `file` is given."""
+def waiting(run: dict, trial: Trial, file: str) -> str:
+    """A sentence on how much of its time a steady consumer waits; plots every batch if `file` is given."""
     if "failed" in run:
-        return f"Waiting share: not run: {run['failed']}"
-    waits, starts = np.array(run["waits"]), windows(job)
+        return f"Waiting time: not run: {run['failed']}"
+    waits, starts = np.array(run["waits"]), windows(trial)
     steady = waits[starts[2] :]
-    share = steady.sum() / (steady.sum() + len(steady) * job.batch / job.rate)
+    share = steady.sum() / (steady.sum() + len(steady) * trial.batch / trial.rate)
     if file:
         plot(waits, starts, file)
     return (
-        f"A consumer that takes {job.rate:,.0f} pairs/s ({len(waits)} batches) waits "
-        f"{100 * share:.2f} % of its time, {1e3 * steady.max():,.0f} ms at most for one batch and "
-        f"{1e3 * np.median(steady):.2f} ms in the median; {np.sum(steady > 0.1)} of {len(steady)} batches were waited "
-        f"for longer than 0.1 s. Left out are the first two windows, of {starts[2]} batches: {waits[0]:.1f} s for the "
-        f"first batch, {waits[starts[1]]:.1f} s for the first of the second window. From then on "
-        f"windows of up to {max(np.diff(starts))} batches." + (f" Every batch: {Path(file).name}." if file else "")
+        f"A consumer of {trial.rate:,.0f} pairs/s ({len(waits)} batches) waits {100 * share:.2f} % of its time: "
+        f"at most {1e3 * steady.max():,.0f} ms for one batch, {1e3 * np.median(steady):.2f} ms in the median, and more "
+        f"than 0.1 s for {np.sum(steady > 0.1)} of {len(steady)} batches. This leaves out the first two windows "
+        f"({starts[2]} batches), with {waits[0]:.1f} s for the first batch and {waits[starts[1]]:.1f} s for the first "
+        f"batch of the second window. Later windows have up to {max(np.diff(starts))} batches."
+        + (f" Every batch: {Path(file).name}." if file else "")
     )
 
 
-def windows(job: Job) -> list[int]:
-    """The batch at which each window of `Stream` begins."""
-    return [window.steps.start for window in stream(job).windows()]
+def windows(trial: Trial) -> list[int]:
+    """The first batch of each window of `Stream`."""
+    return [window.steps.start for window in stream(trial).windows()]
 
 
 def plot(waits: np.ndarray, starts: list[int], file: str) -> None:
-    """Waiting time of every batch; lines where a window of the stream begins."""
+    """Plots the waiting time of every batch, with a line at the start of each window."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -562,19 +562,19 @@ def main() -> None:
     parser.add_argument("--peers", default="", help="a folder with the peers that are not installed")
     parser.add_argument("--pairs", type=int, default=18944)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--processes", type=int, default=2, help="that read and decode")
+    parser.add_argument("--processes", type=int, default=2, help="processes that read and decode")
     parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--wait-pairs", type=int, default=8704, help="that the steady consumer takes")
-    parser.add_argument("--busy", type=float, default=0.6, help="its rate, as a share of what ours can give")
+    parser.add_argument("--wait-pairs", type=int, default=8704, help="pairs that the steady consumer takes")
+    parser.add_argument("--busy", type=float, default=0.6, help="its rate, as a fraction of ours")
     parser.add_argument("--only", nargs="*", default=list(READERS), choices=list(READERS))
-    parser.add_argument("--job", help=argparse.SUPPRESS)  # these two: in a candidate's own process
+    parser.add_argument("--trial", help=argparse.SUPPRESS)  # these two are for a candidate's own process
     parser.add_argument("--write", help=argparse.SUPPRESS)
     given = parser.parse_args()
-    if given.job:
-        job = Job(**json.loads(given.job))
+    if given.trial:
+        trial = Trial(**json.loads(given.trial))
         if given.write:
-            WRITERS[job.name](job.files(), Path(given.write))
-        print(json.dumps({} if given.write else measure(job)))
+            WRITERS[trial.name](trial.files(), Path(given.write))
+        print(json.dumps({} if given.write else measure(trial)))
         return
     with tempfile.TemporaryDirectory() as folder, local_s3(Path(folder, "s3"), (BUCKET,)) as env:
         bench = Bench(Relay(env["AWS_ENDPOINT_URL"]), env, given.peers)
@@ -592,35 +592,35 @@ def main() -> None:
 
 
 def run_all(bench: Bench, folder: str, given: argparse.Namespace) -> tuple[float, str]:
-    """Makes the data sets and runs every candidate; the bytes of a pair and the text of the report."""
+    """Makes the data sets and runs every candidate; returns the mean bytes of a pair and the text of the report."""
     Path(folder, "jpeg").mkdir()
     files = [Path(folder, "jpeg", f"{i:06d}.jpg") for i in range(given.pairs)]
     with ProcessPoolExecutor(given.processes) as pool:
         total = sum(pool.map(make_picture, files, chunksize=50)) + sum(len(caption(file)) for file in files)
     mean = total / given.pairs
-    base = Job("ours", folder, given.pairs, given.batch, given.processes)
+    base = Trial("ours", folder, given.pairs, given.batch, given.processes)
     written = [name for name in WRITERS if name in given.only or name == "ours"]
     unwritten = {name: bench.prepare(replace(base, name=name)) for name in written}
     starts = windows(base)
     sizes = np.diff([*starts, base.steps])
     full = [start for start, size in zip(starts, sizes, strict=True) if size == max(sizes)]
     assert len(full) > 3 and full[-1] == starts[-1], f"{given.pairs} pairs do not end with four full windows"
-    begin, end = full[0], full[-3]  # the window at hand and two more are what ours reads ahead
-    jobs = {name: replace(base, name=name, begin=begin, end=end) for name in given.only}
-    results: dict[str, list[dict]] = {name: [] for name in jobs}
+    begin, end = full[0], full[-3]  # ours reads ahead two windows beyond the current one
+    trials = {name: replace(base, name=name, begin=begin, end=end) for name in given.only}
+    results: dict[str, list[dict]] = {name: [] for name in trials}
     for _ in range(given.repeats):
-        for name, job in jobs.items():  # in turn, so that a disturbance meets all
-            run = {"failed": unwritten[name]} if unwritten.get(name) else bench.run(job)
+        for name, trial in trials.items():  # in turn, so a disturbance affects all of them
+            run = {"failed": unwritten[name]} if unwritten.get(name) else bench.run(trial)
             results[name].append(run if "failed" in run else run | {"used": run["rows"] * mean})
     figures = {name: median(runs, "measured", "cpu") for name, runs in results.items() if not failure(runs)}
     waited = ""
     if "ours" in figures:
         rate = given.busy * median(results["ours"], "measured", "wall")
-        job = replace(base, pairs=given.wait_pairs, rate=rate)
-        waited = waiting(bench.run(job), job, given.plot)
+        trial = replace(base, pairs=given.wait_pairs, rate=rate)
+        waited = waiting(bench.run(trial), trial, given.plot)
     ceiling = figures.get("decode-only", math.nan)
     head = ["", "pairs per CPU-s", "of decode-only", "pairs/s", "read amplification", "Ray's own CPU", "counted"]
-    rows = [summary(job, results[name], ceiling) for name, job in jobs.items()]
+    rows = [summary(trial, results[name], ceiling) for name, trial in trials.items()]
     explained = EXPLAINED.format(begin=begin, end=end, steps=base.steps)
     return mean, "\n\n".join([table(head, rows), explained, bars(results), waited])
 

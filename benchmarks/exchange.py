@@ -1,9 +1,9 @@
-"""Bytes of images that each rank receives in a step: only the chosen negatives, against all images as floats.
+"""Bytes of images that each rank receives in a step: only the chosen negatives, compared with all images as floats.
 
     python benchmarks/exchange.py [--out FILE] [--workers 4] [--rows 64]
 
-Gloo processes on this machine. Bytes are counted twice: by the meter of `Workers.fetch`, and by the loopback
-interface's counter, which also sees the requests and gloo's own traffic.
+The ranks are gloo processes on this machine. Bytes are counted twice: by `Workers.fetch`, and by the counter of the
+loopback interface, which includes requests and gloo's own traffic.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ REPEATS = 3
 
 
 def distinct_and_remote(workers: Workers) -> torch.Tensor:
-    """Every row wants the row at its place on the next worker: the most that can be asked for."""
+    """Every row wants the row at the same place on the next worker, which is the worst case."""
     return torch.arange(sum(workers.counts)).roll(-workers.counts[0])
 
 
 def drawn(workers: Workers) -> torch.Tensor:
-    """Negatives drawn for random features: some on the own worker, some wanted twice."""
+    """Negatives drawn for random features: some are local, and some are wanted twice."""
     total = sum(workers.counts)
     generator = torch.Generator().manual_seed(0)
     text, image = (torch.nn.functional.normalize(torch.randn(total, 64, generator=generator), dim=1) for _ in "ti")
@@ -43,7 +43,7 @@ def drawn(workers: Workers) -> torch.Tensor:
 
 
 def all_floats(images: torch.Tensor, workers: Workers) -> int:
-    """The original's way: gather every rank's float images; returns the bytes received from others."""
+    """Gathers the float images of every rank, as the original program does; returns the bytes received from others."""
     floats = images.float()
     joined = floats.new_empty(workers.size * len(floats), *IMAGE)
     dist.all_gather_into_tensor(joined, floats)
@@ -116,8 +116,8 @@ def main() -> None:
     ]
     head = ["images that travel", "received per rank", "loopback per rank", "ratio", "ratio on loopback", "time"]
     text = (
-        f"{size} workers with {rows} rows of 224 px each; gloo over loopback. 4 x (workers - 1) = {4 * (size - 1)} is "
-        f"what to expect when every negative is remote and distinct.\n\n{table(head, lines)}"
+        f"{size} workers with {rows} rows of 224 px each; gloo over loopback. The expected ratio is "
+        f"4 x (workers - 1) = {4 * (size - 1)} if every negative is remote and distinct.\n\n{table(head, lines)}"
     )
     publish("Exchange of hard negatives", text, arguments.out)
 

@@ -1,9 +1,9 @@
-"""A thousand million pairs: how long the manifest takes to load, a jump to any step, and the memory for both.
+"""A billion pairs: the time to load the manifest and to jump to any step, and the memory for both.
 
     python benchmarks/order.py [--out FILE] [--shards 100000] [--chunks 40] [--rows 256]
 
-The data set is made up (names, places and checksums of chunks, no images). Loading and jumping are measured in a
-process of their own, from its start; its memory is all that it ever held, Python and its libraries included.
+The data set is synthetic: names, offsets and checksums of chunks without images. Loading and jumping are measured in a
+fresh process. Its memory is the peak of the whole process, Python and libraries included.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from vlmo_ray.data.manifest import load_manifest, write_manifest
 from vlmo_ray.data.order import Order, Schedule
 from vlmo_ray.demo.local_s3 import local_s3
 
-SLICE, BATCH, GROUP_STEPS = 64, 16384, 8
+SLICE, BATCH, SHUFFLE_STEPS = 64, 16384, 8
 
 
 def make(uri: str, shards: int, chunks: int, rows: int) -> None:
@@ -51,13 +51,13 @@ def measure(uri: str) -> dict:
     loaded = time.perf_counter() - began
     epochs = 3
     steps = epochs * manifest.num_rows // BATCH
-    order = Order(manifest.chunk_rows, 7, Schedule(((steps, BATCH),), SLICE), GROUP_STEPS)
+    order = Order(manifest.chunk_rows, 7, Schedule(((steps, BATCH),), SLICE), SHUFFLE_STEPS)
     chance, first, again = random.Random(1), [], []
     for epoch in reversed(range(epochs)):
         for i in range(4):
             step = min(steps - 1, (epoch * manifest.num_rows) // BATCH + 1 + chance.randrange(steps // epochs - 2))
             began = time.perf_counter()
-            rows = order.slice_rows(order.span(step), 0, 8)  # a part, as a data task gets it
+            rows = order.slice_rows(order.span(step), 0, 8)  # as for the parts that data tasks read
             (again if i else first).append(time.perf_counter() - began)
             assert len(rows) == 8 * SLICE * len(order.span(step))
     return {
@@ -97,11 +97,10 @@ def main() -> None:
         ["memory of the process", f"{worst['memory'] / 1e9:.2f} GB", "1 GB"],
     ]
     publish(
-        "The order of a thousand million pairs",
+        "The order of a billion pairs",
         f"{worst['pairs']:,} pairs in {worst['shards']:,} shards and {worst['chunks']:,} chunks; batches of "
-        f"{BATCH:,}. The manifest comes from an S3 server on the same machine. Worst of three processes; a jump gives "
-        f"the rows of one part (8 slices of {SLICE} rows in each step of a group).\n\n"
-        + table(["", "measured", "bar"], rows),
+        f"{BATCH:,}. The manifest comes from an S3 server on the same machine. Worst of three processes. A jump gives "
+        f"the rows of 8 slices of {SLICE} rows in every step of a span.\n\n" + table(["", "measured", "target"], rows),
         given.out,
     )
 

@@ -1,10 +1,10 @@
-"""How long a run stands still when nodes come and go: until the next optimizer step, and how many steps are done again.
+"""The time until the next optimizer step when nodes come and go, and how many steps are repeated.
 
     python benchmarks/recovery.py [--out FILE] [--rounds 3]
 
-`vlmo train` runs on raylets of this machine (2 CPUs each, one worker a node) with its data and checkpoints in an S3
-server. In each round a worker process is killed, a node killed, one added, one given notice, one added. Times are when
-lines of the command's output arrive. The model is tiny: what is measured is the waiting, not the reading of weights.
+`vlmo train` runs on raylets of this machine (2 CPUs each, one worker per node) with data and checkpoints in an S3
+server. Each round kills a worker process, kills a node, adds one, gives one notice, and adds one. Times are those at
+which lines of the command's output arrive. The model is tiny, so the result excludes the time to read large weights.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ STEP = re.compile(r"step (\d+)/")
 
 
 def steps(command: Command) -> list[tuple[float, int]]:
-    """Time and number of each step that was printed."""
+    """(time, number) of each printed step."""
     lines = list(zip(command.times, command.lines, strict=False))
     return [(when, int(found[1])) for when, line in lines if (found := STEP.search(line))]
 
 
 def disturb(place: Place, command: Command, kind: str) -> dict[str, float]:
-    """Seconds from the disturbance to the next step and without any step; steps done again."""
+    """Seconds from the disturbance to the next step, seconds between two steps, and the number of repeated steps."""
     workers = command.workers()
     command.wait_for(lambda: steps(command)[-1][1] % 10 == 7, "seven steps since a checkpoint")
     began = time.monotonic()
@@ -62,7 +62,7 @@ def disturb(place: Place, command: Command, kind: str) -> dict[str, float]:
 
 
 def _after(command: Command, began: float) -> tuple[tuple[float, int], tuple[float, int]] | None:
-    """The last step of the old workers and the first of the new ones, which say before it where they resumed."""
+    """The last step of the old workers and the first step of the new ones, which print first where they resumed."""
     lines = list(zip(command.times, command.lines, strict=False))
     starts = [when for when, line in lines if "resumed at step" in line and when > began]
     if not starts or not (new := [found for found in steps(command) if found[0] > starts[-1]]):
@@ -101,14 +101,14 @@ def main() -> None:
     notice = max(t["again"] for t in found["a node with notice"])
     publish(
         "Recovery",
-        "Checkpoints every 10 steps, a disturbance 7 steps after one. A lost node is noticed after 3 s "
-        "(`RAY_health_check_*`; by default after some 15 s), a notice is looked for every second, room for more "
-        "workers every 3 s; idle processes stay, as on nodes of many CPUs. 'Until the next step' counts from the "
-        "disturbance; of a node added, from the order to start it.\n\n"
-        + table(["", "s until the next step", "s without a step", "steps done again"], rows)
-        + f"\n\n- kill of a node to the next step, wanted under 45 s: {max(killed):.0f} s at worst, "
+        "Checkpoints every 10 steps; each disturbance is 7 steps after one. Ray notices a lost node after 3 s "
+        "(`RAY_health_check_*`; the default is some 15 s). The run checks for a notice every second, and for room for "
+        "more workers every 3 s. Idle processes stay, as on nodes with many CPUs. 'Until the next step' is from the "
+        "disturbance; for an added node, from the command that starts it.\n\n"
+        + table(["", "s until the next step", "s without a step", "repeated steps"], rows)
+        + f"\n\n- from the kill of a node to the next step, target under 45 s: {max(killed):.0f} s at worst, "
         f"{statistics.median(killed):.0f} s in the median, {'met' if max(killed) < 45 else 'NOT met'}\n"
-        f"- steps done again after a notice, wanted 0: {notice:.0f}, {'met' if notice == 0 else 'NOT met'}",
+        f"- repeated steps after a notice, target 0: {notice:.0f}, {'met' if notice == 0 else 'NOT met'}",
         given.out,
     )
 

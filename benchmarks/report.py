@@ -1,4 +1,4 @@
-"""What the benchmarks share: a description of the machine, tables in Markdown, the peak of a process's memory."""
+"""Shared by the benchmarks: a description of the machine, Markdown tables, the peak memory of a process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 def machine() -> str:
     """Processor or GPU, cores, versions."""
-    import torch  # not at the top: some that are measured have no part in it
+    import torch  # not at the top: some of the measured processes must not import it
 
     if torch.cuda.is_available():
         what = torch.cuda.get_device_name()
@@ -38,7 +38,7 @@ def publish(title: str, text: str, out: str) -> None:
 
 
 class PeakMemory:
-    """`with PeakMemory() as peak: ...`, then `peak.bytes` above what the process (or the GPU) held before."""
+    """After `with PeakMemory() as peak: ...`, `peak.bytes` is the peak above what the process or GPU held before."""
 
     def __enter__(self) -> PeakMemory:
         import torch
@@ -47,7 +47,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats()
             self._before = torch.cuda.memory_allocated()
         else:
-            Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to VmRSS
+            Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to VmRSS
             self._before = _status("VmRSS")
         return self
 
@@ -59,7 +59,7 @@ class PeakMemory:
 
 
 def peak_memory() -> int:
-    """Bytes, the most that this process ever held."""
+    """The most bytes that this process ever held."""
     return _status("VmHWM")
 
 

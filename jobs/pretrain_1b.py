@@ -3,7 +3,7 @@
     ray job submit --working-dir . -- python jobs/pretrain_1b.py --data s3://pairs/laion --storage s3://runs/vlmo
 
 200k steps of 16,384 pairs, then 100k of 32,768, as two phases of one run. Submit it again after any failure: it
-goes on from the newest checkpoint. `--tiny` takes the same path with a model and a schedule for a laptop.
+continues from the newest checkpoint. `--tiny` takes the same code path with a model and a schedule for a laptop.
 """
 
 import sys
@@ -20,7 +20,7 @@ from vlmo_ray.recipes import recipe
 @dataclass
 class Arguments:
     data: str  # the data set: s3://bucket/prefix or a folder
-    storage: str  # where the run is kept, likewise
+    storage: str  # where the run is kept: s3://bucket/prefix or a folder
     name: str = "pretrain_1b"
     tiny: bool = False
     set: tyro.conf.UseAppendAction[tuple[str, ...]] = ()

@@ -40,7 +40,7 @@ def test_override_sets_typed_values():
     [
         ("optim.peak_rl=1", "unknown field 'optim.peak_rl'.*did you mean 'peak_lr'"),
         ("nothing=1", "unknown field 'nothing'"),
-        ("optim=1", "group of fields"),
+        ("optim=1", "is a section"),
         ("seed.x=1", "single value"),
         ("seed=abc", "seed='abc' is not of the kind int"),
         ("seed=1.5", "seed=1.5 is not of the kind int"),
@@ -64,8 +64,8 @@ def test_override_sets_typed_values():
         ("loss=2", "loss is now task"),
         ("data.patience_s=9", "data.patience_s is now data.retry_timeout_s"),
         ("data.mlm_probability=0.2", "data.mlm_probability is now task.mlm_probability"),
-        ("task.kind=vqa", "unknown field 'task.kind'.*; the recipe decides on the task"),
-        ("task=1", "group of fields; set one of them, for example task.itc="),
+        ("task.kind=vqa", "unknown field 'task.kind'.*; the recipe decides the task"),
+        ("task=1", "is a section; set one of its fields, for example task.itc="),
         ("phases=[[1,2,3]]", "does not fit Phase"),
         ("phases=[[1]]", "lacks a field of Phase"),
         ("seed", "has no '='"),
@@ -121,7 +121,7 @@ def test_differences_are_spelled_out():
 def test_options_that_need_each_other():
     sigmoid = ["model.init_logit_bias=-10", "model.init_temperature=0.1", "task.contrast=sigmoid"]
     assert override(recipe("tiny"), sigmoid).task.contrast == "sigmoid"
-    with pytest.raises(UserError, match="label_smoothing is of the softmax contrast"):
+    with pytest.raises(UserError, match="label_smoothing is only for the softmax contrast"):
         override(recipe("tiny"), [*sigmoid, "task.label_smoothing=0.1"])
     with pytest.raises(UserError, match="slice_size=1 has no other row"):
         override(recipe("tiny"), ["slice_size=1", "task.negatives=local"])

@@ -1,4 +1,4 @@
-"""VLMo on Ray: pre-train, fine-tune and evaluate one model that is both dual encoder and fusion encoder."""
+"""VLMo on Ray: pre-trains, fine-tunes and evaluates a model that is both a dual encoder and a fusion encoder."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ if TYPE_CHECKING:
 
 def load(path, **options) -> VLMo:
     """The model of a run, an imported folder or a released file; see `vlmo_ray.runs.load.load`."""
-    from vlmo_ray.runs import load as loading  # here, so that data tasks import this package without torch
+    from vlmo_ray.runs import load as loading  # not at the top: data tasks import this package without torch
 
     return loading.load(path, **options)

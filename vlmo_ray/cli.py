@@ -54,24 +54,23 @@ def prepare(
     verify: bool = False,
     forbid: tuple[Literal["crop", "flip", "color", "geometric"], ...] = (),
 ) -> None:
-    """Turn records of a public format into shuffled shards with a manifest; goes on where it stopped.
+    """Turn records of a public format into shuffled shards with a manifest. A stopped command continues when repeated.
 
     Args:
-        format: karpathy (COCO, Flickr8k/30k JSON), webdataset (tars, img2dataset's too), parquet (Hugging
-            Face or img2dataset layout), table (CSV or TSV of path and caption) or folders (of images, one
-            for each class).
+        format: karpathy (JSON of COCO, Flickr8k/30k), webdataset (tars, also img2dataset's), parquet (layout of
+            Hugging Face or img2dataset), table (CSV or TSV of path and caption) or folders (one of images per class).
         source: a file, folder or `s3://bucket/prefix` of that format.
         out: the folder or `s3://bucket/prefix` to write.
-        option: of the format, `--option name=value`: karpathy has split, images; parquet image_column,
-            text_column, columns; webdataset columns; table image_column, text_column, header, quoting,
-            images; folders classes.
-        index: rewrite nothing, add a manifest beside the shards of the source (webdataset, parquet).
-        seed: of the shuffle.
-        memory_mb: how much of the records one task may hold.
-        shard_mb: size of the shards.
-        rows_per_group: rows that are read at once.
-        verify: decode every image to the last pixel instead of reading its header.
-        forbid: augmentations that would make records of this data untrue.
+        option: an option of the format, `--option name=value`. karpathy: split, images; parquet: image_column,
+            text_column, columns; webdataset: columns; table: image_column, text_column, header, quoting, images;
+            folders: classes.
+        index: rewrite nothing; only add a manifest beside the shards of the source (webdataset, parquet).
+        seed: the seed of the shuffle.
+        memory_mb: how many MB of records one task may hold.
+        shard_mb: the size of the shards in MB.
+        rows_per_group: rows of a Parquet row group, the unit of reading.
+        verify: decode every image completely instead of reading its header.
+        forbid: augmentations that would make records of this data set untrue.
     """
     from vlmo_ray.data.prepare import prepare as run
 
@@ -106,35 +105,35 @@ def train(
     settings: Settings = (),
     accept_changes: bool = False,
 ) -> None:
-    """Train a recipe: pre-training and fine-tuning alike; a run of the same name goes on where it stopped.
+    """Train a recipe, for pre-training and fine-tuning. A run of the same name continues where it stopped.
 
     Args:
         recipe: a name that `vlmo recipes` lists.
-        data: the data set, `s3://bucket/prefix` or a folder, as `vlmo prepare` writes it.
-        storage: where runs are kept, `s3://bucket/prefix` or a folder that all nodes see.
-        name: of the run; default: the recipe's.
+        data: the data set that `vlmo prepare` wrote: `s3://bucket/prefix` or a folder.
+        storage: where runs are kept: `s3://bucket/prefix` or a folder that all nodes share.
+        name: the name of the run; default: the recipe's.
         eval_data: the data set that is evaluated every `evaluate_every` steps.
         settings: change a field, for example `--set seed=2`; may be repeated.
-        accept_changes: go on although data or settings are not those of the run's newest checkpoint.
+        accept_changes: continue although data or settings differ from those of the run's newest checkpoint.
     """
     from vlmo_ray.overrides import override
     from vlmo_ray.recipes import recipe as named
 
     config = override(named(recipe), list(settings))
-    from vlmo_ray.launch.fit import fit  # torch and Ray, seconds: only once the recipe stands
+    from vlmo_ray.launch.fit import fit  # takes seconds (torch and Ray), so only after the recipe was checked
 
     run = fit(config, data, storage, name or None, accept_changes=accept_changes, eval_data=eval_data)
     print(f"done: {run.uri} holds the metrics, the checkpoints and the final weights (model/)")
 
 
 def evaluate(model: Positional[str], data: str, task: str = "", workers: int = 0, json_output: bool = False) -> None:
-    """Evaluate weights on a data set; a run keeps the result beside its metrics.
+    """Evaluate weights on a data set. A run keeps the result beside its metrics.
 
     Args:
         model: a run, an imported folder or an official checkpoint.
-        data: the data set, `s3://bucket/prefix` or a folder.
-        task: what to measure; default: what the run was trained for, or retrieval.
-        workers: how many actors run at once; 0: one per GPU, or half the CPUs.
+        data: the data set: `s3://bucket/prefix` or a folder.
+        task: what to measure; default: the task that the run was trained for, or retrieval.
+        workers: the number of actors; 0: one per GPU, or half the CPUs.
         json_output: print one JSON object instead of a table.
     """
     import dataclasses
@@ -157,7 +156,7 @@ def evaluate(model: Positional[str], data: str, task: str = "", workers: int = 0
 
 
 def import_(official: Positional[str], out: Positional[str]) -> None:
-    """Turn an official checkpoint into a folder of this program, nothing lost.
+    """Convert an official checkpoint to a folder of this program, without loss.
 
     Args:
         official: a released .pt, .ckpt or .safetensors file.
@@ -169,7 +168,7 @@ def import_(official: Positional[str], out: Positional[str]) -> None:
 
 
 def export(run: Positional[str], out: Positional[str]) -> None:
-    """Write the weights of a run or an imported folder under the official keys.
+    """Write the weights of a run or an imported folder as an official checkpoint.
 
     Args:
         run: a run or an imported folder.
@@ -182,7 +181,7 @@ def export(run: Positional[str], out: Positional[str]) -> None:
 
 
 def audit(run: Positional[str], data: str, json_output: bool = False) -> None:
-    """Prove that every pair was consumed once an epoch, or name what was not (exit code 1); masked ones are named too.
+    """Check that a run consumed every pair once an epoch; exit code 1 if not. Lists the exceptions and masked pairs.
 
     Args:
         run: a run that was trained with `--set audit=true`.
@@ -193,15 +192,14 @@ def audit(run: Positional[str], data: str, json_output: bool = False) -> None:
 
     from rich.console import Console
 
-    from vlmo_ray.runs.audit import audit as examine
-    from vlmo_ray.runs.audit import table
+    from vlmo_ray.runs import audit as audits
 
-    found = examine(run, data)
+    found = audits.audit(run, data)
     if json_output:
         print(json.dumps(dataclasses.asdict(found) | {"clean": found.clean}))
     else:
         console = Console(soft_wrap=True)
-        console.print(table(found))
+        console.print(audits.table(found))
         for sentence in found.sentences():
             console.print(sentence, highlight=False, markup=False)
     if not found.clean:
@@ -209,19 +207,11 @@ def audit(run: Positional[str], data: str, json_output: bool = False) -> None:
 
 
 def main() -> None:
-    """Entry point; exit code 2 and one sentence for what the user can mend."""
-    commands = {
-        "recipes": recipes,
-        "show": show,
-        "prepare": prepare,
-        "train": train,
-        "evaluate": evaluate,
-        "import": import_,
-        "export": export,
-        "audit": audit,
-    }
+    """Entry point. A mistake that the user can fix gives one sentence and exit code 2."""
+    functions = (recipes, show, prepare, train, evaluate, import_, export, audit)
+    commands = {function.__name__.rstrip("_"): function for function in functions}
     try:
-        tyro.extras.subcommand_cli_from_dict(commands, prog="vlmo", description=__doc__)
+        tyro.extras.subcommand_cli_from_dict(commands, prog="vlmo", description="VLMo on a Ray cluster.")
     except UserError as error:
         print(f"vlmo: {error}", file=sys.stderr)
         sys.exit(2)

@@ -1,7 +1,7 @@
-"""What a run is made of: frozen dataclasses; beside each field its bounds and whether a resumed run may change it.
+"""The config of a run: frozen dataclasses. Each field states its bounds and whether a resumed run may change it.
 
-`check` tests each field alone, then what concerns several fields of a section (its `check` method), then what concerns
-several sections (`Config.check`), and last what the task asks for (its `check`).
+`check` tests each field alone, then the fields of a section together (its `check` method), then the sections together
+(`Config.check`), and last what the task requires (its `check`).
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ HEADS = ("itc", "itc_vl", "itm", "mlm", "vqa", "nlvr2")
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The architecture (paper section 4.1; the sizes are in `MODEL_SIZES`).
+    """The architecture (paper section 4.1; `MODEL_SIZES` has the sizes).
 
-    `Config.model` marks its fields as `fixed` on resume; those that change no weight's shape say otherwise.
+    `Config.model` marks these fields as `fixed` on resume; those that change no weight's shape are marked otherwise.
     """
 
     width: int = setting(at_least=1)
@@ -30,20 +30,20 @@ class ModelConfig:
     vl_start: int = setting(at_least=0)  # the first layer with a vision-language expert, from 0
     position: Literal["relative", "absolute"] = "relative"
     layer_scale: float | None = 0.1
-    # At the last layer, growing linearly from 0; also the dropout of text embeddings.
+    # The rate at the last layer; it grows linearly from 0. Also the dropout of text embeddings.
     drop_path: float = setting(0.1, at_least=0, below=1, resume="ask")
     image_size: int = setting(224, at_least=1)
     patch_size: int = setting(16, at_least=1)
     vocab_size: int = setting(30522, at_least=1)
     max_text_len: int = setting(40, at_least=3, remedy="[CLS] and [SEP] take two")
-    bias_text_len: int = setting(196, at_least=1)  # the text length that the relative bias table is sized for
+    bias_text_len: int = setting(196, at_least=1)  # the text length that the relative bias table has room for
     heads: tuple[str, ...] = ("itc", "itc_vl", "itm", "mlm")  # any of HEADS
     num_answers: int = setting(3129, at_least=1)  # of the VQA head
-    # Of the truncated normal that weights start from.
+    # The standard deviation of the truncated normal that initialises weights.
     init_std: float = setting(0.02, at_least=0, resume="ask")
-    # Where the learned temperatures of the contrast start.
+    # The initial value of the learned temperatures of the contrast.
     init_temperature: float = setting(0.07, above=0, remedy="the paper has 0.07", resume="ask")
-    init_logit_bias: float | None = None  # of the sigmoid contrast (its paper: -10); None for the softmax one
+    init_logit_bias: float | None = None  # of the sigmoid contrast (its paper: -10); None: softmax contrast
 
     @property
     def num_patches(self) -> int:
@@ -77,8 +77,8 @@ class ModelConfig:
         return out
 
 
-# Paper section 4.1: Base has 12 layers, the top two with VL experts; Large 24, the top three. base_plus is the
-# released 24-layer narrow model. `tiny` is ours, for a CPU.
+# Paper section 4.1: Base has 12 layers, the top two with VL experts; Large has 24, the top three with VL experts.
+# `base_plus` is the released narrow model of 24 layers. `tiny` is ours, for a CPU.
 MODEL_SIZES: dict[str, ModelConfig] = {
     "base": ModelConfig(width=768, depth=12, num_heads=12, vl_start=10),
     "base_plus": ModelConfig(
@@ -94,16 +94,16 @@ MODEL_SIZES: dict[str, ModelConfig] = {
 
 @dataclass(frozen=True)
 class DataConfig:
-    """How a record becomes a training row, and how rows are put in order."""
+    """How a record becomes a training row, and how rows are shuffled."""
 
-    crop_area: tuple[float, float] = (0.5, 1.0)  # the smallest and the largest share of the image
+    crop_area: tuple[float, float] = (0.5, 1.0)  # the smallest and the largest fraction of the image's area
     flip: bool = True
     randaugment_ops: int = setting(2, at_least=0)
     randaugment_magnitude: int = setting(7, at_least=0, at_most=10)
-    shuffle_steps: int = setting(8, at_least=1)  # rows are shuffled within the batches of so many steps
-    # A damaged or missing chunk ends the run, or its rows are masked. A chunk without access always ends the run.
+    shuffle_steps: int = setting(8, at_least=1)  # rows are shuffled within a span of this many steps
+    # Whether a damaged or missing chunk ends the run or has its rows masked. Denied access always ends the run.
     bad_shards: Literal["stop", "mask"] = setting("stop", resume="free")
-    # How long storage may be busy or away before the run stops.
+    # How long storage may be busy or unreachable before the run stops.
     retry_timeout_s: float = setting(600.0, at_least=0, remedy="0 does not retry", resume="free")
 
     def check(self) -> None:
@@ -117,21 +117,21 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class TaskConfig:
-    """What the model learns: a subclass per task, known by its `kind`, which stands in stored configs."""
+    """What the model learns: one subclass per task. Stored configs name the task by its `kind`."""
 
     kind: ClassVar[str]
-    kinds: ClassVar[dict[str, type[TaskConfig]]] = {}  # all tasks, by kind
+    kinds: ClassVar[dict[str, type[TaskConfig]]] = {}  # all tasks by kind
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        if "kind" in cls.__dict__:  # a base class that several tasks share has none
+        if "kind" in cls.__dict__:  # a base class that tasks share has none
             TaskConfig.kinds[cls.kind] = cls
 
     def check(self, config: Config) -> None:
         """Raises a UserError if the task cannot run under `config`."""
 
     def ineffective(self, config: Config) -> dict[str, str]:
-        """Fields of the task that change nothing under `config`, and why."""
+        """Fields of the task that change nothing under `config`, and the reason."""
         return {}
 
 
@@ -146,13 +146,13 @@ class OptimConfig:
     beta1: float = setting(0.9, at_least=0, below=1)
     beta2: float = setting(0.98, at_least=0, below=1)
     eps: float = setting(1e-8, at_least=0)
-    clip_norm: float = setting(0.0, at_least=0)  # of the whole gradient; 0: no clipping
-    average_decay: float = setting(0.0, at_least=0, below=1)  # of the weights' moving average; 0: none
+    clip_norm: float = setting(0.0, at_least=0)  # the largest norm of the whole gradient; 0: no clipping
+    average_decay: float = setting(0.0, at_least=0, below=1)  # of the moving average of the weights; 0: no average
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of steps with one global batch; phases follow one another in one run."""
+    """Consecutive steps with one global batch size. A run has one or more phases."""
 
     steps: int = setting(at_least=1)
     global_batch: int = setting(at_least=1)
@@ -160,22 +160,22 @@ class Phase:
 
 @dataclass(frozen=True)
 class ClusterConfig:
-    """What the run asks of Ray and of each worker. Nothing here changes a number of the run beyond rounding."""
+    """What the run asks of Ray and of each worker. Nothing here changes the curve beyond rounding."""
 
     min_workers: int = 1
     max_workers: int = 1
     gpus_per_worker: int = setting(1, at_least=0)  # 0: train on CPUs, in float32
-    cpus_per_worker: float = setting(1.0, at_least=0)  # for training itself
-    # Tasks that read and decode at once, reserved with the worker on its node.
+    cpus_per_worker: float = setting(1.0, at_least=0)  # for the training process
+    # CPUs for tasks that read and decode, reserved together with the worker on its node.
     data_cpus_per_worker: int = setting(2, at_least=1)
-    strategy: Literal["ddp", "fsdp"] = "ddp"  # the model whole on every worker, or sharded layer by layer
-    # Recompute each layer in the backward: less memory, a third more FLOPs.
+    strategy: Literal["ddp", "fsdp"] = "ddp"  # the whole model on every worker, or sharded layer by layer
+    # Recomputes each layer in the backward: less memory, a third more FLOPs.
     activation_checkpointing: bool = False
     compile: bool = False  # torch.compile of each layer
     max_failures: int = setting(8, at_least=-1)  # -1: no limit
     start_timeout_s: float = setting(10.0, at_least=0)
     resize_interval_s: float = setting(60.0, at_least=0)
-    notice_every: int = setting(5, at_least=1)  # steps between looks for a preemption notice or a stop request
+    notice_every: int = setting(5, at_least=1)  # steps between checks for a preemption notice or a stop request
 
     def check(self) -> None:
         if not 1 <= self.min_workers <= self.max_workers:
@@ -185,31 +185,31 @@ class ClusterConfig:
             )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Config:
-    """A whole run, resolved. The same config and data set give the same curve on any number of workers."""
+    """A whole run. The same config and data set give the same curve on any number of workers."""
 
     name: str
     model: ModelConfig = setting(resume="fixed")
     phases: tuple[Phase, ...]
-    slice_size: int = setting(at_least=1)  # rows in the unit that is dealt to workers
-    # Rows that a worker runs forward and backward at once; a multiple of slice_size.
+    slice_size: int = setting(at_least=1)  # rows of a slice, the unit that is dealt to workers
+    # Rows per forward and backward of a worker; a multiple of slice_size.
     micro_batch: int = setting(at_least=1, resume="free")
     task: TaskConfig
     data: DataConfig = setting(factory=DataConfig)
     optim: OptimConfig = setting(factory=OptimConfig)
     cluster: ClusterConfig = setting(factory=ClusterConfig, resume="free")
-    # auto: bf16 on a GPU, float32 elsewhere
+    # auto: bf16 on a GPU, else float32
     precision: Literal["auto", "bf16", "float32", "float64"] = "auto"
     seed: int = 1
-    # Weights to start from: a folder or file that `vlmo_ray.load` reads; "": at random.
+    # Weights to start from: a folder or file that `vlmo_ray.load` reads; "": random weights.
     init: str = setting("", resume="free")
     checkpoint_every: int = setting(1000, at_least=1, resume="free")  # steps
-    keep_checkpoints: int = setting(3, at_least=1, resume="free")  # the newest ones
-    # Keep the checkpoints at multiples of so many steps for good, too; 0: none.
+    keep_checkpoints: int = setting(3, at_least=1, resume="free")  # how many of the newest ones
+    # Also keep the checkpoints at multiples of this many steps, for good; 0: none.
     keep_every: int = setting(0, at_least=0, resume="free")
     evaluate_every: int = setting(0, at_least=0, resume="free")  # steps; 0: no evaluation inside the run
-    # Write down which pairs every step consumed, for `vlmo audit`.
+    # Record which pairs every step consumed, for `vlmo audit`.
     audit: bool = setting(False, resume="free")
     log_every: int = setting(20, at_least=1, resume="free")  # steps
 
@@ -248,25 +248,25 @@ class Config:
 
 
 def check(config: Config) -> Config:
-    """Returns the config if it can run, else raises a UserError that names the field and the remedy."""
+    """Returns the config if it can run; else raises UserError that names the field and the remedy."""
     _check_section(config, "")
     config.task.check(config)
     return config
 
 
 def check_model(model: ModelConfig) -> ModelConfig:
-    """Returns the architecture if its numbers fit together, else raises a UserError with the remedy."""
+    """Returns the architecture if its numbers fit together; else raises UserError with the remedy."""
     _check_section(model, "model.")
     return model
 
 
 def _check_section(section: Any, prefix: str) -> None:
-    """Each field of the section, then the sections inside it, then what concerns several of its fields."""
+    """Checks each field of the section, then the sections inside it, then its fields together."""
     check_fields(section, prefix)
     for field in dataclasses.fields(section):
         for path, inner in _sections(prefix + field.name, getattr(section, field.name)):
             _check_section(inner, f"{path}.")
-    if hasattr(section, "check") and not isinstance(section, TaskConfig):  # a task's own check needs the config
+    if hasattr(section, "check") and not isinstance(section, TaskConfig):  # a task's check needs the whole config
         section.check()
 
 
@@ -279,7 +279,7 @@ def _sections(path: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def ineffective(config: Config) -> dict[str, str]:
-    """Fields that change nothing under this config, and why; setting one by hand is a mistake worth naming."""
+    """Fields that change nothing under this config, and the reason. `--set` refuses them."""
     out = {}
     for field in dataclasses.fields(config):
         section = getattr(config, field.name)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from vlmo_ray.model.vlmo import VLMo
 from vlmo_ray.runs.evaluations import Result, scored
 from vlmo_ray.runs.load import Loaded, load_all
 from vlmo_ray.tasks import build_evaluation, build_task
-from vlmo_ray.tasks.task import Evaluation
+from vlmo_ray.tasks.task import Columns, Evaluation
 
 DEFAULT = "retrieval"  # of weights that no run of ours made
 
@@ -106,7 +106,8 @@ def evaluate(
         num_cpus=0 if on_gpu else min(1.0, cpus / 2 / workers),
     )
     try:
-        return scored(evaluation, rows.iter_batches(batch_size=None, batch_format="numpy"), data)
+        blocks = cast(Iterable[Columns], rows.iter_batches(batch_size=None, batch_format="numpy"))
+        return scored(evaluation, blocks, data)
     except UserError:
         raise
     except Exception as error:

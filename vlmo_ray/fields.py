@@ -1,4 +1,4 @@
-"""A field of a config: its bounds, its choices, and whether a resumed run may change it."""
+"""Fields of a config: bounds, choices, and whether a resumed run may change them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from vlmo_ray.errors import UserError
 
-# Whether a run may change a field between a checkpoint and the start that continues it. "free": yes, the field changes
-# no number. "ask": only with --accept-changes. "fixed": no, the weights would not fit.
+# Whether a run that resumes from a checkpoint may change a field. "free": yes, the field changes no number of the run.
+# "ask": only with --accept-changes. "fixed": no, the weights would not fit.
 Resume = Literal["free", "ask", "fixed"]
 
 
@@ -27,9 +27,9 @@ def setting(
     remedy: str = "",
     resume: Resume | None = None,
 ) -> Any:
-    """A dataclass field with the bounds that `check_fields` enforces; `remedy` ends its sentence.
+    """A dataclass field with the bounds that `check_fields` enforces; its error message ends with `remedy`.
 
-    resume: None takes the mark of the section that the field is in, and at the top "ask".
+    With `resume` None, a field has the mark of its section; at the top level, "ask".
     """
     bounds = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
     metadata = {"bounds": bounds, "remedy": remedy, "resume": resume}
@@ -39,7 +39,7 @@ def setting(
 
 
 def check_fields(section: Any, prefix: str) -> None:
-    """Raises a UserError for the first field of the dataclass that is out of bounds, or not one of its choices."""
+    """Raises UserError for the first field of the dataclass that is out of bounds or not one of its choices."""
     for field in dataclasses.fields(section):
         path, value = prefix + field.name, getattr(section, field.name)
         kind = kinds_of(type(section))[field.name]
@@ -51,19 +51,19 @@ def check_fields(section: Any, prefix: str) -> None:
 
 @functools.cache
 def kinds_of(section: type) -> dict[str, Any]:
-    """Field -> its type, resolved."""
+    """Field -> resolved type."""
     return typing.get_type_hints(section)
 
 
 def check_choice(path: str, value: Any, kind: Any) -> None:
-    """Raises a UserError if `value` is not one of those that the Literal `kind` lists."""
+    """Raises UserError if `value` is not one of the choices of the Literal `kind`."""
     if value not in typing.get_args(kind):
         raise UserError(f"{path}={value!r} must be one of {', '.join(map(repr, typing.get_args(kind)))}")
 
 
 def _check_bounds(path: str, value: Any, bounds: dict[str, float | None], remedy: str) -> None:
     at_least, above, at_most, below = bounds.values()
-    fits = (  # so written that NaN does not fit
+    fits = (  # NaN fits no bound
         (at_least is None or value >= at_least)
         and (above is None or value > above)
         and (at_most is None or value <= at_most)

@@ -1,4 +1,4 @@
-"""Configs as text: `--set a.b=c` over them, to JSON of any version and back, and what differs between two."""
+"""Configs as text: `--set a.b=c`, JSON of this and older versions, and the differences between two configs."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from vlmo_ray.config import Config, ModelConfig, TaskConfig, check, ineffective
 from vlmo_ray.errors import UserError
 from vlmo_ray.fields import Resume, check_choice, kinds_of
 
-VERSION = 2  # of stored configs; one that names no version is of version 1
+VERSION = 2  # of stored configs; one without a version is of version 1
 
-# What the version after the named one calls a field or a section, by its path before.
+# version -> path of a field or section -> its path in the next version
 _RENAMED: dict[int, dict[str, str]] = {
     1: {
         "data.mlm_probability": "task.mlm_probability",
@@ -47,8 +47,8 @@ def override(config: Config, settings: list[str]) -> Config:
     return check(config)
 
 
-def _replace(node: Any, parts: list[str], text: str, path: str) -> Any:
-    name, *rest = parts
+def _replace(node: Any, keys: list[str], text: str, path: str) -> Any:
+    name, *rest = keys
     names = [f.name for f in dataclasses.fields(node)]
     if name not in names:
         raise UserError(f"unknown field {path!r} ({type(node).__name__} has no {name!r}); {_hint(name, names, path)}")
@@ -56,7 +56,7 @@ def _replace(node: Any, parts: list[str], text: str, path: str) -> Any:
     if dataclasses.is_dataclass(value):
         if not rest:
             first = dataclasses.fields(value)[0].name
-            raise UserError(f"{path!r} is a group of fields; set one of them, for example {path}.{first}=...")
+            raise UserError(f"{path!r} is a section; set one of its fields, for example {path}.{first}=...")
         return dataclasses.replace(node, **{name: _replace(value, rest, text, path)})
     if rest:
         raise UserError(f"unknown field {path!r}: {name!r} is a single value")
@@ -65,7 +65,7 @@ def _replace(node: Any, parts: list[str], text: str, path: str) -> Any:
 
 def _hint(name: str, names: list[str], path: str) -> str:
     if path == "task.kind":
-        return "the recipe decides on the task: choose a recipe of the one you want"
+        return "the recipe decides the task: choose a recipe of the task that you want"
     if (renamed := _renamed(path)) != path:
         return f"{path} is now {renamed}"
     near = difflib.get_close_matches(name, names, 1)
@@ -73,7 +73,7 @@ def _hint(name: str, names: list[str], path: str) -> str:
 
 
 def _renamed(path: str, version: int = 1) -> str:
-    """What the present version calls the field that `version` calls `path`."""
+    """The current path of the field that `version` calls `path`."""
     for renames in (_RENAMED[past] for past in range(version, VERSION)):
         old = next((old for old in renames if path == old or path.startswith(f"{old}.")), "")
         path = renames[old] + path.removeprefix(old) if old else path
@@ -88,7 +88,7 @@ def _parse(text: str) -> Any:
 
 
 def _coerce(raw: Any, kind: Any, path: str) -> Any:
-    """`raw` (from JSON) as the annotated type, or a UserError."""
+    """`raw` (from JSON) as the annotated type. Raises UserError if it does not fit."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     wrong = UserError(f"{path}={raw!r} is not of the kind {_spell(kind)}")
     if origin in (typing.Union, types.UnionType):
@@ -100,7 +100,7 @@ def _coerce(raw: Any, kind: Any, path: str) -> Any:
         return raw
     if origin is tuple:
         if isinstance(raw, str):
-            raw = [_parse(part) for part in raw.split(",")]
+            raw = [_parse(item) for item in raw.split(",")]
         if not isinstance(raw, (list, tuple)) or (args[-1] is not Ellipsis and len(raw) != len(args)):
             raise wrong
         kinds = [args[0]] * len(raw) if args[-1] is Ellipsis else args
@@ -146,7 +146,7 @@ def _spell(kind: Any) -> str:
 
 
 def to_dict(config: Config | ModelConfig) -> dict[str, Any]:
-    """Plain JSON-able form; `from_dict` and `model_from_dict` are its inverses."""
+    """The JSON form; `from_dict` and `model_from_dict` are the inverses."""
     raw = json.loads(json.dumps(dataclasses.asdict(config)))
     if isinstance(config, Config):
         raw = {"version": VERSION} | raw | {"task": {"kind": config.task.kind} | raw["task"]}
@@ -154,7 +154,7 @@ def to_dict(config: Config | ModelConfig) -> dict[str, Any]:
 
 
 def from_dict(raw: dict[str, Any]) -> Config:
-    """The config that `to_dict` of this version or an older one wrote; UserError for a newer version."""
+    """The config that `to_dict` of this or an older version wrote. Raises UserError for a newer version."""
     version = raw.get("version", 1)
     if version > VERSION:
         raise UserError(
@@ -169,7 +169,7 @@ def from_dict(raw: dict[str, Any]) -> Config:
 
 
 def _values(raw: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The single values in nested sections, with their paths."""
+    """(path, value) of every single value in nested sections."""
     for name, value in raw.items():
         if isinstance(value, dict):
             yield from _values(value, f"{prefix}{name}.")
@@ -183,8 +183,8 @@ def _nested(values: dict[str, Any]) -> dict[str, Any]:
     for path, value in values.items():
         *sections, name = path.split(".")
         section = out
-        for part in sections:
-            section = section.setdefault(part, {})
+        for inner in sections:
+            section = section.setdefault(inner, {})
         section[name] = value
     return out
 
@@ -195,7 +195,7 @@ def model_from_dict(raw: dict[str, Any]) -> ModelConfig:
 
 @dataclass(frozen=True)
 class Difference:
-    """One field that two configs set differently; `resume` is the field's mark (`fields.Resume`)."""
+    """A field that differs between two configs; `resume` is its mark (`fields.Resume`)."""
 
     path: str
     old: Any
@@ -207,7 +207,7 @@ class Difference:
 
 
 def differences(a: Any, b: Any, prefix: str = "", resume: Resume = "ask") -> list[Difference]:
-    """Field by field between two configs of the same type; `resume` is the mark of fields that have none."""
+    """The differing fields of two configs of one type; `resume` is the mark of fields that have none."""
     if isinstance(a, TaskConfig) and a.kind != b.kind:
         return [Difference(f"{prefix}kind", a.kind, b.kind, "fixed")]
     found = []

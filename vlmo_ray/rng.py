@@ -1,8 +1,8 @@
-"""Stateless randomness: every draw is a function of (seed, purpose, step, sample position, draw index).
+"""Stateless randomness: every draw is a function of (seed, purpose, step, row position, draw index).
 
-Nothing here has a state, so a draw can be repeated anywhere: in another process, on another number of
-workers, after a resume, or in the second forward of a recomputation. The NumPy and the PyTorch versions
-return the same bits. The mixing function is SplitMix64 (Steele, Lea and Flood, OOPSLA 2014).
+Nothing here has state, so a draw can be repeated anywhere: in another process, on another number of workers, after a
+resume, or in the second forward of a recomputation. The NumPy and the PyTorch version return the same bits. The mixing
+function is SplitMix64 (Steele, Lea and Flood, OOPSLA 2014).
 
     >>> key = stream(seed=1, purpose="drop_path", step=7)
     >>> uniforms(key, [0, 5], 2)[1] == uniforms(key, [5], 2)[0]
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-if TYPE_CHECKING:  # the data tasks import this module and have no use for torch
+if TYPE_CHECKING:  # data tasks import this module, and must not import torch
     import torch
 
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -27,18 +27,18 @@ _MASK = (1 << 64) - 1
 
 
 def stream(seed: int, purpose: str, step: int = 0) -> int:
-    """The 64-bit key of one family of draws; `purpose` keeps families apart."""
+    """The 64-bit key of one family of draws; different purposes give independent draws."""
     digest = hashlib.blake2b(f"{seed}/{purpose}/{step}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little")
 
 
 def hash_text(text: str) -> int:
-    """A signed 63-bit hash of a string, equal in every process (Python's own `hash` is not)."""
+    """A 63-bit hash of a string, equal in every process (Python's `hash` is not)."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
 def generator(seed: int, purpose: str, step: int, position: int) -> np.random.Generator:
-    """A NumPy generator for one sample, for code that draws an unknown number of values in a row."""
+    """A NumPy generator for one row, for code that draws an unknown number of values."""
     return np.random.Generator(np.random.Philox(key=stream(seed, f"{purpose}@{position}", step)))
 
 
@@ -61,7 +61,7 @@ def _signed(x: int) -> int:
 
 
 def _shift(x: torch.Tensor, bits: int) -> torch.Tensor:
-    # torch has no unsigned 64-bit arithmetic: an arithmetic shift, then the copied sign bits cleared
+    # torch has no unsigned 64-bit arithmetic: shift arithmetically, then clear the copied sign bits
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
@@ -72,7 +72,7 @@ def _mix_torch(x: torch.Tensor) -> torch.Tensor:
 
 
 def uniforms_torch(key: int, positions: torch.Tensor, n: int, first: int = 0) -> torch.Tensor:
-    """`uniforms` on the device of `positions` (int64 `[B]`), float32 `[B, n]`, draws `first .. first + n`."""
+    """`uniforms` on the device of `positions` (int64 `[B]`): float32 `[B, n]`, draws first .. first + n - 1."""
     import torch
 
     rows = _mix_torch(positions * _signed(_GOLDEN) + _signed(key))
@@ -83,13 +83,13 @@ def uniforms_torch(key: int, positions: torch.Tensor, n: int, first: int = 0) ->
 
 @dataclass(frozen=True)
 class Noise:
-    """The drop path and dropout draws of one pass of one step, for the samples at `positions` (int64 `[B]`)."""
+    """The draws of drop path and dropout in one pass of one step, for the rows at `positions` (int64 `[B]`)."""
 
     seed: int
     step: int
-    name: str  # of the pass: two passes over the same samples draw apart
+    name: str  # of the pass: two passes over the same rows draw independently
     positions: torch.Tensor
 
     def uniform(self, purpose: str, n: int) -> torch.Tensor:
-        """Float32 `[B, n]` in [0, 1), the same whatever else is in the batch."""
+        """Float32 `[B, n]` in [0, 1); a row's draws do not depend on the other rows of the batch."""
         return uniforms_torch(stream(self.seed, f"{self.name}/{purpose}", self.step), self.positions, n)

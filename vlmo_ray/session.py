@@ -1,4 +1,4 @@
-"""Joining or starting Ray."""
+"""Joins or starts a Ray cluster."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def ray_session(dashboard: bool = False) -> Iterator[None]:
-    """Joins the cluster of `RAY_ADDRESS` (set inside `ray job submit`), or starts one on this machine and ends it.
+    """Joins the cluster of `RAY_ADDRESS` (`ray job submit` sets it), or runs one on this machine inside the block.
 
-    An already initialised Ray is used as it is. A running local cluster is never joined by accident. `dashboard`:
-    start it on a local cluster too; Ray Train asks it whether a run's controller lives.
+    Uses Ray as it is if it is already initialised. Never joins another cluster of this machine by accident. `dashboard`
+    starts it on a local cluster too; Ray Train asks it whether a run's controller is alive.
     """
     import ray
 

@@ -19,7 +19,15 @@ from PIL import Image, ImageOps
 from vlmo_ray import rng
 from vlmo_ray.config import DataConfig
 from vlmo_ray.data import decode
-from vlmo_ray.data.decode import FORBIDDABLE, OPERATIONS, DecodeError, decode_eval, decode_train, draw_augmentation
+from vlmo_ray.data.decode import (
+    OPERATIONS,
+    DecodeError,
+    decode_eval,
+    decode_train,
+    decode_train_with_mask,
+    draw_augmentation,
+)
+from vlmo_ray.data.schema import FORBID
 
 SIZE = 32
 FULL = DataConfig()
@@ -179,7 +187,7 @@ def test_an_image_depends_on_seed_step_and_position_only():
     assert all((other != first[0]).any() for other in others)
 
 
-@given(st.sets(st.sampled_from(FORBIDDABLE)), st.integers(0, 10**9))
+@given(st.sets(st.sampled_from(FORBID)), st.integers(0, 10**9))
 @settings(derandomize=True, max_examples=100, deadline=None, database=None)
 def test_forbidding_takes_away_and_shifts_nothing(forbid, position):
     free, bound = plan(position), plan(position, forbid)
@@ -298,6 +306,75 @@ def test_sixteen_bits_keep_the_high_byte():
     assert flat_value(encoded(grey)) == (77, 77, 77)
     rows = (b"\0" + bytes([10, 255, 20, 255, 30, 255]) * 20) * 14
     assert flat_value(png(20, 14, depth=16, rows=rows)) == (10, 20, 30)
+
+
+# ---- masks -----------------------------------------------------------------------------------------------
+
+
+def train_with_mask(image: bytes, mask: bytes, position=0, *, data=FULL, forbid=()) -> tuple[np.ndarray, np.ndarray]:
+    return decode_train_with_mask(image, mask, SIZE, data, forbid, 1, 2, position)
+
+
+def inside(wanted: np.ndarray) -> np.ndarray:
+    """Where a place and all its neighbours are wanted; nothing at the edge."""
+    out = np.zeros_like(wanted)
+    out[1:-1, 1:-1] = np.lib.stride_tricks.sliding_window_view(wanted, (3, 3)).all((2, 3))
+    return out
+
+
+@pytest.mark.parametrize(("size", "format"), [((61, 47), "PNG"), ((700, 500), "JPEG")])
+def test_a_mask_moves_as_its_image(size, format):
+    """The image is grey of the mask's values, a ramp: so interpolation keeps it, and each place knows where it was."""
+    width, height = size
+    y, x = np.mgrid[:height, :width]
+    labels = (130 * x // width + 100 * y // height + 10).astype(np.uint8)
+    image = encoded(Image.fromarray(labels).convert("RGB"), format, **({"quality": 98} if format == "JPEG" else {}))
+    mask = encoded(Image.fromarray(labels))
+    used, filled = Counter(), 0
+    for position in range(80):
+        pixels, moved = train_with_mask(image, mask, position, forbid=["color"])
+        assert moved.dtype == np.uint8 and moved.shape == (SIZE, SIZE)
+        np.testing.assert_array_equal(pixels, train(image, position, data=FULL, forbid=["color"]))
+        known, outside = inside(moved != 255), inside(moved == 255)
+        assert known.sum() > SIZE * SIZE // 3
+        # a place is half of one off after each of up to three samplings; places are up to 7 values apart
+        assert np.abs(pixels[0].astype(int) - moved)[known].max() <= 10
+        assert (pixels[:, outside] == 128).all()
+        drawn = plan(position, ["color"], size=size)
+        used.update(name for name, _ in drawn.operations)
+        used["flip" if drawn.flip else "no flip"] += 1
+        filled += outside.any()
+    geometric = {name for name, kind in KIND.items() if kind == "geometric"}
+    assert set(used) >= geometric | {"flip", "no flip"} and filled > 5
+
+
+def test_masks_of_palettes_and_single_bits_give_their_indices():
+    labels = np.arange(48).reshape(6, 8).astype(np.uint8) % 7
+    palette = Image.fromarray(labels)
+    palette.putpalette([255, 0, 0, 9, 9, 9, 0, 255, 0] + [77] * 100)
+    assert palette.mode == "P"
+    image = encoded(picture(8, 6))
+    nearest = Image.fromarray(labels).resize((SIZE, SIZE), Image.Resampling.NEAREST)
+    for stored, wanted in (
+        (palette, np.asarray(nearest)),
+        (Image.fromarray(labels), np.asarray(nearest)),
+        (Image.fromarray(labels % 2 == 1), np.asarray(nearest) % 2),
+    ):
+        assert stored.mode in ("P", "L", "1")
+        _, moved = train_with_mask(image, encoded(stored), forbid=FORBID)
+        np.testing.assert_array_equal(moved, wanted)
+
+
+def test_masks_that_do_not_fit_are_refused():
+    image = encoded(picture(20, 14))
+    for mask, reason in (
+        (encoded(Image.new("L", (14, 20))), r"\(20, 14\) pixels and its mask \(14, 20\)"),
+        (encoded(Image.new("RGB", (20, 14))), "mode RGB"),
+        (encoded(Image.new("L", (20, 14)))[:40], "."),
+        (b"", "no image bytes"),
+    ):
+        with pytest.raises(DecodeError, match=reason):
+            train_with_mask(image, mask)
 
 
 # ---- what is refused -------------------------------------------------------------------------------------

@@ -215,7 +215,7 @@ def test_a_window_has_no_more_rows_than_it_may_when_batches_grow(manifest):
         )  # fmt: skip
         sizes = [(len(window.steps), sum(map(len, window.parts))) for window in stream.windows()]
         assert all(rows <= 4096 or steps <= 8 for steps, rows in sizes)
-        assert sum(steps for steps, _ in sizes) == stream._steps.stop
+        assert sum(steps for steps, _ in sizes) == stream.stop
 
 
 def test_windows_grow_with_the_tasks(manifest):

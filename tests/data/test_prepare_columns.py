@@ -40,9 +40,9 @@ def test_classes_are_the_sorted_folders(places, monkeypatch):
     """Without Ray: what the source says of itself, and its records."""
     place, _ = places
     put(place, PICTURES)
+    monkeypatch.setattr("vlmo_ray.data.prepare.source.UNIT_BYTES", 2000)
     source = Folders(place)
     assert source.schema == Schema((Field("image", "image"), Field("label", "label", ("cat", "dog", "eel"))))
-    monkeypatch.setattr("vlmo_ray.data.prepare.source.UNIT_BYTES", 2000)
     units = source.units()
     assert len(units) > 1 and sum(unit.bytes for unit in units) >= 4 * 500
     records = {record.id: record for unit in units for record in source.records(unit)}

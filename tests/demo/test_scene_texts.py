@@ -13,20 +13,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scenes.graphs import mask_of, mirrored
+from scenes.questions import _PAIR_TEXTS, ANSWERS, is_true_of_pair, pair_statement, pair_with_claim, questions
+from scenes.records import vqa_records
 from tokenizers import BertWordPieceTokenizer
 
 import vlmo_ray
 from vlmo_ray.demo.scenes.captions import MAX_TOKENS, captions, forbidden_augmentations, num_tokens
-from vlmo_ray.demo.scenes.claims import is_true, mirrored
-from vlmo_ray.demo.scenes.questions import (
-    _PAIR_TEXTS,
-    ANSWERS,
-    is_true_of_pair,
-    pair_statement,
-    pair_with_claim,
-    questions,
-)
-from vlmo_ray.demo.scenes.records import retrieval_records, retrieval_set, vqa_records
+from vlmo_ray.demo.scenes.claims import is_true
+from vlmo_ray.demo.scenes.records import retrieval_records, retrieval_set
 from vlmo_ray.demo.scenes.render import PATTERNS
 from vlmo_ray.demo.scenes.world import BACKGROUND_COLOURS, HELD_OUT, KINDS, SHAPE_COLOURS, SIZES, scene
 
@@ -275,7 +270,7 @@ def test_flip_is_forbidden_exactly_where_sides_are_named():
 
 def test_flipping_pixels_is_flipping_the_graph():
     shown = scene(9, 1, image_size=64)
-    wrong = shown.mask[:, ::-1] != mirrored(shown).mask
+    wrong = mask_of(shown)[:, ::-1] != mask_of(mirrored(shown))
     assert wrong.mean() < 0.03  # centres are rounded to a pixel
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from vlmo_ray.config import MODEL_SIZES
 from vlmo_ray.model.flops import forward_flops, step_flops
-from vlmo_ray.model.vlmo import model_config
 
 PARTS = ("itm_positive", "image", "text", "image_vl", "text_vl", "mlm_head")
 COUNTED = {
@@ -17,7 +17,7 @@ COUNTED = {
 
 @pytest.mark.parametrize("name", COUNTED)
 def test_flops_per_pair(name):
-    config = model_config(name)
+    config = MODEL_SIZES[name]
     parts = forward_flops(config, 40)
     counted = [parts[part] for part in PARTS] + [sum(parts.values()), step_flops(config, 40)]
     assert [flops / 1e9 for flops in counted] == pytest.approx(COUNTED[name], rel=2e-3, abs=6e-3)

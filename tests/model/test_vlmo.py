@@ -7,9 +7,9 @@ import dataclasses
 import pytest
 import torch
 
-from vlmo_ray.config import ModelConfig
+from vlmo_ray.config import MODEL_SIZES, ModelConfig
 from vlmo_ray.errors import UserError
-from vlmo_ray.model.vlmo import VLMo, init_weights, model_config
+from vlmo_ray.model.vlmo import VLMo, init_weights
 from vlmo_ray.rng import Noise
 
 TINY = ModelConfig(
@@ -45,7 +45,7 @@ def noise(positions: torch.Tensor, name: str = "pass") -> Noise:
 @pytest.mark.parametrize(("name", "millions"), [("base", 175), ("base_plus", 167), ("large", 562)])
 def test_parameter_counts_without_heads(name, millions):
     with torch.device("meta"):
-        model = VLMo(model_config(name, heads=()))
+        model = VLMo(dataclasses.replace(MODEL_SIZES[name], heads=()))
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.6)
 
 
@@ -277,11 +277,3 @@ def test_any_multiple_of_the_patch_is_an_image_size():
 def test_impossible_configurations_are_refused(change, word):
     with pytest.raises(UserError, match=word):
         VLMo(dataclasses.replace(TINY, **change))
-
-
-def test_sizes_by_name():
-    assert model_config("base", image_size=384).num_patches == 576
-    with pytest.raises(UserError, match="base_plus"):
-        model_config("huge")
-    with pytest.raises(UserError, match="image_sise"):
-        model_config("base", image_sise=384)

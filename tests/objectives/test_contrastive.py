@@ -1,4 +1,4 @@
-"""Chunked contrasts against full matrices and autograd; every chunk size, masks, smoothing, extreme logits."""
+"""Contrasts block by block against full matrices and autograd; every block size, masks, smoothing, extreme logits."""
 
 import pytest
 import torch
@@ -31,10 +31,10 @@ def plain_sigmoid(image, text, log_scale, bias, pairs):
     return -F.logsigmoid(sign * logits)[counted].sum() / pairs.valid.sum()
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 7, 100])
+@pytest.mark.parametrize("block_size", [1, 3, 7, 100])
 @pytest.mark.parametrize("kind", ["softmax", "smoothed", "sigmoid"])
 @pytest.mark.parametrize("log_scale", [0.5, 4.6])  # 4.6: logits of +-100, far beyond what exp can hold unshifted
-def test_value_and_gradients(chunk, kind, log_scale):
+def test_value_and_gradients(block_size, kind, log_scale):
     generator = torch.Generator().manual_seed(0)
     image, text = (F.normalize(torch.randn(7, 5, generator=generator, dtype=torch.float64), dim=1) for _ in "it")
     log_scale = torch.tensor(log_scale, dtype=torch.float64)
@@ -47,13 +47,13 @@ def test_value_and_gradients(chunk, kind, log_scale):
         bias = torch.tensor([-1.5], dtype=torch.float64, requires_grad=True)
         expected = plain_sigmoid(image, text, log_scale, bias, pairs)
         wanted = torch.autograd.grad(expected, (image, text, log_scale, bias))
-        out = sigmoid_contrast(*features, log_scale, bias, pairs, chunk=chunk)
+        out = sigmoid_contrast(*features, log_scale, bias, pairs, block_size=block_size)
         torch.testing.assert_close(out.bias_grad, wanted[3][0], rtol=1e-10, atol=1e-12)
     else:
         smoothing = 0.2 if kind == "smoothed" else 0.0
         expected = plain(image, text, log_scale, pairs, smoothing)
         wanted = torch.autograd.grad(expected, (image, text, log_scale))
-        out = contrast(*features, log_scale, pairs, Workers((7,)), label_smoothing=smoothing, chunk=chunk)
+        out = contrast(*features, log_scale, pairs, Workers((7,)), label_smoothing=smoothing, block_size=block_size)
     torch.testing.assert_close(out.loss, expected.detach(), rtol=1e-12, atol=1e-12)
     for got, want in zip((out.image_grad, out.text_grad, out.scale_grad), wanted[:3], strict=True):
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)

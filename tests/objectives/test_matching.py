@@ -1,4 +1,4 @@
-"""Hard negatives: never a forbidden pair, distributed as the softmax, the same for any chunk and any split."""
+"""Hard negatives: never a forbidden pair, drawn from the softmax, the same for any block size and workers."""
 
 import math
 
@@ -23,12 +23,12 @@ def unit(rows, width=5, seed=0):
     st.integers(0, 2**63),
     st.data(),
 )
-def test_never_a_forbidden_pair_and_the_same_for_any_chunk_and_split(rows, chunk, key, data):
+def test_never_a_forbidden_pair_and_the_same_for_any_block_size_and_workers(rows, block_size, key, data):
     image_key, text_key = (torch.tensor([row[i] for row in rows]) for i in (0, 1))
     valid = torch.tensor([row[2] for row in rows])
     count = len(rows)
     images, texts, scale = unit(count, seed=1), unit(count, seed=2), torch.tensor(1.0)
-    whole = hard_negatives(images, texts, scale, Pairs(image_key, text_key, valid, 0, count), key, chunk=99)
+    whole = hard_negatives(images, texts, scale, Pairs(image_key, text_key, valid, 0, count), key, block_size=99)
     for i, j in enumerate(whole.tolist()):
         free = [
             k for k in range(count)
@@ -37,7 +37,7 @@ def test_never_a_forbidden_pair_and_the_same_for_any_chunk_and_split(rows, chunk
         assert (j in free) if free else j == -1
     first = data.draw(st.integers(0, count - 1))
     part = Pairs(image_key, text_key, valid, first, count - first)
-    assert torch.equal(hard_negatives(images[first:], texts, scale, part, key, chunk=chunk), whole[first:])
+    assert torch.equal(hard_negatives(images[first:], texts, scale, part, key, block_size=block_size), whole[first:])
 
 
 def test_drawn_from_the_softmax_of_scaled_similarity():
@@ -66,7 +66,7 @@ def test_local_mining_stays_in_a_rows_own_run_and_asked_rows_draw_the_same():
     local = hard_negatives(texts, images, scale, pairs, key, among=4)
     assert (local[valid] // 4 == everyone[valid] // 4).all() and (local != everyone).all() and local[9] == -1
     second = Pairs(everyone, everyone, valid, 4, 8)
-    assert torch.equal(hard_negatives(texts[4:], images, scale, second, key, among=4, chunk=3), local[4:])
+    assert torch.equal(hard_negatives(texts[4:], images, scale, second, key, among=4, block_size=3), local[4:])
     asked = rows_to_match(4, 8, run=4, share=0.5)
     assert asked.tolist() == [0, 1, 4, 5]
     everywhere = hard_negatives(texts, images, scale, pairs, key)

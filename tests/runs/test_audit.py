@@ -78,8 +78,8 @@ def rewrite(run: Path, change) -> dict:
 @pytest.mark.parametrize(
     "change, words",
     [
-        (lambda table: table.slice(1), ["1 places not consumed, the first in step", "missing: "]),
-        (lambda table: pa.concat_tables([table, table.slice(0, 1)]), ["1 places consumed more than once"]),
+        (lambda table: table.slice(1), ["1 positions not consumed, the first in step", "missing: "]),
+        (lambda table: pa.concat_tables([table, table.slice(0, 1)]), ["1 positions consumed more than once"]),
         (
             lambda table: table.set_column(2, "id", pa.array(["stranger", *table.column("id").to_pylist()[1:]])),
             ["unknown: stranger", "missing: "],

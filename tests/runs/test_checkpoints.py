@@ -73,7 +73,7 @@ def test_a_state_without_all_its_files_is_not_there(half, scenes, undisturbed, c
     next(newest.rglob("*.distcp")).unlink()
     assert Checkpoints(Store(str(half))).newest().step == 4
     assert train(job(scenes, half, CONFIG)).step == 10
-    told = "checkpoint-00000006 is not complete and passed over: some of its files are missing or short"
+    told = "skipped checkpoint-00000006, which is incomplete: some of its files are missing or short"
     assert told in capsys.readouterr().out
     assert_same(half, undisturbed, since=4)
     assert audit(str(half), scenes).clean
@@ -122,7 +122,7 @@ def test_a_flipped_bit_is_named_and_the_one_before_taken(half, scenes, undisturb
     flip(file)
     assert train(job(scenes, half, CONFIG)).step == 10
     printed = capsys.readouterr().out
-    assert f"checkpoint-00000006 is damaged and passed over: {file} has changed" in printed
+    assert f"skipped checkpoint-00000006, which is damaged: {file} has changed" in printed
     assert "resumed at step 4 on 1 workers" in printed
     assert_same(half, undisturbed, since=4)
     assert audit(str(half), scenes).clean
@@ -182,7 +182,7 @@ def test_a_failed_write_is_told_and_made_up_for(scenes, undisturbed, tmp_path, m
     """The disk is full at the checkpoints of steps 4 and 6."""
     import vlmo_ray.runs.checkpoint as checkpoint
 
-    original, calls = checkpoint.dcp.save, []
+    original, calls = checkpoint.state_dict_saver.save, []
 
     def save(*args, **kwargs):
         calls.append(1)
@@ -191,7 +191,7 @@ def test_a_failed_write_is_told_and_made_up_for(scenes, undisturbed, tmp_path, m
             raise checkpoint.CheckpointException("save", {0: (full, None)})
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(checkpoint.dcp, "save", save)
+    monkeypatch.setattr(checkpoint.state_dict_saver, "save", save)
     assert train(job(scenes, tmp_path, CONFIG)).step == 10
     assert names(tmp_path) == [2, 8, 10]
     assert capsys.readouterr().out.count("No space left on device (") == 2

@@ -182,7 +182,7 @@ def test_renewing_survives_storage_that_is_away_and_a_lease_that_vanished(tmp_pa
         assert holder_in(run)["token"] == before["token"]
     assert not run.exists("lease.json")
     said = capsys.readouterr().out
-    assert said == f"the lease of {run.uri} could not be renewed, trying on: lease.json is away\n"
+    assert said == f"the lease of {run.uri} could not be renewed; retrying: lease.json is away\n"
 
 
 def test_a_process_of_another_container_is_not_taken_for_dead(tmp_path, monkeypatch):

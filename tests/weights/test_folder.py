@@ -11,12 +11,13 @@ import pytest
 import torch
 from official_reference import random_state_dict
 from safetensors.torch import save_file
+from translated import from_official
 
 import vlmo_ray
 from vlmo_ray.config import MODEL_SIZES
 from vlmo_ray.errors import UserError
 from vlmo_ray.model.vlmo import VLMo, init_weights
-from vlmo_ray.weights.folder import export_official, from_official, import_official, load_model, save_model
+from vlmo_ray.weights.folder import export_official, import_official, load_model, save_model
 from vlmo_ray.weights.official import official_name, our_name
 from vlmo_ray.weights.resize import resample_table
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from official_reference import Reference, random_state_dict
+from translated import from_official
 
 from vlmo_ray.model.vlmo import VLMo
-from vlmo_ray.weights.folder import from_official
 from vlmo_ray.weights.official import our_name
 
 CLOSE = {"atol": 1e-9, "rtol": 1e-9}

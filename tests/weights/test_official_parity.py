@@ -16,9 +16,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
+from translated import from_official
 
 from vlmo_ray.model.vlmo import VLMo
-from vlmo_ray.weights.folder import from_official
 
 FOLDER = Path(os.environ.get("VLMO_GOLDEN_DIR") or Path(__file__).parents[3] / "shared" / "golden")
 FILES = sorted(FOLDER.glob("*.safetensors")) if FOLDER.is_dir() else []

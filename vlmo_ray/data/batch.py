@@ -1,4 +1,4 @@
-"""`Batch`: the rows of one step that a worker works on, as torch tensors."""
+"""`Batch`: a worker's rows of one step, as torch tensors."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ _TORCH_KEEPS = ("uint8", "bool", "float32", "float64")  # other numbers become i
 
 @dataclass(frozen=True)
 class Batch:
-    """B rows. `batch.image` is `batch.columns["image"]`: an encoder's columns are read like attributes.
+    """B rows. `batch.image` is `batch.columns["image"]`: an encoder's columns are also attributes.
 
-    Rows with `valid` False are placeholders for records that could not be read. They must count for nothing.
+    Rows with `valid` False are placeholders for records that could not be used. They must count for nothing.
     """
 
     columns: Mapping[str, Tensor]  # each [B, ...]
     valid: Tensor  # bool [B]
     position: Tensor  # int64 [B], in the global batch; in an evaluation the row in its chunk
     ids: list[str]  # B of them
-    problems: list[str]  # B of them: why a row is not valid, with its address; empty where it is
+    problems: list[str]  # B of them: the address of an invalid row and the reason; "" if the row is valid
 
     def __len__(self) -> int:
         return len(self.position)
@@ -37,16 +37,11 @@ class Batch:
 
     @classmethod
     def from_numpy(cls, columns: Mapping[str, np.ndarray]) -> Batch:
-        """From what a `data.reader.Reader` returns; integers are widened, the rest is not copied."""
-        own = ("valid", "position", "step", "id", "problem")
+        """From the columns of a `data.reader.Reader`; integers are widened, the rest is not copied."""
+        own = {"valid", "position", "step", "id", "problem"}
         tensors = {name: _tensor(column) for name, column in columns.items() if name not in own}
-        return cls(
-            tensors,
-            torch.from_numpy(columns["valid"]),
-            _tensor(columns["position"]),
-            list(columns["id"]),
-            list(columns["problem"]),
-        )
+        valid, position = _tensor(columns["valid"]), _tensor(columns["position"])
+        return cls(tensors, valid, position, list(columns["id"]), list(columns["problem"]))
 
     @classmethod
     def empty(cls, columns: Mapping[str, Column]) -> Batch:
@@ -57,9 +52,8 @@ class Batch:
     @classmethod
     def concatenate(cls, batches: Sequence[Batch]) -> Batch:
         """The rows of all, in order; at least one batch is needed, for the shapes."""
-        names = batches[0].columns
         return cls(
-            {name: torch.cat([batch.columns[name] for batch in batches]) for name in names},
+            {name: torch.cat([batch.columns[name] for batch in batches]) for name in batches[0].columns},
             torch.cat([batch.valid for batch in batches]),
             torch.cat([batch.position for batch in batches]),
             [name for batch in batches for name in batch.ids],
@@ -76,15 +70,11 @@ class Batch:
         return replace(self, columns={**self.columns, **columns})
 
     def without_valid(self) -> Batch:
-        """The same rows, none of which counts."""
+        """The same rows, all invalid."""
         return replace(self, valid=torch.zeros_like(self.valid))
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> Batch:
-        """In page-locked memory, from which `to(device, non_blocking=True)` overlaps with other work."""
-        return self._each(lambda tensor: tensor.pin_memory())
 
     def _each(self, do: Callable[[Tensor], Tensor]) -> Batch:
         columns = {name: do(tensor) for name, tensor in self.columns.items()}

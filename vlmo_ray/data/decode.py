@@ -1,10 +1,9 @@
-"""Encoded images become uint8 arrays at the training size, augmented by draws that depend on nothing else.
+"""From encoded images to augmented uint8 arrays of the training size.
 
-Every random number comes from `rng.generator(seed, "augment", step, position)`, all of them drawn at once in
-a fixed layout (`draw_augmentation`), so an image looks the same on any worker and after any resume, and a forbidden
-operation leaves the draws of the others where they were. The operations are Pillow's. timm's and
-torchvision's have the same arithmetic (the tests compare with timm's), but importing them brings torch
-into every data process: 670 MB and 4 s each, against 10 MB for Pillow.
+Every random number comes from `rng.generator(seed, "augment", step, position)`. All are drawn at once in a fixed layout
+(`draw_augmentation`), so an image is the same on any worker and after any resume, and a forbidden operation does not
+shift the draws of the others. The operations are Pillow's. timm's and torchvision's have the same arithmetic (the tests
+compare with timm's), but they import torch into every data process: 670 MB and 4 s each, against 10 MB for Pillow.
 
 The orientation tag of EXIF is not applied, as in the preparation that the released weights saw.
 """
@@ -25,20 +24,18 @@ from PIL import Image, ImageEnhance, ImageOps
 from vlmo_ray import rng
 from vlmo_ray.config import DataConfig
 from vlmo_ray.data.encoders import Column, Draw
-from vlmo_ray.data.schema import IMAGE_FORMATS, MAX_PIXELS, MAX_SIDE, Record
+from vlmo_ray.data.schema import FORBID, IMAGE_FORMATS, MAX_PIXELS, MAX_SIDE, Record
 from vlmo_ray.errors import RecordError
 
-FORBIDDABLE = ("crop", "flip", "color", "geometric")
 _CROP_RATIO = (3 / 4, 4 / 3)
 _CROP_ATTEMPTS = 10
 _OPERATION_PROBABILITY = 0.5
-GREY = 128  # of an image that cannot be read, and outside of one that is turned
-_FILL = (GREY, GREY, GREY)
+GREY = 128  # of an image that cannot be used, and outside of an image that is moved
 _MAX_TRANSLATION_PX = 10
 
 
 class DecodeError(RecordError):
-    """Why the bytes of one record are no image that can be trained on."""
+    """Why the bytes of one record cannot be used as an image."""
 
 
 class SizeError(DecodeError):
@@ -50,39 +47,39 @@ def decode_train(
 ) -> np.ndarray:
     """An augmented image, uint8 `[3, size, size]`, C-contiguous; the same for the same arguments everywhere.
 
-    Random resized crop, horizontal flip and RandAugment (VLMo section 4.1 with RandAugment of
-    Cubuk et al. 2020, without its colour inversions). `position` is the row in the global batch of `step`.
-    `forbid` names augmentations that would make the caption untrue, from `FORBIDDABLE`: "crop" (the
-    whole image is resized instead), "flip", "color" (autocontrast, equalize, brightness) and "geometric"
-    (shear, translate, rotate). Sharpness is never forbidden: it leaves flat areas and positions as they are.
+    Random resized crop, horizontal flip and RandAugment (VLMo section 4.1 with RandAugment of Cubuk et al. 2020, without
+    its colour inversions). `position` is the row in the global batch of `step`. `forbid` names augmentations that would
+    make the caption untrue, from `schema.FORBID`: "crop" (the whole image is resized instead), "flip", "color"
+    (autocontrast, equalize, brightness) and "geometric" (shear, translate, rotate). Sharpness is never forbidden: it
+    changes neither flat areas nor positions.
 
-    Raises `DecodeError` when the bytes cannot be used or `forbid` has an unknown name.
+    Raises `DecodeError` if the bytes cannot be used or `forbid` has an unknown name.
     """
     picture = _open(image)
     drawn = draw_augmentation(*picture.size, data, forbid, seed, step, position)
-    out = _augment(_square(picture, drawn.box, size, draft=True), drawn, data)
-    return _channels_first(out)
+    return _channels_first(_augment(_square(picture, drawn.box, size, draft=True), drawn, data))
 
 
 def decode_train_with_mask(
     image: bytes, mask: bytes, size: int, data: DataConfig, forbid: Collection[str], seed: int, step: int, position: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """An augmented image as `decode_train` gives it, and its mask uint8 `[size, size]` under the same draw.
+    """An augmented image as from `decode_train`, and its mask uint8 `[size, size]` under the same draw.
 
-    The mask takes the crop, the flip and the geometric operations, all with nearest neighbours. Places that come
-    from outside of the image have the value 255. Raises `DecodeError`, also if the sizes of the two differ.
+    The mask gets the crop, the flip and the geometric operations, all with nearest neighbours. Pixels from outside of
+    the image have the value 255. Raises `DecodeError`, also if the sizes of the two differ.
     """
-    picture, labels = _open(image), _open_mask(mask)
-    if picture.size != labels.size:
-        raise DecodeError(f"the image has {picture.size} pixels and its mask {labels.size}")
-    drawn = draw_augmentation(*picture.size, data, forbid, seed, step, position)
+    width, height = _open(image).size
+    labels = _open_mask(mask)
+    if labels.size != (width, height):
+        raise DecodeError(f"the image has {(width, height)} pixels and its mask {labels.size}")
+    drawn = draw_augmentation(width, height, data, forbid, seed, step, position)
     labels = labels.resize((size, size), Image.Resampling.NEAREST, box=drawn.box)
-    out = _augment(_square(picture, drawn.box, size, draft=True), drawn, data)
-    return _channels_first(out), np.array(_augment(labels, drawn, data))
+    pixels = decode_train(image, size, data, forbid, seed, step, position)
+    return pixels, np.array(_augment(labels, drawn, data))
 
 
 def _augment(out: Image.Image, drawn: Augmentation, data: DataConfig) -> Image.Image:
-    """The flip and the operations; of a mask (mode "L") those that move pixels."""
+    """The flip and the operations; for a mask (mode "L") only those that move pixels."""
     if drawn.flip:
         out = out.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     for name, sign in drawn.operations:
@@ -107,7 +104,7 @@ def image_row(record: Record, name: str, size: int, data: DataConfig, draw: Draw
 def decode_eval(image: bytes, size: int) -> np.ndarray:
     """The whole image resized to a square (bicubic, aspect ratio not kept), uint8 `[3, size, size]`.
 
-    Raises `DecodeError` when the bytes cannot be used.
+    Raises `DecodeError` if the bytes cannot be used.
     """
     picture = _open(image)
     return _channels_first(_square(picture, (0, 0, *picture.size), size))
@@ -130,17 +127,16 @@ def draw_augmentation(
 ) -> Augmentation:
     """The draws for an image of `width` x `height` pixels.
 
-    Layout of the draws: 10 x (area, ratio) of the crop, its left and its top, the flip, then for every
-    RandAugment operation (which, whether, sign). All are drawn whatever is used.
+    Layout of the draws: 10 x (area, ratio) of the crop, its left and its top, the flip, then for every RandAugment
+    operation (which, whether, sign). All are drawn, whichever are used.
     """
-    if unknown := sorted(set(forbid) - set(FORBIDDABLE)):
-        raise DecodeError(f"forbid has {unknown[0]!r}, which is none of {', '.join(FORBIDDABLE)}")
+    if unknown := sorted(set(forbid) - set(FORBID)):
+        raise DecodeError(f"forbid has {unknown[0]!r}, which is none of {', '.join(FORBID)}")
     attempts, corner = 2 * _CROP_ATTEMPTS, 2
     draws = rng.generator(seed, "augment", step, position).random(attempts + corner + 1 + 3 * data.randaugment_ops)
     crop, corner, flip, operations = np.split(draws, np.cumsum([attempts, corner, 1]))
-    if "crop" in forbid:
-        box = (0, 0, width, height)
-    else:
+    box = (0, 0, width, height)
+    if "crop" not in forbid:
         box = _crop_box(width, height, data.crop_area, crop.reshape(-1, 2), corner)
     names = tuple(OPERATIONS)
     chosen = []
@@ -154,7 +150,7 @@ def draw_augmentation(
 def _crop_box(
     width: int, height: int, area: tuple[float, float], attempts: np.ndarray, corner: np.ndarray
 ) -> tuple[int, int, int, int]:
-    """The first of the attempts `[n, 2]` that fits, or else the largest centred crop of an allowed ratio."""
+    """The first of the attempts `[n, 2]` that fits, otherwise the largest centred crop of an allowed ratio."""
     low, high = _CROP_RATIO
     for area_draw, ratio_draw in attempts:
         target = width * height * (area[0] + (area[1] - area[0]) * area_draw)
@@ -177,14 +173,14 @@ class Operation:
     """One operation of RandAugment: `apply(image, level, sign)` with level = M / 10."""
 
     apply: Callable[[Image.Image, float, float], Image.Image]
-    kind: str | None = None  # the name in `FORBIDDABLE` that excludes it
+    kind: str | None = None  # the name in `FORBID` that excludes it
 
 
 def _outside(image: Image.Image) -> dict[str, Any]:
-    """How a geometric operation samples: a mask takes nearest neighbours, and 255 where nothing is known."""
+    """How a geometric operation samples: for a mask, nearest neighbours, and 255 outside of the image."""
     if image.mode == "L":
         return {"resample": Image.Resampling.NEAREST, "fillcolor": 255}
-    return {"resample": Image.Resampling.BILINEAR, "fillcolor": _FILL}
+    return {"resample": Image.Resampling.BILINEAR, "fillcolor": (GREY, GREY, GREY)}
 
 
 def _affine(image: Image.Image, *matrix: float) -> Image.Image:
@@ -216,9 +212,9 @@ OPERATIONS: dict[str, Operation] = {
 def _square(picture: Image.Image, box: tuple[int, int, int, int], size: int, draft: bool = False) -> Image.Image:
     """The box of an opened picture as an RGB image of `size` x `size`, bicubic with antialiasing.
 
-    With `draft`, a JPEG is decoded at 1/2, 1/4 or 1/8 of its size as long as the box keeps `size` pixels on
-    either side. Against a full decode, pixels of photographs differ by 0.35 of 255 on average and by 8 at
-    most; an image of 1000 x 750 pixels takes about half the time, one of 4000 x 3000 a sixth or less.
+    With `draft`, a JPEG is decoded at 1/2, 1/4 or 1/8 of its size as long as the box keeps `size` pixels on either side.
+    Compared with a full decode, pixels of photographs differ by 0.35 of 255 on average and by 8 at most; an image of
+    1000 x 750 pixels takes about half the time, one of 4000 x 3000 a sixth or less.
     """
     width, height = picture.size
     left, top, right, bottom = box
@@ -235,8 +231,8 @@ def _square(picture: Image.Image, box: tuple[int, int, int, int], size: int, dra
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:
-    """Any mode to RGB. What is transparent becomes white, as on the page that the image was taken from:
-    the colours stored under it are arbitrary. Of 16-bit grey, the high byte is kept."""
+    """Any mode to RGB. Transparent pixels become white, as on a web page: the colours stored under them are arbitrary.
+    Of 16-bit grey, the high byte is kept."""
     picture.load()
     if picture.mode.startswith("I"):  # Pillow's own conversion clips at 255, to an all-white image
         high_byte = np.clip(np.asarray(picture), 0, 65535) >> 8
@@ -252,7 +248,7 @@ def _channels_first(image: Image.Image) -> np.ndarray:
 
 
 def _open_mask(mask: bytes) -> Image.Image:
-    """A mask with one channel of 8 bits; a palette image gives its indices."""
+    """A mask with one channel of 8 bits; of a palette image, the indices."""
     picture = _open(mask)
     if picture.mode not in ("L", "P", "1"):
         raise DecodeError(f"a mask of mode {picture.mode}, where one channel of 8 bits is wanted")
@@ -276,7 +272,7 @@ def _open(image: bytes) -> Image.Image:
 
 
 def image_problem(image: bytes, verify: bool, *, is_mask: bool = False) -> str:
-    """Why training could not decode these bytes, "" if it can; the sentences have no values, to be counted.
+    """Why training could not decode these bytes, "" if it can; messages have no values, so that they can be counted.
 
     Reads the header, and with `verify` decodes all pixels. A mask must have a single channel.
     """
@@ -301,10 +297,10 @@ def image_problem(image: bytes, verify: bool, *, is_mask: bool = False) -> str:
 
 @contextmanager
 def _reported() -> Iterator[None]:
-    """Whatever Pillow says about damaged bytes becomes a `DecodeError`; its plugins raise many types."""
+    """Turns Pillow's errors about damaged bytes, which are of many types, into a `DecodeError`."""
     try:
         yield
-    except MemoryError:  # the machine's trouble, not the record's
+    except MemoryError:  # a problem of the machine, not of the record
         raise
     except Image.DecompressionBombError as error:
         raise SizeError(f"image outside the limits: {type(error).__name__}: {error}") from error

@@ -1,4 +1,4 @@
-"""The chunks of shards that exist: of Parquet files with our columns, and of WebDataset tars."""
+"""The chunks of shards that exist: Parquet files with our columns, and WebDataset tars."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,10 +22,8 @@ SCHEMA_KEY = b"vlmo.schema"  # in the footer of a Parquet shard
 
 def row_group_range(footer: pq.FileMetaData, index: int) -> tuple[int, int]:
     """Offset and length of the bytes that hold row group `index`: its column chunks lie side by side."""
-    group = footer.row_group(index)
-    starts, ends = [], []
-    for i in range(group.num_columns):
-        column = group.column(i)
+    group, starts, ends = footer.row_group(index), [], []
+    for column in map(group.column, range(group.num_columns)):
         start = column.data_page_offset
         if column.has_dictionary_page and column.dictionary_page_offset:
             start = min(start, column.dictionary_page_offset)
@@ -58,13 +57,13 @@ def parquet_chunks(file: pa.NativeFile, name: str) -> list[Chunk]:
 
 
 def stored_schema(store: Store, name: str) -> Schema:
-    """The schema that a Parquet shard states, `PAIRS` if it states none, as those of other people."""
+    """The schema that a Parquet shard states; `PAIRS` if it states none, as shards that others have written."""
     with _opened_parquet(store, name) as file:
         return _stated(pq.read_metadata(file), store.address(name)) or PAIRS
 
 
 def check_stated(footer: pq.FileMetaData, schema: Schema, address: str) -> None:
-    """UserError if the shard states a field otherwise than `schema` does, for example with other classes."""
+    """UserError if the shard and `schema` differ in a field of the same name, for example in its classes."""
     stated = _stated(footer, address) or schema
     for field in schema.fields:
         if field.name in stated and stated.field(field.name) != field:
@@ -79,7 +78,7 @@ def _stated(footer: pq.FileMetaData, address: str) -> Schema | None:
     try:
         return None if facts is None else Schema.from_json(json.loads(facts))
     except (UserError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{address}: the schema that it states cannot be used: {error}") from error
+        raise UserError(f"{address} states a schema that cannot be used: {error}") from error
 
 
 def _brief(field: Field) -> str:
@@ -114,24 +113,21 @@ def index_tar(store: Store, names: list[str], rows_per_chunk: int = 256, schema:
     """The chunks of plain tars: runs of `rows_per_chunk` records; reads every byte once, in order."""
     chunks = []
     for name in names:
-        index = start = end = rows = crc = 0
+        index, chunk = 0, None
         try:
             with store.open_stream(name) as file:
                 for sample in iter_samples(iter_members(file.read)):
                     is_record = sample.is_record(schema)
-                    if rows == rows_per_chunk:
-                        chunks.append(Chunk("webdataset", name, index, start, end - start, rows, crc))
-                        index, rows, crc = index + 1, 0, 0
-                    if rows == 0 and not is_record:
-                        continue
-                    if rows == 0:
-                        start = end = sample.offset
-                    for data in sample.raw:
-                        crc = zlib.crc32(data, crc)
-                        end += len(data)
-                    rows += is_record
-            if rows:
-                chunks.append(Chunk("webdataset", name, index, start, end - start, rows, crc))
+                    if chunk and chunk.rows == rows_per_chunk:
+                        chunks.append(chunk)
+                        index, chunk = index + 1, None
+                    if is_record and chunk is None:
+                        chunk = Chunk("webdataset", name, index, sample.offset, bytes=0, rows=0, crc=0)
+                    if chunk:
+                        raw = b"".join(sample.raw)
+                        size, crc = chunk.bytes + len(raw), zlib.crc32(raw, chunk.crc)
+                        chunk = replace(chunk, bytes=size, rows=chunk.rows + is_record, crc=crc)
+            chunks += [chunk] if chunk else []
         except FileNotFoundError as error:
             raise UserError(f"{store.address(name)} does not exist") from error
         except (TarError, OSError) as error:

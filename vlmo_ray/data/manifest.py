@@ -1,8 +1,8 @@
 """The table of a data set's chunks: where each lies, how many rows it has, and its checksum.
 
-A chunk is what is read at once: a row group of a Parquet shard, or a run of records of a WebDataset tar.
-A thousand million records are some four million chunks, so there is no Python object per chunk: the manifest is
-six NumPy columns, 32 bytes a chunk. Reading it lists no bucket and opens no shard.
+A chunk is a row group of a Parquet shard, or a run of records of a WebDataset tar. A billion records are some four
+million chunks, so there is no Python object per chunk: the manifest is six NumPy columns, 32 bytes a chunk. Reading it
+lists no bucket and opens no shard.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from vlmo_ray.data.store import Store, open_store
 from vlmo_ray.errors import UserError
 
 MANIFEST = "manifest.parquet"
-VERSION = 2  # the schema is stated since this one; before, all data sets were `PAIRS`
+VERSION = 2  # version 1 states no schema: all its data sets are `PAIRS`
 Format = Literal["parquet", "webdataset"]
 _COLUMNS = {"index": np.int32, "offset": np.int64, "bytes": np.int64, "rows": np.int32, "crc": np.uint32}
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """One chunk, small enough to be sent to another process."""
+    """One chunk, as it is sent to another process."""
 
     format: Format
     shard: str
@@ -68,16 +68,8 @@ class Manifest:
         return int(self.chunk_rows.sum(dtype=np.int64))
 
     def chunk(self, i: int) -> Chunk:
-        return Chunk(
-            self.format,
-            self.shards[self.chunk_shard[i]],
-            int(self.chunk_index[i]),
-            int(self.chunk_offset[i]),
-            int(self.chunk_bytes[i]),
-            int(self.chunk_rows[i]),
-            int(self.chunk_crc[i]),
-            self.forbid,
-        )
+        numbers = {name: int(getattr(self, f"chunk_{name}")[i]) for name in _COLUMNS}
+        return Chunk(self.format, self.shards[self.chunk_shard[i]], **numbers, forbid=self.forbid)
 
 
 def _assemble(
@@ -91,7 +83,7 @@ def _assemble(
 ) -> Manifest:
     """A manifest from a table with a `shard` column, plain or dictionary-encoded, and `_COLUMNS`.
 
-    The fingerprint is that of the version that wrote it, as stored runs refer to it.
+    The fingerprint is computed as by the version that wrote the manifest, since stored runs refer to it.
     """
     table = table.unify_dictionaries()
     shard = table.column("shard").combine_chunks()
@@ -100,7 +92,8 @@ def _assemble(
     if not pa.types.is_dictionary(shard.type):
         shard = shard.dictionary_encode()
     columns = {
-        name: np.ascontiguousarray(table.column(name).to_numpy(), dtype=dtype) for name, dtype in _COLUMNS.items()
+        f"chunk_{name}": np.ascontiguousarray(table.column(name).to_numpy(), dtype=dtype)
+        for name, dtype in _COLUMNS.items()
     }
     number = np.ascontiguousarray(shard.indices.to_numpy(), dtype=np.int32)
     shards = tuple(shard.dictionary.to_pylist())
@@ -109,22 +102,13 @@ def _assemble(
     facts = [version, format, shards, forbid] + ([schema.to_json()] if version > 1 else [])
     digest = hashlib.sha256(json.dumps(facts).encode())
     for array in (number, *columns.values()):
-        digest.update(memoryview(array).cast("B") if len(array) else b"")
-    return Manifest(
-        uri,
-        format,
-        shards,
-        number,
-        *(columns[name] for name in _COLUMNS),
-        forbid=forbid,
-        fingerprint=digest.hexdigest(),
-        source=source,
-        schema=schema,
-    )
+        digest.update(array.tobytes())
+    facts = {"forbid": forbid, "fingerprint": digest.hexdigest(), "source": source, "schema": schema}
+    return Manifest(uri, format, shards, number, **columns, **facts)
 
 
 def chunk_table(chunks: list[Chunk]) -> pa.Table:
-    """The table that `write_manifest` takes, from chunk objects in the order of the data set."""
+    """The table that `write_manifest` takes, from chunks in the order of the data set."""
     columns = {name: np.array([getattr(c, name) for c in chunks], dtype) for name, dtype in _COLUMNS.items()}
     shard = pa.array([c.shard for c in chunks], pa.string()).dictionary_encode()
     return pa.table({"shard": shard} | columns)
@@ -139,9 +123,9 @@ def write_manifest(
     source: str = "",
     schema: Schema = PAIRS,
 ) -> Manifest:
-    """Write `manifest.parquet`, the last file of a data set: with it, the data set exists.
+    """Write `manifest.parquet`, the last file of a data set: without it there is no data set.
 
-    `chunks` has the columns shard, index, offset, bytes, rows, crc, a shard's chunks side by side.
+    `chunks` has the columns shard, index, offset, bytes, rows, crc; the chunks of a shard are next to each other.
     """
     check_forbid(forbid)
     store = Store(uri)
@@ -169,7 +153,7 @@ def write_manifest(
 def load_manifest(uri: str, retry_timeout_s: float | None = None) -> Manifest:
     """The manifest of the data set at `uri`; UserError if there is none, or it is damaged or too new.
 
-    Storage that does not answer is an error at once, or after `retry_timeout_s`.
+    If the storage does not answer, that is an error at once, or after `retry_timeout_s`.
     """
     store = open_store(uri) if retry_timeout_s is None else Store(uri, retry_timeout_s)
     address = store.address(MANIFEST)
@@ -179,18 +163,18 @@ def load_manifest(uri: str, retry_timeout_s: float | None = None) -> Manifest:
         raise UserError(
             f"{address} does not exist: {store.uri} is not a prepared data set; run `vlmo prepare` first"
         ) from error
+    manifest = None
     try:
         table = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True).read()
         facts = json.loads(table.schema.metadata[b"vlmo"])
         version = facts["version"]
         if version in (1, VERSION):
             schema = PAIRS if version == 1 else Schema.from_json(facts["schema"])
-            manifest = _assemble(
-                store.uri, facts["format"], table, tuple(facts["forbid"]), facts["source"], schema, version
-            )
+            forbid, source = tuple(facts["forbid"]), facts["source"]
+            manifest = _assemble(store.uri, facts["format"], table, forbid, source, schema, version)
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{address} is not a manifest or is damaged ({error}); prepare it again") from error
-    if version not in (1, VERSION):
+    if manifest is None:
         raise UserError(
             f"{address} has version {version}, this program reads versions 1 to {VERSION}; "
             "prepare the data set again, or install the version of vlmo-ray that made it"
@@ -208,7 +192,7 @@ def check_forbid(forbid: tuple[str, ...]) -> None:
 
 
 def check_shards(manifest: Manifest, store: Store | None = None, sample: int = 64) -> None:
-    """UserError if a shard is missing or cut short; looks at `sample` shards, evenly spaced."""
+    """UserError if one of `sample` evenly spaced shards is missing or cut short."""
     last = np.flatnonzero(np.diff(manifest.chunk_shard, append=len(manifest.shards)))
     store = store or Store(manifest.uri)
     picks = np.unique(np.linspace(0, len(last) - 1, min(sample, len(last))).astype(int))

@@ -1,14 +1,14 @@
 """Which row of the data set is at which position of which batch: a pure function of (seed, step).
 
-The rows form one endless stream. Epoch e owns the stream positions `[e * T, (e + 1) * T)` of a data set of T
-rows and goes through all chunks in an order of its own. Batch t is the stream positions `[R(t), R(t + 1))`,
-where R is the running sum of the batch sizes, so the place in the data is one number, the step.
+The rows form one endless stream. Epoch e is the stream positions `[e * T, (e + 1) * T)` of a data set of T rows, and
+goes through all chunks in an order of its own. Batch t is the stream positions `[R(t), R(t + 1))`, where R is the
+running sum of the batch sizes, so the place in the data is one number, the step.
 
-Within a span of consecutive steps the rows are dealt out again: each slice gets a run of neighbouring rows
-of the epoch's sequence, spread at random over the span's batches. So a worker, which has a contiguous range
-of slices, reads few chunks that it does not use, and rows that are neighbours in a file are rarely in the
-same batch. A span never crosses a phase (the number of slices would change inside it), and the parts of a
-span that belong to different epochs are dealt separately, so that an epoch holds every row exactly once.
+Within a span of consecutive steps the rows are shuffled: each slice gets a run of neighbouring rows of the epoch's
+sequence, spread at random over the span's batches. A worker has a contiguous range of slices, so it reads few chunks
+that it uses only in part, and rows that are neighbours in a file are rarely in the same batch. A span never crosses a
+phase, as the number of slices changes there. Where a span has rows of two epochs, those of each are shuffled
+separately, so that an epoch has every row exactly once.
 
     batch size 4 = 2 slices of 2, spans of 2 steps, chunks a b c d of 2 rows, in this epoch's order c a d b:
         sequence          c0 c1 a0 a1 | d0 d1 b0 b1
@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
+from typing import overload
 
 import numpy as np
 
@@ -63,27 +64,28 @@ class Schedule:
     def total_steps(self) -> int:
         return sum(steps for steps, _ in self.phases)
 
-    def phase(self, step: int) -> range:
-        """The steps of the phase that `step` is in."""
-        assert 0 <= step < self.total_steps, f"step {step} is not in [0, {self.total_steps})"
+    def phase(self, step: int) -> tuple[range, int]:
+        """The steps of the phase that `step` is in, and its global batch."""
         first = 0
-        for steps, _ in self.phases:
-            if step < first + steps:
-                break
+        for steps, batch in self.phases:
+            if first <= step < first + steps:
+                return range(first, first + steps), batch
             first += steps
-        return range(first, first + steps)
+        raise AssertionError(f"step {step} is not in [0, {first})")
 
     def batch_size(self, step: int) -> int:
         """G, the global batch of this step."""
-        assert 0 <= step < self.total_steps, f"step {step} is not in [0, {self.total_steps})"
-        ends = np.cumsum([steps for steps, _ in self.phases])
-        return self.phases[int(np.searchsorted(ends, step, side="right"))][1]
+        return self.phase(step)[1]
 
     def num_slices(self, step: int) -> int:
         return self.batch_size(step) // self.slice_size
 
-    def rows_before(self, step):
-        """R(step), the rows drawn by all steps before it: an int for an int, int64 for an array of steps."""
+    @overload
+    def rows_before(self, step: int) -> int: ...
+    @overload
+    def rows_before(self, step: np.ndarray) -> np.ndarray: ...
+    def rows_before(self, step: int | np.ndarray) -> int | np.ndarray:
+        """R(step), the rows of all steps before it: an int for an int, int64 for an array of steps."""
         steps = np.asarray(step, dtype=np.int64)
         assert np.all((steps >= 0) & (steps <= self.total_steps)), f"{step} is not in [0, {self.total_steps}]"
         rows = np.zeros_like(steps)
@@ -119,8 +121,8 @@ class Rows:
 class Order:
     """The rows of every batch of a run over chunks of `chunk_rows` rows (int `[C]`).
 
-    Any step is reached directly: 1e9 rows in 4e6 chunks take under a second the first time in an epoch, for
-    the permutation of its chunks, and what the rows themselves take after that.
+    Any step is reached directly. With 1e9 rows in 4e6 chunks, the first call in an epoch permutes the chunks in less
+    than a second; later calls only make their rows.
     """
 
     chunk_rows: np.ndarray
@@ -136,7 +138,7 @@ class Order:
             raise UserError("The data set has no rows: prepare it again.")
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_epochs": {}}  # the permutations are large, and quickly made again
+        return {**self.__dict__, "_epochs": {}}  # the permutations are large and quick to make again
 
     @cached_property
     def num_rows(self) -> int:
@@ -145,19 +147,21 @@ class Order:
     def span(self, step: int) -> range:
         """The steps whose rows are shuffled together with those of `step`.
 
-        Only the last span of the last phase may reach beyond the run's last step, so that a run which is
-        made longer later goes on exactly where it stopped.
+        Only the last span of the last phase may reach beyond the run's last step, so that a run that is made longer
+        later continues exactly where it stopped.
         """
-        phase = self.schedule.phase(step)
+        phase, _ = self.schedule.phase(step)
         first = step - (step - phase.start) % self.shuffle_steps
         last = first + self.shuffle_steps
         is_last_phase = phase.stop == self.schedule.total_steps
         return range(first, last if is_last_phase else min(last, phase.stop))
 
-    def slice_rows(self, span: range, first_slice: int, last_slice: int, start=0, stop=None) -> Rows:
+    def slice_rows(
+        self, span: range, first_slice: int, last_slice: int, start: int = 0, stop: int | None = None
+    ) -> Rows:
         """The rows of slices `[first_slice, last_slice)` in the steps of `span` that are in `[start, stop)`.
 
-        How slices are put together to parts changes nothing: the rows of a slice are its own.
+        The rows of a slice do not depend on which other slices are asked for.
         """
         assert span == self.span(span.start)
         size, batch = self.schedule.slice_size, self.schedule.batch_size(span.start)
@@ -169,17 +173,14 @@ class Order:
             for epoch in range(begin // self.num_rows, -(-end // self.num_rows))
         ]
         columns = [np.concatenate(column) for column in zip(*pieces, strict=True)]
-        keep = columns[0] >= start
-        if stop is not None:
-            keep &= columns[0] < stop
-        keep = np.flatnonzero(keep)
-        keep = keep[np.lexsort((columns[1][keep], columns[0][keep]))]
-        return Rows(*(column[keep] for column in columns))
+        step, position = columns[:2]
+        keep = np.flatnonzero((step >= start) & (step < (span.stop if stop is None else stop)))
+        return Rows(*columns).take(keep[np.lexsort((position[keep], step[keep]))])
 
     def _deal_epoch(self, epoch: int, span: range, begin: int, batch: int, low: int, high: int) -> tuple:
-        """The columns of `Rows` for the batch positions `[low, high)` of one span, one epoch's share."""
+        """The columns of `Rows` of one epoch for the batch positions `[low, high)` of one span."""
         first_row = epoch * self.num_rows
-        # the batch positions of each step that belong to this epoch, as a range per step
+        # of each step, the range of batch positions that belong to this epoch
         starts = begin + np.arange(len(span), dtype=np.int64) * batch
         lows = np.clip(first_row - starts, 0, batch)
         highs = np.clip(first_row + self.num_rows - starts, 0, batch)
@@ -192,7 +193,7 @@ class Order:
         streamed = begin + (step - span.start) * batch + position
         key = rng.uniforms(rng.stream(self.seed, "rows", epoch), streamed, 1)[:, 0]
         order = np.lexsort((key, position // self.schedule.slice_size))
-        # in slice order, the slices before `low` take their rows of the sequence first
+        # the slices before `low` come first in the sequence
         skipped = np.sum(np.maximum(np.minimum(highs, low) - lows, 0))
         sequence = max(begin - first_row, 0) + skipped + np.arange(len(order))
         chunks, ends = self._epoch(epoch)
@@ -202,7 +203,7 @@ class Order:
         return step[order], position[order], np.full(len(order), epoch), chunk, row
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The chunks in the order of this epoch and the number of rows up to the end of each, int64."""
+        """The chunks in the order of this epoch, and the number of rows up to the end of each, int64."""
         if epoch not in self._epochs:
             while len(self._epochs) > 1:  # a span rarely touches more than two
                 self._epochs.pop(next(iter(self._epochs)))

@@ -12,6 +12,8 @@ from typing import Any
 
 from vlmo_ray.errors import UserError
 
+_CLOSE_S = 10.0  # how long `close` waits for threads
+
 logger = logging.getLogger(__name__)
 
 
@@ -20,26 +22,26 @@ def user_error(error: BaseException | None) -> UserError | None:
     found = None
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
-        # Ray's wrapper poses as the type of what it wraps, with a traceback for a message: take the innermost
+        # Ray's wrapper is an instance of the type it wraps, with a traceback as its message: take the innermost
         found = error if isinstance(error, UserError) else found
         seen.add(id(error))
         error = getattr(error, "cause", None) or error.__cause__
-    # Ray Data adds advice about its own settings to the message of what it passes on
+    # Ray Data appends advice about its own settings to the message
     return found and type(found)(str(found).partition("\nFailed to apply UDF")[0])
 
 
 class Prefetch(Iterator):
-    """The items of an iterator, taken from it by a thread as fast as they come; its errors are raised here.
+    """The items of an iterator, which a thread takes as fast as they come; an error of the iterator is raised here.
 
-    `close` (or garbage collection) ends the thread after the item it is making; a generator is closed in it.
-    Who waits for a minute is told so in the log.
+    `close` (or garbage collection) ends the thread after the item it is making, and closes a generator in it.
+    Logs a warning for every minute spent waiting.
     """
 
     def __init__(self, source: Iterator):
         self._queue: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         self._stop = threading.Event()
-        # no reference to self, so that dropping the iterator ends the thread; a daemon, so that a thread
-        # that waits for Ray does not keep the interpreter from ending
+        # The thread has no reference to self, so that dropping the iterator ends it. It is a daemon, so that
+        # a thread that waits for Ray does not keep the interpreter from ending.
         self._thread = threading.Thread(target=_fill, args=(source, self._queue, self._stop), name="data", daemon=True)
         self._thread.start()
 
@@ -61,7 +63,7 @@ class Prefetch(Iterator):
                 raise value
         raise StopIteration
 
-    def close(self, wait_s: float = 10.0) -> None:
+    def close(self, wait_s: float = _CLOSE_S) -> None:
         self._stop.set()
         self._thread.join(wait_s)
 
@@ -76,7 +78,7 @@ def _fill(source: Iterator, results: queue.SimpleQueue, stop: threading.Event) -
                 break
             results.put(("item", item))
         results.put(("end", None))
-    except BaseException as error:  # whatever it is belongs to the consumer
+    except BaseException as error:  # raised in the consumer, whatever it is
         results.put(("error", error))
     finally:
         if isinstance(source, Generator):
@@ -84,10 +86,10 @@ def _fill(source: Iterator, results: queue.SimpleQueue, stop: threading.Event) -
 
 
 class Overlapped:
-    """Iterators one after the other, each run to its end by a `Prefetch`; three of them at most are kept.
+    """Iterators one after the other, each run to its end by a `Prefetch`; at most three are kept.
 
-    `make(nearly_done)` makes the next one, which calls `nearly_done` once, before the last of its items. That is when
-    the one after it is made, unless two are waiting to be asked for.
+    `make(nearly_done)` makes the next iterator, which must call `nearly_done` once, before the last of its items. Then
+    the iterator after it is made, or later if two are already waiting to be asked for.
     """
 
     def __init__(self, make: Callable[[Callable[[], None]], Iterator]):
@@ -97,7 +99,7 @@ class Overlapped:
         self._closed = False
 
     def next(self) -> Prefetch:
-        """The next iterator, when the one before is used up."""
+        """The next iterator; call this when the one before is used up."""
         with self._lock:
             assert not self._closed
             self._make_if_due()
@@ -107,16 +109,16 @@ class Overlapped:
             self._make_if_due()
             return self._kept[0]
 
-    def close(self, wait_s: float = 10.0) -> None:
+    def close(self) -> None:
         with self._lock:
             self._closed = True
-        until = time.monotonic() + wait_s
+        until = time.monotonic() + _CLOSE_S
         for prefetch in self._kept:
-            prefetch.close(0)  # all are told before any is waited for
+            prefetch.close(0)  # tells all threads before it waits for any
         for prefetch in self._kept:
             prefetch.close(max(0.0, until - time.monotonic()))
 
-    def _tell(self) -> None:
+    def _on_nearly_done(self) -> None:
         with self._lock:
             self._nearly_done += 1
             self._make_if_due()
@@ -124,4 +126,4 @@ class Overlapped:
     def _make_if_due(self) -> None:
         if self._made == self._nearly_done and self._made - self._asked_for < 2 and not self._closed:
             self._made += 1
-            self._kept.append(Prefetch(self._make(self._tell)))
+            self._kept.append(Prefetch(self._make(self._on_nearly_done)))

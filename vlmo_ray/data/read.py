@@ -1,4 +1,4 @@
-"""From a chunk of a shard to its records, with everything that can be wrong said by address."""
+"""From a chunk of a shard to its records; every error names its address."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from vlmo_ray.data.store import Store
 from vlmo_ray.data.tar import TarError, iter_members, iter_samples, record_of
 from vlmo_ray.errors import UserError
 
-_TAIL_BYTES = 64 << 10  # read at first of a shard's end: most footers are shorter
+_TAIL_BYTES = 64 << 10  # what is read first of a shard's end: most footers are shorter
 
 
 class ShardError(UserError):
@@ -30,6 +30,11 @@ class ShardError(UserError):
 
 class DamagedShard(ShardError):
     """The stored data is wrong or missing. Only this error may be masked (`data.bad_shards`)."""
+
+
+def chunk_address(store: Store, chunk: Chunk) -> str:
+    """`<shard>#<chunk>`; those of its rows are `<shard>#<chunk>:<row>`."""
+    return f"{store.address(chunk.shard)}#{chunk.index}"
 
 
 def read_chunk(
@@ -43,17 +48,17 @@ def read_chunk(
 ) -> list[Record]:
     """The `chunk.rows` records of a chunk, in order, from one range read.
 
-    `schema` is that of the manifest. Of its fields, only `names` are decoded and judged, by default all.
+    `schema` is that of the manifest. Of its fields, only `names` are decoded and checked, by default all.
 
-    Storage that is busy or away is asked again for `store.retry_timeout_s`. Wrong checksums and other errors, which
-    may come from the way, are tried again `retries` times, after `wait_s`, twice that, and so on, with jitter.
+    Requests to storage that is busy or away are repeated for `store.retry_timeout_s`. Wrong checksums and other errors,
+    which may come from the transfer, are retried `retries` times, after `wait_s`, twice that, and so on, with jitter.
     Raises DamagedShard with the address if the chunk is missing or still not what the manifest says, and another
-    ShardError if there still is no access to it.
+    ShardError if it still cannot be accessed.
     """
-    address = f"{store.address(chunk.shard)}#{chunk.index}"
+    address = chunk_address(store, chunk)
     for attempt in range(retries + 1):
         try:
-            # a shard that ends before the chunk begins gives nothing, where S3 would refuse
+            # S3 refuses an offset beyond the end of the shard; then nothing is read
             data = _take(store, chunk.shard, lambda f: f.read_at(chunk.bytes, min(chunk.offset, f.size())))
             if len(data) < chunk.bytes:
                 raise DamagedShard(f"the shard ends {chunk.bytes - len(data)} bytes before the chunk does")
@@ -73,7 +78,7 @@ def read_chunk(
         except StorageBusy as error:
             raise ShardError(f"{address}: {error}") from error
         except (UserError, TarError, OSError, pa.ArrowException) as error:
-            _footer.cache_clear()  # it may be what was read wrongly
+            _footer.cache_clear()  # the footer may be what was read wrongly
             if attempt == retries:
                 no_access = isinstance(error, UserError) and not isinstance(error, DamagedShard)
                 kind = ShardError if no_access else DamagedShard
@@ -93,13 +98,13 @@ def _take(store: Store, shard: str, take: Callable[[pa.NativeFile], bytes]) -> b
         return store.patiently(shard, attempt)
     except FileNotFoundError as error:
         if not store.exists(MANIFEST):  # a bucket that was deleted, a disk that is not mounted
-            nor = store.address(MANIFEST)
-            raise UserError(f"neither the shard nor {nor} exists; check the bucket or the mount") from error
+            manifest = store.address(MANIFEST)
+            raise UserError(f"neither the shard nor {manifest} exists; check the bucket or the mount") from error
         raise
 
 
 class _Range(io.RawIOBase):
-    """A file of which only `data`, at `offset`, is present: what a Parquet reader needs for one row group."""
+    """A file of which only `data`, at `offset`, is present: enough for a Parquet reader to read one row group."""
 
     def __init__(self, data: bytes, offset: int, size: int) -> None:
         self._data, self._offset, self._size, self._at = data, offset, size, 0
@@ -128,8 +133,7 @@ class _Range(io.RawIOBase):
 
 @functools.lru_cache(maxsize=256)
 def _footer(store: Store, shard: str) -> pq.FileMetaData:
-    tail = _take(store, shard, _tail)  # before it is parsed, so that what goes wrong is told apart
-    return pq.read_metadata(pa.BufferReader(tail))
+    return pq.read_metadata(pa.BufferReader(_take(store, shard, _tail)))
 
 
 def _tail(file: pa.NativeFile) -> bytes:
@@ -143,8 +147,8 @@ def _tail(file: pa.NativeFile) -> bytes:
 
 def _decode_parquet(store: Store, chunk: Chunk, data: bytes, schema: Schema, names: Collection[str]) -> list[Record]:
     footer = _footer(store, chunk.shard)
-    known = chunk.index < footer.num_row_groups
-    if not known or row_group_range(footer, chunk.index) != (chunk.offset, chunk.bytes):
+    exists = chunk.index < footer.num_row_groups
+    if not exists or row_group_range(footer, chunk.index) != (chunk.offset, chunk.bytes):
         raise DamagedShard("the footer of the shard does not agree with the manifest; prepare it again")
     source = pa.PythonFile(_Range(data, chunk.offset, chunk.offset + chunk.bytes), mode="r")
     file = pq.ParquetFile(source, metadata=footer, page_checksum_verification=True, pre_buffer=False)
@@ -166,17 +170,15 @@ def _decode_parquet(store: Store, chunk: Chunk, data: bytes, schema: Schema, nam
 
 
 def _values(column: pa.ChunkedArray) -> Iterator[tuple[Any, bool]]:
-    """The values, and whether they could be read: Arrow checks UTF-8 only when it makes Python strings."""
+    """The values, and whether each could be read: Arrow checks UTF-8 only when it makes Python strings."""
     try:
-        values = column.to_pylist()
+        yield from [(value, True) for value in column.to_pylist()]
     except UnicodeDecodeError:
         for scalar in column:
             try:
                 yield scalar.as_py(), True
             except UnicodeDecodeError:
                 yield None, False
-    else:
-        yield from ((value, True) for value in values)
 
 
 def _decode_webdataset(store: Store, chunk: Chunk, data: bytes, schema: Schema, names: Collection[str]) -> list[Record]:

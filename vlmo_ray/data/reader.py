@@ -1,11 +1,10 @@
-"""A part, the unit of data work: some chunks are read once, and the wanted rows become NumPy columns.
+"""From a part (rows of a few chunks, read at once) to NumPy columns.
 
-This is all that runs in a data process, so nothing here (or imported from here) knows torch or Ray.
+This is all that a data process runs, so nothing here, or imported from here, imports torch or Ray.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,7 +13,7 @@ import numpy as np
 from vlmo_ray.data.encoders import Draw, Encoder
 from vlmo_ray.data.manifest import Chunk, Manifest
 from vlmo_ray.data.order import Rows
-from vlmo_ray.data.read import DamagedShard, read_chunk
+from vlmo_ray.data.read import DamagedShard, ShardError, chunk_address, read_chunk
 from vlmo_ray.data.schema import Record, Schema, encodable
 from vlmo_ray.data.store import Store
 from vlmo_ray.errors import RecordError, UserError
@@ -24,7 +23,7 @@ Columns = dict[str, np.ndarray]
 
 @dataclass(frozen=True, eq=False)
 class Sources:
-    """The data sets of a run, as one long row of chunks: those of the first, then those of the second, and so on."""
+    """The data sets of a run as one sequence of chunks: those of the first, then those of the second, and so on."""
 
     manifests: tuple[Manifest, ...]
 
@@ -47,7 +46,7 @@ class Sources:
 
     @property
     def places(self) -> tuple[tuple[str, Schema], ...]:
-        """Address and schema of each data set: what a reader must know."""
+        """Address and schema of each data set, for `Reader`."""
         return tuple((manifest.uri, manifest.schema) for manifest in self.manifests)
 
 
@@ -55,7 +54,7 @@ class Sources:
 class Part:
     """Rows of a few chunks, with their places in the run; the arrays are int `[n]`.
 
-    In an evaluation a row's place is where it is stored: `step` is its chunk, `position` its row.
+    In an evaluation, `step` is the number of the chunk and `position` the row in it.
     """
 
     chunks: tuple[tuple[int, Chunk], ...]  # each with the number of its data set
@@ -76,20 +75,20 @@ def make_part(sources: Sources, rows: Rows) -> Part:
 
 def whole_chunk(sources: Sources, index: int) -> Part:
     """All rows of one chunk, for an evaluation."""
-    source, chunk = sources.chunk(index)
+    _, chunk = sources.chunk(index)
     row = np.arange(chunk.rows, dtype=np.int64)
     place = np.full_like(row, index)
-    return Part(((source, chunk),), np.zeros(len(row), np.int32), row.astype(np.int32), place, row)
+    return make_part(sources, Rows(step=place, position=row, epoch=np.zeros_like(row), chunk=place, row=row))
 
 
 @dataclass(frozen=True)
 class Reader:
     """Part -> columns, rows in the order of the part.
 
-    The encoder's columns, and of every batch: valid bool `[n]`, step, position int64 `[n]`, id, problem str `[n]`.
-    A record that cannot be used has the columns' fill values and valid = False, and `problem` says why, with its
-    address. A chunk that cannot be read raises `ShardError`; with `mask_damaged`, one that is damaged or missing
-    (`DamagedShard`) is so many records that cannot be used.
+    Returns the encoder's columns and, in every batch: valid bool `[n]`, step, position int64 `[n]`, id, problem str
+    `[n]`. A record that cannot be used has valid = False and the columns' fill values, and `problem` gives its address
+    and the reason. A chunk that cannot be read raises `ShardError`; with `mask_damaged`, all records of a damaged or
+    missing chunk (`DamagedShard`) are invalid instead.
     """
 
     places: tuple[tuple[str, Schema], ...]  # of the data sets, as `Sources.places`
@@ -114,7 +113,7 @@ class Reader:
 
     def __call__(self, part: Part) -> Columns:
         n = len(part)
-        columns = {name: np.empty((n, *column.shape), column.dtype) for name, column in self.encoder.columns.items()}
+        columns = {name: np.full((n, *c.shape), c.fill, c.dtype) for name, c in self.encoder.columns.items()}
         ids, problems = np.full(n, "", dtype=object), np.full(n, "not read", dtype=object)
         for index, (source, chunk) in enumerate(part.chunks):
             uri, schema = self.places[source]
@@ -126,16 +125,17 @@ class Reader:
                 if not self.mask_damaged:
                     raise
                 for i in rows:
-                    ids[i] = f"{store.address(chunk.shard)}#{chunk.index}:{part.row[i]}"
+                    ids[i] = f"{chunk_address(store, chunk)}:{part.row[i]}"
                     problems[i] = f"{ids[i]}: its chunk is masked: {error}"
                 continue
             for i in rows:
                 record = records[part.row[i]]
-                ids[i] = row_id(record)
+                ids[i] = _row_id(record)
+                draw = None if self.seed is None else Draw(self.seed, int(part.step[i]), int(part.position[i]))
                 try:
                     if record.problem:
                         raise RecordError(record.problem)
-                    row = self.encoder(record, self._draw(int(part.step[i]), int(part.position[i])))
+                    row = self.encoder(record, draw)
                 except RecordError as error:
                     problems[i] = encodable(f"{record.address}: {error}")
                 else:
@@ -143,39 +143,39 @@ class Reader:
                     for name, column in columns.items():
                         column[i] = row[name]
         valid = np.array([not problem for problem in problems], dtype=bool)
-        for name, column in columns.items():
-            column[~valid] = self.encoder.columns[name].fill
-        places = {"step": part.step, "position": part.position}
-        return columns | {"valid": valid, "id": ids, "problem": problems} | places
+        return columns | {"valid": valid, "id": ids, "problem": problems, "step": part.step, "position": part.position}
 
-    def _draw(self, step: int, position: int) -> Draw | None:
-        return None if self.seed is None else Draw(self.seed, step, position)
+    def or_failure(self, part: Part) -> Columns:
+        """The columns of the part, or in place of a `ShardError` one row at step -1 whose `problem` is its message.
+
+        An exception in a data task would come inside one of Ray's, which adds advice to the message; Ray would print
+        two tracebacks; and it would come before the batches of the parts ahead of this one.
+        """
+        try:
+            return self(part)
+        except ShardError as error:
+            columns = self(Part((), *np.full((4, 1), -1)))
+            columns["problem"][0] = str(error)
+            return columns
 
     @property
     def row_bytes(self) -> int:
-        """What a decoded row takes in memory, about."""
+        """About what a decoded row takes in memory."""
         return 128 + sum(column.row_bytes for column in self.encoder.columns.values())
-
-    def failure(self, sentence: str) -> Columns:
-        """One row at step -1 with this `problem`: the message of a task that could not read its part."""
-        columns = self(Part((), *np.full((4, 1), -1)))
-        columns["problem"][0] = sentence
-        return columns
 
 
 def chunk_ids(manifest: Manifest, index: int) -> dict[str, str]:
-    """Address -> id of a chunk's rows, as a batch has them: the rows of a damaged one have their addresses for ids."""
+    """Address -> id of a chunk's rows, as batches name them: in a damaged chunk, a row's id is its address."""
     store, chunk = Store(manifest.uri), manifest.chunk(index)
     try:
-        records: Sequence[Record] = read_chunk(store, chunk, manifest.schema)
-        return {record.address: row_id(record) for record in records}
+        return {record.address: _row_id(record) for record in read_chunk(store, chunk, manifest.schema)}
     except DamagedShard:
-        addresses = [f"{store.address(chunk.shard)}#{chunk.index}:{row}" for row in range(chunk.rows)]
+        addresses = [f"{chunk_address(store, chunk)}:{row}" for row in range(chunk.rows)]
         return dict(zip(addresses, addresses, strict=True))
 
 
-def row_id(record: Record) -> str:
-    """The record's id, or its address where it has none."""
+def _row_id(record: Record) -> str:
+    """The record's id, or its address if it has none."""
     return encodable(record.id or record.address)
 
 

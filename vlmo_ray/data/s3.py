@@ -1,4 +1,4 @@
-"""Connections to S3 from the usual AWS variables, and what its libraries raise turned into sentences."""
+"""Connections to S3 from the usual AWS variables, and clear messages for the errors of its libraries."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ import functools
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from pyarrow import fs as pafs
 
 from vlmo_ray.errors import UserError
 
 _CONNECT_S, _REQUEST_S, _ATTEMPTS = 2, 30, 3
-# What passes by itself: too busy, restarting, not reachable, cut off in the middle of an answer.
+# Errors that pass: the server is too busy, restarting or not reachable, or hung up during an answer.
 _PASSING = re.compile(
     r"500|502|503|504|429|SlowDown|SLOW_DOWN|ServiceUnavailable|SERVICE_UNAVAILABLE|InternalError|INTERNAL_FAILURE|"
     r"RequestTimeout|REQUEST_TIMEOUT|Throttling\w*|THROTTLING|NETWORK_CONNECTION|EndpointConnectionError|"
@@ -24,39 +23,29 @@ _PASSING = re.compile(
 
 
 class StorageBusy(UserError):
-    """The storage does not answer, or asks to come back later: worth another try."""
+    """The storage does not answer, or asks to come back later; another attempt may succeed."""
 
 
-@dataclass(frozen=True)
-class _Settings:
-    """What a connection depends on; connections are cached by it, so a changed environment is noticed."""
-
-    endpoint: str
-    region: str
-    key: str
-    secret: str
-    token: str
-
-
-def _settings() -> _Settings:
+def _settings() -> dict[str, str]:
+    """What a connection depends on. Connections are cached by it, so that a changed environment has an effect."""
     env = os.environ.get
-    return _Settings(
-        endpoint=env("AWS_ENDPOINT_URL_S3") or env("AWS_ENDPOINT_URL") or "",
-        region=env("AWS_REGION") or env("AWS_DEFAULT_REGION") or "us-east-1",
-        key=env("AWS_ACCESS_KEY_ID") or "",
-        secret=env("AWS_SECRET_ACCESS_KEY") or "",
-        token=env("AWS_SESSION_TOKEN") or "",
-    )
+    return {
+        "endpoint": env("AWS_ENDPOINT_URL_S3") or env("AWS_ENDPOINT_URL") or "",
+        "region": env("AWS_REGION") or env("AWS_DEFAULT_REGION") or "us-east-1",
+        "key": env("AWS_ACCESS_KEY_ID") or "",
+        "secret": env("AWS_SECRET_ACCESS_KEY") or "",
+        "token": env("AWS_SESSION_TOKEN") or "",
+    }
 
 
 @functools.lru_cache(maxsize=4)
-def _filesystem(s: _Settings) -> pafs.S3FileSystem:
-    scheme, _, host = s.endpoint.rpartition("://")
+def _filesystem(*, endpoint: str, region: str, key: str, secret: str, token: str) -> pafs.S3FileSystem:
+    scheme, _, host = endpoint.rpartition("://")
     return pafs.S3FileSystem(
-        access_key=s.key or None,
-        secret_key=s.secret or None,
-        session_token=s.token or None,
-        region=s.region,
+        access_key=key or None,
+        secret_key=secret or None,
+        session_token=token or None,
+        region=region,
         endpoint_override=host.rstrip("/") or None,
         scheme=scheme or "https",
         connect_timeout=_CONNECT_S,
@@ -66,13 +55,13 @@ def _filesystem(s: _Settings) -> pafs.S3FileSystem:
 
 
 @functools.lru_cache(maxsize=4)
-def _client(s: _Settings, probe: bool):
-    import boto3  # slow to import, and not needed to read a folder
+def _client(probe: bool, *, endpoint: str, region: str, key: str, secret: str, token: str):
+    from boto3.session import Session  # slow to import, and not needed to read a folder
     from botocore.config import Config
 
     options = {}
-    if s.endpoint and not os.environ.get("AWS_REQUEST_CHECKSUM_CALCULATION"):
-        # Other servers than AWS often refuse the trailing checksums that boto3 sends unasked.
+    if endpoint and not os.environ.get("AWS_REQUEST_CHECKSUM_CALCULATION"):
+        # Servers other than AWS often refuse the trailing checksums that boto3 sends by default.
         options["request_checksum_calculation"] = "when_required"
     config = Config(
         connect_timeout=_CONNECT_S,
@@ -81,15 +70,10 @@ def _client(s: _Settings, probe: bool):
         max_pool_connections=32,
         **options,
     )
-    endpoint = s.endpoint if "://" in s.endpoint or not s.endpoint else f"https://{s.endpoint}"
+    url = endpoint if "://" in endpoint or not endpoint else f"https://{endpoint}"
     # a new session: boto3's default one remembers the first credentials that it saw
-    session = boto3.session.Session(
-        aws_access_key_id=s.key or None,
-        aws_secret_access_key=s.secret or None,
-        aws_session_token=s.token or None,
-        region_name=s.region,
-    )
-    return session.client("s3", endpoint_url=endpoint or None, config=config)
+    session = Session(key or None, secret or None, token or None, region)
+    return session.client("s3", endpoint_url=url or None, config=config)
 
 
 @contextlib.contextmanager
@@ -113,7 +97,7 @@ def explained(address: str) -> Iterator[None]:
 
 
 def _code(error: Exception) -> str:
-    """The S3 error code, HTTP status, exception name or curl code: what the libraries leave us to go by."""
+    """The S3 error code, HTTP status, exception name or curl code, whichever the libraries give."""
     import botocore.exceptions as aws
 
     if isinstance(error.__context__, aws.ClientError):  # a failed upload has it only there
@@ -127,7 +111,7 @@ def _code(error: Exception) -> str:
 
 
 def _reason(code: str, error: Exception, address: str) -> str:
-    where = _settings().endpoint or "AWS"
+    where = _settings()["endpoint"] or "AWS"
     bucket = address.removeprefix("s3://").split("/")[0]
     match code:
         case "NoSuchBucket" | "NO_SUCH_BUCKET":
@@ -143,7 +127,7 @@ def _reason(code: str, error: Exception, address: str) -> str:
         case "AccessDenied" | "ACCESS_DENIED" | "403" | "Forbidden":
             return f"{where} denies access; check the keys and their rights on the bucket {bucket!r}"
         case "PermanentRedirect" | "AuthorizationHeaderMalformed" | "301":
-            return f"the bucket is not in the region {_settings().region!r}; set AWS_REGION"
+            return f"the bucket is not in the region {_settings()['region']!r}; set AWS_REGION"
         case "SSLError" | "curlCode: 35" | "curlCode: 60":
             return f"no TLS connection with {where}; for a plain server AWS_ENDPOINT_URL begins with http://"
         case "EndpointConnectionError" | "ConnectTimeoutError" | "ReadTimeoutError" | "ConnectionClosedError":
@@ -161,9 +145,9 @@ def _reason(code: str, error: Exception, address: str) -> str:
 
 def filesystem() -> pafs.S3FileSystem:
     """For reading."""
-    return _filesystem(_settings())
+    return _filesystem(**_settings())
 
 
 def client(probe: bool = False):
     """boto3's, for writing; `probe` gives up within seconds."""
-    return _client(_settings(), probe)
+    return _client(probe, **_settings())

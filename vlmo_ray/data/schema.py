@@ -1,4 +1,4 @@
-"""What a record is, what makes one valid, and the limits: one rule for preparing a data set and for reading it.
+"""What a record is, what makes one valid, and the limits: the same rule for preparing a data set and for reading it.
 
 A record has an id, an image_id, a list of forbidden augmentations, and the fields that its data set declares.
 """
@@ -10,8 +10,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from numbers import Integral, Real
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -21,9 +20,9 @@ from vlmo_ray.errors import UserError
 Kind = Literal["image", "text", "label", "mask", "answers", "captions", "boxes"]
 
 FORBID = ("crop", "flip", "color", "geometric")  # the augmentations that a record may rule out
-MAX_PIXELS = 64_000_000  # 192 MB once decoded to RGB; a header can claim far more in a few bytes
+MAX_PIXELS = 64_000_000  # 192 MB decoded to RGB; a few bytes of header can claim far more
 MAX_SIDE = 30_000
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # Pillow would also try formats that run other programs
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # some of Pillow's other formats run programs
 
 _RESERVED = ("id", "image_id", "forbid")
 _TYPES = {
@@ -52,7 +51,7 @@ class Field:
 
     name: str  # of the column; "image_2" is a second image
     kind: Kind
-    values: tuple[str, ...] = ()  # names of the classes of a label, or the answers that are possible; () if open
+    values: tuple[str, ...] = ()  # names of the classes of a label, or the possible answers; () if open
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
@@ -69,7 +68,7 @@ class Field:
 
     @cached_property
     def known(self) -> frozenset[str]:
-        """`values`, quick to look into."""
+        """`values`, for a quick `in`."""
         return frozenset(self.values)
 
 
@@ -105,7 +104,7 @@ class Schema:
 
     @property
     def arrow(self) -> pa.Schema:
-        """As it is stored: id, image_id, the fields in their order, forbid."""
+        """The stored columns: id, image_id, the fields in their order, forbid."""
         columns = {field.name: _TYPES[field.kind] for field in self.fields}
         ids = {"id": pa.string(), "image_id": pa.string()}
         return pa.schema(ids | columns | {"forbid": pa.list_(pa.string())})
@@ -131,7 +130,8 @@ class Schema:
         fields = []
         for column in columns.split(","):
             name, colon, kind = column.strip().partition(":")
-            fields.append(Field(name, kind if colon else re.sub(r"_\d+$", "", name)))
+            kind = kind if colon else re.sub(r"_\d+$", "", name)
+            fields.append(Field(name, cast("Kind", kind)))  # `Field` checks it
         return cls(tuple(fields))
 
 
@@ -140,21 +140,21 @@ PAIRS = Schema((Field("image", "image"), Field("text", "text")))  # also of mani
 
 @dataclass
 class Record:
-    """One row as it is stored. A record with a `problem` keeps its place but must be masked out."""
+    """One stored row. A record with a `problem` keeps its place but must be masked out."""
 
     id: str
     image_id: str
     values: dict[str, Any]  # of the declared fields, or of those that were asked for
     forbid: tuple[str, ...] = ()  # augmentations that would make the record untrue
-    problem: str = ""  # "" where all is well
+    problem: str = ""  # why it cannot be used, "" if it can
     address: str = ""  # <uri>/<shard>#<chunk>:<row>
 
 
 def problem_of(record: Record, schema: Schema, names: Collection[str] | None = None) -> str:
-    """Why the record cannot be used, "" if it can; looks at the fields `names`, by default at all.
+    """Why the record cannot be used, "" if it can; checks the fields `names`, by default all.
 
-    This is the only rule of what is valid. Whether encoded bytes are an image is left to `decode.image_problem`.
-    The sentences name columns and no values, so that they can be counted.
+    This is the only rule of what is valid, except that `decode.image_problem` checks whether bytes are an image.
+    Messages name columns and no values, so that they can be counted.
     """
     if record.problem:
         return record.problem
@@ -165,7 +165,7 @@ def problem_of(record: Record, schema: Schema, names: Collection[str] | None = N
                 return problem
     if not record.id or (schema.has_image and not record.image_id):
         return "there is no id or no image_id"
-    if not (_is_unicode(record.id) and _is_unicode(record.image_id)):
+    if not (is_unicode(record.id) and is_unicode(record.image_id)):
         return "an id is not valid Unicode text"
     if any(name not in FORBID for name in record.forbid):
         return f"forbid has a value other than {', '.join(FORBID)}"
@@ -173,7 +173,7 @@ def problem_of(record: Record, schema: Schema, names: Collection[str] | None = N
 
 
 def check_declared(columns: Iterable[str], schema: Schema) -> None:
-    """UserError if one of the columns is not declared: it would be lost."""
+    """UserError if one of the columns is not declared, because it would be lost."""
     for name in columns:
         if name not in schema:
             raise UserError(
@@ -183,70 +183,67 @@ def check_declared(columns: Iterable[str], schema: Schema) -> None:
 
 
 def encodable(text: str) -> str:
-    """Without the lone surrogates that names in a tar and JSON can hold, and Arrow cannot."""
+    """The text without lone surrogates, which names in a tar and JSON can have and Arrow cannot store."""
     return text.encode("utf-8", "replace").decode()
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
     return isinstance(text, str) and (text.isascii() or encodable(text) == text)
 
 
 def _problem_of_value(value: Any, field: Field) -> str:
-    name = field.name
+    name, several = field.name, field.kind in ("answers", "captions", "boxes")
     if value is None:
-        return f"there {'are' if field.kind in ('answers', 'captions', 'boxes') else 'is'} no {name}"
+        return f"there {'are' if several else 'is'} no {name}"
+    lists = (list, tuple, np.ndarray) if field.kind == "boxes" else (list, tuple)
+    if several and not isinstance(value, lists):
+        return f"the {name} are not a list"
     match field.kind:
         case "image" | "mask":
             if not isinstance(value, bytes):
                 return f"the {name} is not bytes"
             return "" if value else f"there is no {name}"
         case "text":
-            return _problem_of_text(value, name)
+            return problem_of_text(value, name)
         case "label":
-            if not isinstance(value, Integral) or isinstance(value, bool | np.bool_):
+            if not isinstance(value, int | np.integer) or isinstance(value, bool):
                 return f"the {name} is not an integer"
             in_range = 0 <= value < (len(field.values) or 2**31)
             return "" if in_range else f"the {name} is not the number of a class"
         case "answers":
-            if not isinstance(value, list | tuple):
-                return f"the {name} are not a list"
             return next(filter(None, (_problem_of_answer(answer, field) for answer in value)), "")
         case "captions":
-            if not isinstance(value, list | tuple):
-                return f"the {name} are not a list"
-            if not value:
-                return f"there are no {name}"
-            return next(filter(None, (_problem_of_text(text, f"text in {name}") for text in value)), "")
+            problems = (problem_of_text(text, f"text in {name}") for text in value)
+            return next(filter(None, problems), "") if value else f"there are no {name}"
         case "boxes":
-            if not isinstance(value, list | tuple | np.ndarray):
-                return f"the {name} are not a list"
             return "" if all(map(_is_box, value)) else f"{name} has a value that is no box"
-    raise AssertionError(field.kind)
 
 
-def _problem_of_text(text: Any, name: str) -> str:
+def problem_of_text(text: Any, name: str) -> str:
+    """Why a value is not a text, "" if it is one."""
     if text is None or (isinstance(text, str) and not text.strip()):
         return f"there is no {name}"
     if not isinstance(text, str):
         return f"the {name} is not a string"
-    return "" if _is_unicode(text) else f"the {name} is not valid Unicode"
+    return "" if is_unicode(text) else f"the {name} is not valid Unicode"
 
 
 def _problem_of_answer(answer: Any, field: Field) -> str:
     name = f"answer in {field.name}"
     if not isinstance(answer, Mapping) or set(answer) != {"answer", "score"}:
         return f"an {name} is not an answer and a score"
-    if problem := _problem_of_text(answer["answer"], name):
+    if problem := problem_of_text(answer["answer"], name):
         return problem
     if field.values and answer["answer"] not in field.known:
         return f"an {name} is not one of the values"
     score = answer["score"]
-    in_range = isinstance(score, Real) and not isinstance(score, bool) and 0 <= score <= 1
+    is_number = isinstance(score, int | float | np.integer | np.floating) and not isinstance(score, bool)
+    in_range = is_number and 0 <= score <= 1
     return "" if in_range else f"a score in {field.name} is not between 0 and 1"
 
 
 def _is_box(box: Any) -> bool:
-    """As it will be stored: in float32, where near numbers become equal and huge ones infinite."""
+    """Checks the box in float32, as it is stored: near numbers become equal, and huge ones infinite."""
     try:
         with np.errstate(over="ignore"):
             x0, y0, x1, y1 = map(float, np.asarray(box, dtype=np.float32))

@@ -1,4 +1,4 @@
-"""A folder or a bucket prefix behind one small interface, with errors that say what to mend."""
+"""A folder or a bucket prefix behind one small interface, with errors that say what to do."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ def _explained_folder(address: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Store:
-    """A folder or `s3://bucket/prefix`; names are relative to it, with `/` between parts.
+    """A folder or `s3://bucket/prefix`; names are relative to it, with `/` between components.
 
-    Picklable: only the address travels, and another process connects anew with its own AWS variables.
-    A missing name is a FileNotFoundError; every other failure is a UserError that names the address. Storage that is
-    busy or away is asked again for `retry_timeout_s`, then that is a `s3.StorageBusy`.
+    Picklable: only the address travels, and another process connects anew with its own AWS variables. A missing name
+    raises FileNotFoundError; every other failure raises a UserError that names the address. Requests to storage that is
+    busy or away are repeated for `retry_timeout_s`, and then raise `s3.StorageBusy`.
     """
 
     uri: str
@@ -68,7 +68,7 @@ class Store:
             path = uri.removeprefix("file://")
             if "://" in path:
                 raise UserError(f"{self.uri!r}: only folders and s3:// addresses can be opened")
-            # Absolute, since another process may have another working directory.
+            # absolute, because another process may have another working directory
             uri = os.path.abspath(os.path.expanduser(path))
         object.__setattr__(self, "uri", uri)
 
@@ -85,11 +85,11 @@ class Store:
         return s3.filesystem() if self.is_s3 else pafs.LocalFileSystem()
 
     def path(self, name: str) -> str:
-        """`name` as `fs` wants it."""
+        """`name` for `fs`."""
         return f"{self.root.rstrip('/')}/{name}" if name else self.root
 
     def address(self, name: str) -> str:
-        """`name` as a person wants it."""
+        """`name` for people."""
         return f"{self.uri.rstrip('/')}/{name}" if name else self.uri
 
     def _bucket_key(self, name: str) -> tuple[str, str]:
@@ -100,7 +100,7 @@ class Store:
         return (s3.explained if self.is_s3 else _explained_folder)(self.address(name))
 
     def patiently(self, name: str, attempt: Callable[[], T]) -> T:
-        """What `attempt` returns, tried again while the storage is busy; its errors explained."""
+        """What `attempt` returns, repeated while the storage is busy; its errors explained."""
         until, wait = time.monotonic() + self.retry_timeout_s, 0.25
         while True:
             try:
@@ -125,7 +125,7 @@ class Store:
         )
 
     def read(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
-        """`length` bytes from `offset` (all the rest by default); fewer only where the file ends."""
+        """`length` bytes from `offset` (by default to the end); fewer only if the file ends."""
 
         def attempt() -> bytes:
             with self.fs.open_input_file(self.path(name)) as file:
@@ -135,19 +135,19 @@ class Store:
 
     def write(self, name: str, data: bytes) -> None:
         """The whole file at once: a reader sees all of it or none."""
-        if self.is_s3:  # without a temporary file: it also works when the disk is full
+        if self.is_s3:  # without a temporary file, so that it works when the disk is full
             bucket, key = self._bucket_key(name)
             self.patiently(name, lambda: s3.client().put_object(Bucket=bucket, Key=key, Body=data))
-            return
-        with self.create(name) as file:
-            file.write(data)
+        else:
+            with self.create(name) as file:
+                file.write(data)
 
     @contextlib.contextmanager
     def create(self, name: str) -> Iterator[BinaryIO]:
         """A local binary file to write and re-read; it becomes `name` when the block ends without an error.
 
-        In a folder it is a temporary file beside `name`, renamed at the end; for a bucket it is uploaded
-        at the end, in one or several parts, and appears when the last has arrived.
+        In a folder it is a temporary file beside `name`, renamed at the end. For a bucket it is uploaded at the end, in
+        one or several parts, and appears when the last part has arrived.
         """
         target = None if self.is_s3 else Path(self.path(name))
         with contextlib.ExitStack() as stack:
@@ -156,14 +156,14 @@ class Store:
                     target.parent.mkdir(parents=True, exist_ok=True)
                 folder = target.parent if target else Path(tempfile.gettempdir())
                 temporary = folder / f"{_TEMPORARY}{uuid.uuid4().hex}"
-                mode = 0o666 if target else 0o600  # other people can look into the common temporary folder
+                mode = 0o666 if target else 0o600  # other users can read the common temporary folder
                 file = os.fdopen(os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, mode), "w+b")
             stack.callback(temporary.unlink, missing_ok=True)
             stack.enter_context(file)
             try:
                 yield file
             except OSError as error:
-                if error.errno not in _FULL:  # it may be about anything that is done in the block
+                if error.errno not in _FULL:  # any statement of the block may have raised it
                     raise
                 raise UserError(f"{self.address(name) if target else temporary}: {error}") from error
 
@@ -179,10 +179,9 @@ class Store:
             self.patiently(name, finish)
 
     def upload(self, file: Path, name: str) -> None:
-        """A local file under `name`, whole or not at all."""
+        """A local file under `name`: a reader sees all of it or none."""
         if self.is_s3:
-            place = self._bucket_key(name)
-            self.patiently(name, lambda: s3.client().upload_file(str(file), *place))
+            self.patiently(name, lambda: s3.client().upload_file(str(file), *self._bucket_key(name)))
         else:
             with self.create(name) as target, file.open("rb") as source:
                 shutil.copyfileobj(source, target)
@@ -193,12 +192,9 @@ class Store:
         selector = pafs.FileSelector(self.path(folder), allow_not_found=True, recursive=True)
         infos = self.patiently(prefix, lambda: self.fs.get_file_info(selector))
         cut = len(self.root.rstrip("/")) + 1
-        files = {i.path[cut:]: i.size for i in infos if i.type == pafs.FileType.File}
-        return {
-            name: files[name]
-            for name in sorted(files)
-            if name.startswith(prefix) and not name.rpartition("/")[2].startswith(_TEMPORARY)
-        }
+        files = sorted((i.path[cut:], i.size) for i in infos if i.type == pafs.FileType.File)
+        temporary = f"/{_TEMPORARY}"
+        return {name: size for name, size in files if name.startswith(prefix) and temporary not in f"/{name}"}
 
     def list(self, prefix: str = "") -> list[str]:
         """The sorted names that begin with `prefix`, in subfolders too."""
@@ -213,19 +209,15 @@ class Store:
         return self.size(name) is not None
 
     def delete(self, name: str) -> None:
-        """No error if it is already gone."""
-
-        def attempt() -> None:
-            if self.is_s3:
-                bucket, key = self._bucket_key(name)
-                s3.client().delete_object(Bucket=bucket, Key=key)
-            else:
-                Path(self.path(name)).unlink(missing_ok=True)
-
-        self.patiently(name, attempt)
+        """Delete a file; no error if there is none."""
+        bucket, key = self._bucket_key(name)
+        if self.is_s3:
+            self.patiently(name, lambda: s3.client().delete_object(Bucket=bucket, Key=key))
+        else:
+            self.patiently(name, lambda: Path(self.path(name)).unlink(missing_ok=True))
 
     def delete_folder(self, folder: str) -> None:
-        """Everything below `folder`, which must be a name: the store itself cannot be deleted with this."""
+        """Delete everything below `folder`, which must be a name: this cannot delete the store itself."""
         assert folder.strip("/"), "refusing to delete the whole store"
         names = self.list(f"{folder}/")
         with ThreadPoolExecutor(16) as pool:
@@ -236,11 +228,11 @@ class Store:
 
 
 def open_store(uri: str, *, create: bool = False, retry_timeout_s: float = 0.0) -> Store:
-    """The store at `uri`, after a check that takes seconds and has no patience.
+    """The store at `uri`, after a check that takes seconds and is not repeated.
 
-    With `create`, a missing folder is made and an empty prefix is welcome (a bucket is never made); without,
-    both are errors. Raises UserError for a missing bucket, a wrong key or secret, an endpoint that does not
-    answer, a missing folder, and an empty prefix.
+    With `create`, a missing folder is made and an empty prefix is allowed (a bucket is never made); without it, both are
+    errors. Raises UserError for a missing bucket, a wrong key or secret, an endpoint that does not answer, a missing
+    folder, and an empty prefix.
     """
     store = Store(uri, retry_timeout_s)
     if not store.is_s3:

@@ -1,7 +1,7 @@
 """WebDataset tars as a strict stream of members, and the samples that these make up.
 
-Python's `tarfile` ends quietly at a damaged header in the middle of a file, and all after it would be lost
-unseen; here every byte is accounted for. Nothing is ever written to the disk, so member names are only names.
+Python's `tarfile` stops without an error at a damaged header in the middle of a file, and what follows would be lost.
+Here every byte is accounted for. Nothing is written to the disk, so member names need no checks.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ _READ_BYTES = 16 << 20
 
 
 class TarError(ValueError):
-    """What is wrong with the tar, without its address, which the caller knows."""
+    """What is wrong with a tar; the caller adds its address."""
 
 
 @dataclass
 class Member:
-    """One member: `raw` is all its bytes from `offset` on (headers, data, padding); `data` views the data.
+    """One member: `raw` is all its bytes from `offset` on (headers, data, padding); `data` is a view of the data.
 
-    The `raw` of all members, one after another, are the tar up to its end mark.
+    The `raw` of all members, concatenated, is the tar up to its end mark.
     """
 
     offset: int
@@ -47,15 +47,15 @@ class Sample:
     raw: list[bytes] = field(default_factory=list)
 
     def is_record(self, schema: Schema) -> bool:
-        """Whether a member is an image, a text or a declared column; others (a lone JSON) are passed over."""
+        """Whether a member is an image, a text or a declared column; other samples (a lone JSON) are skipped."""
         declared = (suffix for column in schema.fields for suffix in _suffixes(column))
         return any(suffix in self.files for suffix in (*IMAGE_SUFFIXES, "txt", *declared))
 
 
 def iter_members(read: Callable[[int], bytes], *, whole: bool = True) -> Iterator[Member]:
-    """The members of a tar, in order, from `read(n)`; `whole` also asks for the end-of-archive mark.
+    """The members of a tar, in order, from `read(n)`; `whole` also requires the end-of-archive mark.
 
-    Raises TarError where the tar is cut short or a header is damaged.
+    Raises TarError if the tar is cut short or a header is damaged.
     """
     offset, last, zeros = 0, "its beginning", 0
 
@@ -63,7 +63,7 @@ def iter_members(read: Callable[[int], bytes], *, whole: bool = True) -> Iterato
         nonlocal offset
         blocks, missing = [], n
         while missing:
-            block = read(min(missing, _READ_BYTES))  # a damaged size must not reserve all memory
+            block = read(min(missing, _READ_BYTES))  # a damaged size must not allocate all memory
             if not block and may_end and missing == n:
                 return b""
             if not block:
@@ -138,7 +138,7 @@ def iter_samples(members: Iterable[Member]) -> Iterator[Sample]:
         stem, _, suffix = base.partition(".")
         key = f"{folder}{slash}{stem}"
         if sample is not None and (not member.is_file or key == sample.key):
-            sample.raw.append(member.raw)  # folders and links belong to whatever they follow
+            sample.raw.append(member.raw)  # folders and links belong to the sample before them
         else:
             if sample is not None:
                 yield sample
@@ -150,7 +150,7 @@ def iter_samples(members: Iterable[Member]) -> Iterator[Sample]:
 
 
 def _suffixes(column: Field) -> tuple[str, ...]:
-    """Of the members that may hold a column, in order of preference; others are in the JSON."""
+    """The suffixes of members that may hold a column, in order of preference; other columns are in the JSON."""
     match column.name, column.kind:
         case "image", "image":
             return IMAGE_SUFFIXES
@@ -166,9 +166,9 @@ def _suffixes(column: Field) -> tuple[str, ...]:
 def record_of(tar_name: str, sample: Sample, schema: Schema, names: Collection[str] | None = None) -> Record:
     """The record of a sample, with the fields `names` (by default all) and a problem if they cannot be read.
 
-    An image or mask is the member `<key>.<field>.<suffix>`, or for the field "image" `<key>.jpg` and the like.
-    The field "text" is the member `.txt`, else `caption` in the JSON; "label" is the member `.cls`, else in the
-    JSON by its name, as are all other fields. The JSON may also have `id`, `image_id` and `forbid`.
+    An image or mask is the member `<key>.<field>.<suffix>`, or for the field "image" `<key>.jpg` and the like. The field
+    "text" is the member `.txt`, otherwise `caption` in the JSON. The field "label" is the member `.cls`, otherwise in the
+    JSON by its name, as all other fields are. The JSON may also have `id`, `image_id` and `forbid`.
     """
     address = encodable(f"{tar_name}/{sample.key}")
     record, files = Record(address, address, {}), sample.files

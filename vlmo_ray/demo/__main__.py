@@ -1,9 +1,9 @@
-"""The main job in small, end to end: `make demo`.
+"""`make demo`: the main job at small scale, end to end.
 
-A SeaweedFS server on this machine holds the bucket. Scenes of coloured shapes are written into it as shards; a
-small VLMo is pre-trained from it with all three objectives by `vlmo train` on two elastic CPU workers; one of
-them is killed on the way; zero-shot retrieval is measured on scenes that the training never saw. Everything is
-left under `demo-out/`: the table as JSON, the curves as a picture, the log, the bucket.
+A SeaweedFS server on this machine holds the bucket. The demo writes scenes of coloured shapes into it as shards,
+pre-trains a small VLMo with all three objectives by `vlmo train` on two elastic CPU workers, kills one of them on the
+way, and measures zero-shot retrieval on unseen scenes. `demo-out/` keeps the scores as JSON, the curves as a picture,
+the log and the bucket.
 """
 
 from __future__ import annotations
@@ -29,7 +29,12 @@ from vlmo_ray.data.store import Store, open_store
 from vlmo_ray.demo.local_s3 import local_s3
 from vlmo_ray.demo.scenes.records import declared, records, retrieval_records
 from vlmo_ray.errors import UserError
+from vlmo_ray.evaluate import evaluate
 from vlmo_ray.recipes import recipe
+from vlmo_ray.runs.checkpoints import Checkpoints
+from vlmo_ray.runs.evaluations import table
+from vlmo_ray.runs.metrics import read_metrics
+from vlmo_ray.session import ray_session
 
 OUT = Path("demo-out")
 TRAIN, EVAL, RUNS = "s3://demo/scenes-train", "s3://demo/scenes-eval", "s3://demo/runs"
@@ -42,19 +47,19 @@ _WORKER = re.compile(r"worker (\d+) of (\d+): process (\d+)")
 
 @dataclass
 class Story:
-    """What happened to the run, as seen from outside."""
+    """What happened to the run, as its output tells."""
 
     killed_pid: int = 0
     killed_at: float = 0.0  # seconds after the start
-    workers: dict[int, int] = field(default_factory=dict)  # rank -> process id, of the present workers
+    workers: dict[int, int] = field(default_factory=dict)  # rank -> process id of the current workers
     resumed_step: int = -1
 
 
 def main() -> int:
-    """Runs the demo; 0 if everything it promises came true, else 1 with the reason."""
+    """Runs the demo. Returns 0 if everything it promises came true, else 1 after printing the reason."""
     console = Console()
     began = time.monotonic()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that what was started is ended
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # child processes end too
     shutil.rmtree(OUT, ignore_errors=True)
     OUT.mkdir()
     try:
@@ -83,7 +88,7 @@ def _pretrain(console: Console) -> Story:
     console.rule("vlmo " + " ".join(command[3:]))
     environment = os.environ | {"PYTHONUNBUFFERED": "1", "RAY_DEDUP_LOGS": "0"}
     story, began = Story(), time.monotonic()
-    run = Store(f"{RUNS}/demo")
+    checkpoints = Checkpoints(Store(f"{RUNS}/demo"))
     with (
         (OUT / "pretrain.log").open("w", buffering=1) as log,
         subprocess.Popen(
@@ -91,6 +96,7 @@ def _pretrain(console: Console) -> Story:
         ) as process,
     ):
         try:
+            assert process.stdout is not None  # it is a pipe
             for line in process.stdout:
                 log.write(line)
                 message = re.sub(r"\x1b\[\d+m|\(\w+ pid=[^)]*\) ?", "", line).strip()  # Ray's colours and prefixes
@@ -102,7 +108,7 @@ def _pretrain(console: Console) -> Story:
                 elif not re.match(r"step \d+/|.* steps, .* samples|done:|masked|vlmo:", message):
                     continue
                 console.print(message, highlight=False, markup=False)
-                if not story.killed_pid and message.startswith("step ") and _has_checkpoint(run):
+                if not story.killed_pid and message.startswith("step ") and checkpoints.newest():
                     story.killed_pid = story.workers[max(story.workers)]
                     story.killed_at = time.monotonic() - began
                     os.kill(story.killed_pid, signal.SIGKILL)
@@ -117,18 +123,7 @@ def _pretrain(console: Console) -> Story:
     return story
 
 
-def _has_checkpoint(run: Store) -> bool:
-    from vlmo_ray.runs.checkpoints import Checkpoints
-
-    return Checkpoints(run).newest() is not None
-
-
 def _report(console: Console, story: Story, began: float) -> int:
-    from vlmo_ray.evaluate import evaluate
-    from vlmo_ray.runs.evaluations import table
-    from vlmo_ray.runs.metrics import read_metrics
-    from vlmo_ray.session import ray_session
-
     console.rule("evaluation")
     unseen = list(retrieval_records(SEED, NUM_UNSEEN, image_size=recipe("demo").model.image_size))
     held_out = [record["image_id"] for record in unseen if record["held_out"]]
@@ -181,7 +176,7 @@ def _mean(metrics: list[dict[str, float]]) -> float:
 
 
 def _draw(metrics: list[dict[str, float]], repeated: list[int], path: Path) -> None:
-    """The four losses against pairs seen, the repeated steps shaded."""
+    """Plots the four losses against pairs seen, with repeated steps shaded."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -199,7 +194,7 @@ def _draw(metrics: list[dict[str, float]], repeated: list[int], path: Path) -> N
         axis.plot([m["samples"] for m in metrics], [m[name] for m in metrics], linewidth=0.9)
         if repeated:
             twice = samples[repeated[0]], samples[repeated[-1]]
-            axis.axvspan(*twice, color="tab:orange", alpha=0.3, label="done twice: a worker was killed")
+            axis.axvspan(*twice, color="tab:orange", alpha=0.3, label="repeated: a worker was killed")
         axis.set_title(title)
         axis.grid(alpha=0.3)
     axes[0, 0].legend()

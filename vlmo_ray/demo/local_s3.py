@@ -1,4 +1,4 @@
-"""A real S3 server on this machine only, for the demo and the tests: SeaweedFS from a wheel."""
+"""A real S3 server on the loopback interface, for the demo and the tests: SeaweedFS from a wheel."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pathlib import Path
 from vlmo_ray.errors import UserError
 
 _START_S = 60
-# The server dies with its parent, even one that is killed: prctl(PR_SET_PDEATHSIG, SIGTERM), then exec.
+# The server ends with its parent, even if that is killed: prctl(PR_SET_PDEATHSIG, SIGTERM), then exec.
 _LAUNCH = """
 import ctypes, os, signal, sys
 if sys.platform == "linux":
@@ -47,10 +47,10 @@ def _free_ports(n: int) -> list[int]:
 
 @contextlib.contextmanager
 def local_s3(folder: str | Path, buckets: tuple[str, ...] = ("vlmo",)) -> Iterator[dict[str, str]]:
-    """Serve S3 from `folder` on a free loopback port, with the buckets made; yields the AWS variables.
+    """Creates the buckets and serves S3 from `folder` on a free loopback port; yields the AWS variables.
 
-    Put them into `os.environ` before Ray starts, so that its workers have them too. The server is ended with
-    the block, and when this process dies. Raises UserError if it is not installed or does not start in time.
+    Put them into `os.environ` before Ray starts, so its workers inherit them. The server ends with the block or with
+    this process. Raises UserError if the server is not installed or does not start in time.
     """
     folder = Path(folder).resolve()
     folder.mkdir(parents=True, exist_ok=True)
@@ -85,7 +85,7 @@ def local_s3(folder: str | Path, buckets: tuple[str, ...] = ("vlmo",)) -> Iterat
         _wait(server, endpoint, key, secret, buckets, log)
         yield env
     finally:
-        # The process is its own group's leader, so the group holds what it started and nothing else.
+        # The server leads its own process group, which holds its children and nothing else.
         for kill, patience_s in ((signal.SIGTERM, 5), (signal.SIGKILL, 5)):
             with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
                 os.killpg(server.pid, kill)
@@ -94,7 +94,7 @@ def local_s3(folder: str | Path, buckets: tuple[str, ...] = ("vlmo",)) -> Iterat
 
 
 def _wait(server: subprocess.Popen, endpoint: str, key: str, secret: str, buckets: tuple[str, ...], log: Path) -> None:
-    """Until every bucket exists and takes an object: the port answers before writes do."""
+    """Waits until every bucket exists and accepts an object; the port answers before writes succeed."""
     import boto3
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError, ClientError

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 
-def largest_cluster() -> dict[str, float] | None:
+
+def largest_cluster() -> Mapping[str, float] | None:
     """The most of each resource that the autoscaler may provide; None where no autoscaler runs.
 
     Without it an empty autoscaling cluster looks like one that is too small, and the run would be refused. Ray Train

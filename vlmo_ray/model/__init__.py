@@ -1,1 +1,1 @@
-"""The multiway transformer and its heads: architecture only, no losses, no files, no Ray."""
+"""The multiway transformer and its heads: architecture only, without losses, files or Ray."""

@@ -18,8 +18,7 @@ class TextEmbedding(nn.Module):
         super().__init__()
         self.dropout = config.drop_path  # the released models tie the two rates
         self.word = nn.Embedding(config.vocab_size, config.width)
-        # Row 0 is added to every token. Row 1 is BERT's second sentence: never read, kept because released
-        # weights have it.
+        # Row 0 is added to every token. Row 1, BERT's second sentence, is never read; released weights have it.
         self.token_type = nn.Embedding(2, config.width)
         self.position = None
         if config.position == "absolute":
@@ -44,7 +43,7 @@ class TextEmbedding(nn.Module):
 
 
 class ImageEmbedding(nn.Module):
-    """Patch projection, row by row, with `[I_CLS]` in front (+ absolute position); paper section 3.1."""
+    """`[I_CLS]`, then projected patches row by row (+ absolute position); paper section 3.1."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -68,16 +67,16 @@ class ImageEmbedding(nn.Module):
 
 
 def relative_position_index(grid: int, text_len: int) -> Tensor:
-    """Row of the bias table for every (query, key) of `[text_len text tokens; 1 + grid*grid image tokens]`.
+    """The row of the bias table for every (query, key), int64 `[S,S]`, S = text_len + 1 + grid * grid, text first.
 
-    int64 `[S,S]`. The table has three blocks, the last three rows of the first and third being
-    CLS-to-others (CLS is the query), others-to-CLS and CLS-to-itself:
+    The table has three blocks:
 
         image   (2 grid - 1)^2 + 3    two-dimensional distance, query minus key
         cross   2                     text-to-image, image-to-text
         text    2 text_len            distance, key minus query
 
-    The signs of the two distances differ because the image rows come from BEiT.
+    The last three rows of the image and text blocks are CLS-to-others (CLS is the query), others-to-CLS and
+    CLS-to-itself. The signs of the two distances differ because the image rows come from BEiT.
     """
     side = 2 * grid - 1
     first_cross = side * side + 3
@@ -98,7 +97,7 @@ def relative_position_index(grid: int, text_len: int) -> Tensor:
 
 
 def _with_cls(distances: Tensor, end: int) -> Tensor:
-    """A CLS token in front, with the rows `end - 3` as query, `end - 2` as key, `end - 1` with itself."""
+    """Adds CLS in front: row `end - 3` where CLS is the query, `end - 2` where it is the key, `end - 1` where both."""
     index = F.pad(distances, (1, 0, 1, 0))
     index[0, 1:] = end - 3
     index[1:, 0] = end - 2
@@ -109,8 +108,10 @@ def _with_cls(distances: Tensor, end: int) -> Tensor:
 class RelativePositionBias(nn.Module):
     """One learned table of attention biases for all layers and heads, as in BEiT, with text rows added.
 
-    `table` is `[rows, L*H]`: rows as in `relative_position_index`, columns l*H .. (l+1)*H belong to layer l.
+    `table` is `[rows, L*H]`: rows as in `relative_position_index`; columns l*H .. (l+1)*H belong to layer l.
     """
+
+    index: Tensor  # [S,S], of the longest text and the image
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -122,10 +123,7 @@ class RelativePositionBias(nn.Module):
         self.register_buffer("index", index, persistent=False)
 
     def forward(self, text_len: int, image: bool = True) -> Tensor:
-        """The bias of all layers for `text_len` text tokens and, unless `image` is False, all image tokens.
-
-        `[L,H,S,S]` in the order `[text; image]`.
-        """
+        """The bias `[L,H,S,S]` of all layers for `text_len` text tokens and, if `image`, then all image tokens."""
         if text_len > self.text_len:
             raise UserError(
                 f"The text has {text_len} tokens, but the relative bias table has room for {self.text_len}: "

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from vlmo_ray.config import ModelConfig
 from vlmo_ray.model.attention import SelfAttention
 
-# Who processes the tokens: the expert of one modality for all of them, or, below the first vision-language
-# layer of a pair, the language expert for the first tokens and the vision expert for the rest.
+# Which expert processes the tokens: one expert for all of them, or ("pair") the language expert for the text tokens and
+# the vision expert for the image tokens, as in a pair pass below the first vision-language layer.
 Route = Literal["text", "image", "vl", "pair"]
 
 
 class Expert(nn.Module):
-    """A feed-forward network of one modality with its own LayerNorm: V-FFN, L-FFN or VL-FFN."""
+    """A feed-forward network with its own LayerNorm: V-FFN, L-FFN or VL-FFN."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -55,9 +55,9 @@ class MoMELayer(nn.Module):
     ) -> Tensor:
         """[B,S,D] -> [B,S,D].
 
-        `num_text` splits the tokens of a "pair"; `bias` [H,S,S] and `padding` [B,1,1,S] are as in
-        `SelfAttention`; `keep` [B,3] holds each sample's drop path factors (0 or 1/(1 - rate)): of the
-        attention, of the expert, and of the vision expert where a pair has two. None for no drop path.
+        `num_text` is the number of text tokens of a "pair". `bias` [H,S,S] and `padding` [B,1,1,S] are as in
+        `SelfAttention`. `keep` [B,3] holds each row's drop path factors, 0 or 1/(1 - rate): of the attention, of the
+        expert, and of the vision expert of a "pair". None: no drop path.
         """
         keep_attention = keep_expert = keep_image = None
         if keep is not None:

@@ -6,9 +6,9 @@ from vlmo_ray.config import ModelConfig
 
 
 def pass_flops(config: ModelConfig, text_len: int, image: bool, num_layers: int | None = None) -> float:
-    """FLOPs (2 x multiply-accumulate) of one forward through `num_layers` (None: patches and all layers).
+    """FLOPs (2 x multiply-accumulate) of one forward through `num_layers`; None: patch projection and all layers.
 
-    Products of matrices alone: qkv, logits, weighted values, output projection, and one expert per token.
+    Only matrix products count: qkv, logits, weighted values, output projection, and one expert per token.
     """
     num_image = 1 + config.num_patches if image else 0
     tokens = text_len + num_image
@@ -22,7 +22,7 @@ def pass_flops(config: ModelConfig, text_len: int, image: bool, num_layers: int 
 
 
 def forward_flops(config: ModelConfig, text_len: int) -> dict[str, float]:
-    """FLOPs per pair of each part of the six-pass pre-training step, forward only, padding counted too."""
+    """FLOPs per pair of each part of the six-pass pre-training step: forward only, padding included."""
     num_vl = config.depth - config.vl_start
     pair = pass_flops(config, text_len, image=True)
     return {
@@ -39,9 +39,9 @@ def forward_flops(config: ModelConfig, text_len: int) -> dict[str, float]:
 
 
 def step_flops(config: ModelConfig, text_len: int) -> float:
-    """FLOPs per pair of a whole step, the backward counted as twice the forward, nothing recomputed.
+    """FLOPs per pair of a whole step: the backward counts as twice the forward, recomputation not at all.
 
-    What utilisation is quoted against, also where the implementation does less (the masked word head reads
-    masked positions only), so that doing less shows as a gain.
+    Utilisation is quoted against this figure even where the implementation does less (the masked word head reads only
+    masked positions), so doing less shows as a gain.
     """
     return 3.0 * sum(forward_flops(config, text_len).values())

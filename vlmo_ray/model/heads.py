@@ -1,4 +1,4 @@
-"""What is put on top of the encoder: contrastive projections, matching, masked words, answers."""
+"""Heads on the encoder: contrastive projections, pooler, masked words, classifiers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 class ContrastHead(nn.Module):
     """Projections of both CLS states into one space, and a learned temperature: paper equations (3), (4).
 
-    The scalars have shape [1], since FSDP2 shards along the first axis and refuses tensors without one.
+    The scalars have shape [1] because FSDP2 shards along the first axis and refuses 0-d tensors.
     """
 
     def __init__(self, width: int, with_bias: bool = False):
@@ -46,7 +46,7 @@ class Pooler(nn.Module):
 
 
 class MaskedWordHead(nn.Module):
-    """BERT's masked language model head: dense, GELU, LayerNorm, decoder not tied to the embeddings."""
+    """BERT's masked language model head: dense, GELU, LayerNorm, and a decoder that is not tied to the embeddings."""
 
     def __init__(self, width: int, vocab_size: int):
         super().__init__()
@@ -55,7 +55,7 @@ class MaskedWordHead(nn.Module):
         self.decoder = nn.Linear(width, vocab_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        """States of the masked positions only, [M,D] -> logits [M,vocab]."""
+        """States [M,D] of the masked positions only -> logits [M,vocab]."""
         return self.decoder(self.norm(F.gelu(self.dense(x))))
 
 

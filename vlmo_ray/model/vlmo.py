@@ -6,7 +6,6 @@ H heads, L layers, S = T + P. Text comes first in a pair; token 0 of either moda
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -14,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmo_ray import rng
-from vlmo_ray.config import MODEL_SIZES, ModelConfig, check_model
-from vlmo_ray.errors import UserError
+from vlmo_ray.config import ModelConfig, check_model
 from vlmo_ray.model.attention import PADDED
 from vlmo_ray.model.embeddings import ImageEmbedding, RelativePositionBias, TextEmbedding
 from vlmo_ray.model.experts import MoMELayer, Route
@@ -24,19 +22,9 @@ from vlmo_ray.model.heads import ClassifierHead, ContrastHead, MaskedWordHead, P
 POOLED_HEADS = ("itm", "vqa", "nlvr2")  # those that read the pooler
 
 
-def model_config(name: str, **overrides) -> ModelConfig:
-    """The named size of `MODEL_SIZES` with some fields changed, such as `image_size` or `heads`."""
-    if name not in MODEL_SIZES:
-        raise UserError(f"There is no model size {name!r}: choose one of {', '.join(MODEL_SIZES)}.")
-    unknown = sorted(set(overrides) - {field.name for field in dataclasses.fields(ModelConfig)})
-    if unknown:
-        raise UserError(f"The model has no setting {', '.join(unknown)}: see ModelConfig in config.py.")
-    return dataclasses.replace(MODEL_SIZES[name], **overrides)
-
-
 @dataclass
 class Encoding:
-    """Hidden states after the final norm; a field is None where its modality or branch was not asked for."""
+    """Hidden states after the final norm. A field is None if its modality or branch was not asked for."""
 
     text: Tensor | None = None  # [B,T,D]
     image: Tensor | None = None  # [B,P,D]
@@ -45,7 +33,9 @@ class Encoding:
 
 
 class VLMo(nn.Module):
-    """The Mixture-of-Modality-Experts transformer with the heads that `config.heads` names."""
+    """The Mixture-of-Modality-Experts transformer with the heads that `config.heads` names; the others are None."""
+
+    drop_path_rates: Tensor  # [L]
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -59,7 +49,7 @@ class VLMo(nn.Module):
         self.relative = RelativePositionBias(config) if config.position == "relative" else None
         self.layers = nn.ModuleList(MoMELayer(config, index) for index in range(config.depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
-        # a layer's chance of being skipped grows linearly with its height
+        # the probability of skipping a layer grows linearly with its index
         rates = torch.linspace(0, config.drop_path, config.depth)
         self.register_buffer("drop_path_rates", rates, persistent=False)
 
@@ -88,8 +78,8 @@ class VLMo(nn.Module):
     def position_bias(self, text_len: int | None = None, image: bool = True) -> Tensor | None:
         """The relative bias [L,H,S,S] of all layers, tokens `[text; image]`; None for absolute positions.
 
-        Gathered once per step and handed to every pass: the image-only and text-only passes read its diagonal
-        blocks. `text_len` None means `config.max_text_len`; `image` False leaves the image tokens out.
+        A step gathers it once and hands it to every pass; unimodal passes read its diagonal blocks. `text_len` None
+        means `config.max_text_len`; `image` False leaves the image tokens out.
         """
         if self.relative is None:
             return None
@@ -106,36 +96,35 @@ class VLMo(nn.Module):
         vl_branch: bool = False,
         image_slot: int = 1,
     ) -> Encoding:
-        """Encode images, texts, or pairs of both: which arguments are present decides the experts.
+        """Encodes images, texts or pairs: which arguments are present decides the experts.
 
         Args:
             image: pixels [B,3,H,W], or tokens [B,P,D] from `embed_image`.
             text: token ids int [B,T].
-            text_mask: bool [B,T], True for real tokens; None means that all are. Padding changes nothing.
-            bias: from `position_bias`, with at least the tokens of this call; None gathers it here.
-            noise: draws drop path and dropout; None means neither, whatever `train()` or `eval()` said.
-            vl_branch: of one modality alone, run the top layers a second time with the vision-language
-                expert, from the hidden state below `vl_start` (the second contrastive branch).
-            image_slot: modality row of `image` where it is pixels.
+            text_mask: bool [B,T], True for real tokens; None: all are real. Padding changes no result.
+            bias: from `position_bias`, covering at least the tokens of this call; None gathers it here.
+            noise: the draws of drop path and dropout. None: neither, regardless of `train()` or `eval()`.
+            vl_branch: in a unimodal pass, also run the top layers with the vision-language expert, from the hidden
+                state below `vl_start` (the second contrastive branch).
+            image_slot: the modality row of `image`, if it is pixels.
         """
-        assert image is not None or text is not None, "encode needs an image, a text or both"
         assert not (vl_branch and image is not None and text is not None), "a pair has no separate VL branch"
         num_text = 0 if text is None else text.shape[1]
         if image is not None and image.ndim == 4:
             image = self.embed_image(image, image_slot)
 
         bottom: Route
-        if image is None:
-            x, bottom, top = self.embed_text(text, noise), "text", "text"
-        elif text is None:
+        if text is None:
+            assert image is not None, "encode needs an image, a text or both"
             x, bottom, top = image, "image", "image"
+        elif image is None:
+            x, bottom, top = self.embed_text(text, noise), "text", "text"
         else:
             x, bottom, top = torch.cat([self.embed_text(text, noise), image], dim=1), "pair", "vl"
 
         if self.relative is not None:
-            if bias is None:
-                bias = self.position_bias(num_text, image is not None)
-            bias = _block(bias, num_text, x.shape[1] - num_text)
+            whole: Tensor = self.relative(num_text, image is not None) if bias is None else bias
+            bias = _block(whole, num_text, x.shape[1] - num_text)
         padding = None  # [B,1,1,S]
         if text is not None and text_mask is not None:
             padding = torch.zeros(x.shape[:2], dtype=x.dtype, device=x.device)
@@ -173,7 +162,7 @@ class VLMo(nn.Module):
         return x
 
     def _keep(self, noise: rng.Noise | None, purpose: str) -> Tensor | None:
-        """Drop path factors [B,L,3] of each sample: attention, expert, and the image expert of a pair."""
+        """Drop path factors [B,L,3]: of the attention, the expert, and the vision expert of a pair."""
         if noise is None or self.config.drop_path == 0:
             return None
         rates = self.drop_path_rates[:, None]
@@ -182,7 +171,7 @@ class VLMo(nn.Module):
 
 
 def _block(bias: Tensor, num_text: int, num_image: int) -> Tensor:
-    """The part of a bias [L,H,S,S] that the tokens of one pass need."""
+    """The block of a bias [L,H,S,S] for the tokens of one pass."""
     size = bias.shape[-1]
     if num_image == 0:
         assert size >= num_text, f"a bias of {size} tokens for {num_text} text tokens"
@@ -196,7 +185,7 @@ def _block(bias: Tensor, num_text: int, num_image: int) -> Tensor:
 
 @torch.no_grad()
 def init_weights(model: VLMo, seed: int = 0) -> None:
-    """Initialise every parameter, in place; equal for equal seeds, whatever other heads the model has.
+    """Initialises every parameter in place. A parameter's values depend on its name and the seed, not on other heads.
 
     | parameters                                                | value                       |
     |-----------------------------------------------------------|-----------------------------|
@@ -209,16 +198,19 @@ def init_weights(model: VLMo, seed: int = 0) -> None:
     | `logit_bias`                                              | init_logit_bias             |
     | third row of `modality` (NLVR2's second image)            | copy of the second          |
 
-    BEiT's division of the output projections by the root of the depth is not part of VLMo.
+    BEiT divides the output projections by the square root of the depth; VLMo does not.
     """
+    config = model.config
     for name, parameter in model.named_parameters():
         field = name.rsplit(".", 1)[-1]
         if field == "log_scale":
-            parameter.fill_(math.log(1 / model.config.init_temperature))
+            parameter.fill_(math.log(1 / config.init_temperature))
         elif field == "logit_bias":
-            parameter.fill_(model.config.init_logit_bias)
+            assert config.init_logit_bias is not None  # or there would be no such parameter
+            parameter.fill_(config.init_logit_bias)
         elif field.endswith("_scale"):
-            parameter.fill_(model.config.layer_scale)
+            assert config.layer_scale is not None
+            parameter.fill_(config.layer_scale)
         elif "norm." in name and field == "weight":
             parameter.fill_(1.0)
         elif field.endswith("bias") or field == "table":
@@ -226,7 +218,7 @@ def init_weights(model: VLMo, seed: int = 0) -> None:
         else:
             generator = torch.Generator().manual_seed(rng.stream(seed, f"init/{name}") >> 1)
             values = torch.empty(parameter.shape)
-            nn.init.trunc_normal_(values, std=model.config.init_std, generator=generator)
+            nn.init.trunc_normal_(values, std=config.init_std, generator=generator)
             parameter.copy_(values)
     if len(model.modality.weight) == 3:
         model.modality.weight[2] = model.modality.weight[1]

@@ -4,15 +4,14 @@ With unit features I_i, T_i, s = exp(log_scale) and z_ij = s I_i.T_j, the loss o
 
     L = 1/(2n) sum_i [ lse_j z_ij - z_ii ] + 1/(2n) sum_i [ lse_j z_ji - z_ii ]            (paper, eq. 3 and 4)
 
-where j runs over the valid pairs that may serve as negatives of i (see `Pairs.may_oppose`) and i itself. Its
-gradient with respect to a local image needs nothing from other workers but their features and the
-log-sum-exps of their rows:
+where j runs over i itself and the valid pairs that may be negatives of i (see `Pairs.may_oppose`). The gradient with
+respect to a local image needs only the features of other workers and the log-sum-exps of their rows:
 
     dL/dI_i = s/(2n) [ sum_j (exp(z_ij - row_i) + exp(z_ij - column_j)) T_j - 2 T_i ]
 
-with row_i = lse_j z_ij and column_j = lse_i z_ij. So no `[N, D]` gradient travels, and the similarities exist
-one block of `chunk` columns at a time: memory grows with local rows x chunk. Since L depends on s and I only
-through s I, its derivative at log s is sum_i I_i . dL/dI_i, for which no further pass is needed.
+with row_i = lse_j z_ij and column_j = lse_i z_ij. So no `[N, D]` gradient travels, and similarities exist one block of
+`block_size` columns at a time: memory grows with local rows x block_size. L depends on s and I only through s I, so its
+derivative at log s is sum_i I_i . dL/dI_i and needs no further pass.
 
 `sigmoid_contrast` is the pairwise loss of Zhai et al. 2023, "Sigmoid loss for language image pre-training",
 with the same inputs and outputs.
@@ -29,14 +28,14 @@ from torch import Tensor
 from vlmo_ray.objectives.gather import Workers
 from vlmo_ray.objectives.pairs import Pairs, columns_of, full_precision, widened
 
-CHUNK = 4096
+BLOCK_SIZE = 4096  # columns that are compared at once
 
 
 @dataclass
 class Contrast:
     """The contrastive loss of this worker's rows, and the gradients of the *global* loss at its inputs.
 
-    Summed over the workers, `loss` is the global loss, and the gradients at the scalars are the global ones.
+    The sums of `loss` and of the gradients at the scalars over the workers are the global ones.
     """
 
     loss: Tensor  # 0-d
@@ -58,30 +57,31 @@ def contrast(
     workers: Workers,
     *,
     label_smoothing: float = 0.0,
-    chunk: int = CHUNK,
+    block_size: int = BLOCK_SIZE,
 ) -> Contrast:
-    """The loss above for local features `[b, D]` against gathered ones `[N, D]` (position order).
+    """The loss above for local features `[b, D]` against gathered ones `[N, D]` in position order.
 
-    With `label_smoothing` e, a row's target is 1 - e on its own column and e spread evenly over all that it is
+    With `label_smoothing` e, a row's target is 1 - e on its own column plus e spread evenly over all columns it is
     compared with. A step without a valid pair gives 0. Computed in float32, or float64 if the features are.
     """
     with full_precision(image.device):
         image, text, all_image, all_text = widened(image, text, all_image, all_text)
         scale = log_scale.reshape(()).to(image.dtype).exp()
         sides = ((scale * image, all_text), (scale * text, all_image))
-        blocks = columns_of(len(all_image), chunk)
+        blocks = columns_of(len(all_image), block_size)
 
         def logits_of(block: slice) -> tuple[Tensor, list[Tensor]]:
-            """What is compared in a block, and the logits of both sides, -inf where nothing is."""
+            """Which columns of a block each row is compared with, and the logits of both sides, -inf elsewhere."""
             compared = pairs.compared(block)
             barred = torch.zeros_like(compared, dtype=image.dtype).masked_fill_(~compared, -torch.inf)
             return compared, [torch.addmm(barred, rows, columns[block].T) for rows, columns in sides]
 
-        # per local row: log-sum-exps of the image's and the text's side; what smoothing needs
+        # per local row: log-sum-exps of the image and the text side; sums for smoothing
         lse = image.new_full((2, len(image)), -torch.inf)
         num_compared, sums = image.new_zeros(len(image)), image.new_zeros(2, len(image))
+        held = None
         for block in blocks:
-            compared, logits = logits_of(block)
+            held = compared, logits = logits_of(block)
             lse = torch.logaddexp(lse, torch.stack([side.logsumexp(dim=1) for side in logits]))
             if label_smoothing:
                 num_compared += compared.sum(dim=1)
@@ -90,9 +90,9 @@ def contrast(
         all_lse_image, all_lse_text, all_share = workers.gather(torch.stack([*lse, share], dim=1)).unbind(1)
 
         grads = [torch.zeros_like(image), torch.zeros_like(text)]
-        for block in reversed(blocks):  # the last block's logits are still here
-            if block is not blocks[-1]:
-                compared, logits = logits_of(block)
+        for block in reversed(blocks):
+            compared, logits = held or logits_of(block)  # those of the last block are still held
+            held = None
             turn = zip(logits, lse, (all_lse_text, all_lse_image), sides, grads, strict=True)
             for z, row_lse, column_lse, (_, columns), grad in turn:
                 weight = torch.exp(z - row_lse[:, None])
@@ -127,30 +127,30 @@ def sigmoid_contrast(
     bias: Tensor,
     pairs: Pairs,
     *,
-    chunk: int = CHUNK,
+    block_size: int = BLOCK_SIZE,
 ) -> Contrast:
-    """The mean over the n valid pairs i of -sum_j log sigmoid(y_ij (z_ij + bias)), y = 1 for i itself, else -1.
+    """The mean over the n valid pairs i of -sum_j log sigmoid(y_ij (z_ij + bias)); y_ij is 1 if j is i, else -1.
 
-    j runs over the same columns as in `contrast`. Nothing is normalised over a row, so nothing is gathered.
+    j runs over the same columns as in `contrast`. No row is normalised, so nothing needs to be gathered.
     """
     with full_precision(image.device):
         image, text, all_image, all_text = widened(image, text, all_image, all_text)
         scale, bias = (x.reshape(()).to(image.dtype) for x in (log_scale.exp(), bias))
         loss, bias_grad = image.new_zeros(()), image.new_zeros(())
         grads = [torch.zeros_like(image), torch.zeros_like(text)]
-        for block in columns_of(len(all_image), chunk):
+        for block in columns_of(len(all_image), block_size):
             opposing = pairs.may_oppose(pairs.local, block)
             for side, (rows, columns) in enumerate(((scale * image, all_text), (scale * text, all_image))):
                 logits = torch.addmm(bias, rows, columns[block].T).masked_fill_(~opposing, -torch.inf)
                 weight = torch.sigmoid(logits)  # of an opposing column: the gradient of -log sigmoid(-z)
                 grads[side].addmm_(weight, columns[block])
-                if side == 0:  # the other side holds the same pairs, from their columns
+                if side == 0:  # the other side has the same pairs, seen from their columns
                     loss += F.softplus(logits).sum()
                     bias_grad += weight.sum()
         valid = pairs.valid[pairs.local]
         count = pairs.valid.sum().clamp(min=1)
         own = scale * (image * text).sum(dim=1) + bias
-        missing = torch.where(valid, torch.sigmoid(-own), 0)  # how far an own pair is from certain
+        missing = torch.where(valid, torch.sigmoid(-own), 0)  # 1 - the probability of the own pair
         image_grad, text_grad = (
             (grad - missing[:, None] * other) * (scale / count)
             for grad, other in zip(grads, (text, image), strict=True)

@@ -1,8 +1,7 @@
 """All collectives of the objectives, in one place.
 
-Rows are dealt to workers in contiguous runs of the global batch (`data.order.deal`), so joining the workers'
-rows in rank order gives them in the order of their positions 0 .. N-1, for any number of workers. Without an
-initialised process group there is one worker and nothing is sent.
+Every worker has a contiguous run of the global batch (`data.order.deal`), so joining the workers' rows in rank order
+gives positions 0 .. N-1 for any number of workers. Without a process group there is one worker, and nothing is sent.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Workers:
-    """Who holds which rows of one global batch: worker r holds `counts[r]` rows, after those of r-1."""
+    """Which worker holds which rows of one global batch: worker r holds `counts[r]` rows, after those of r - 1."""
 
     counts: tuple[int, ...]
     rank: int = 0
@@ -38,15 +37,15 @@ class Workers:
             return rows
         if rows.dtype == torch.bool:
             return self.gather(rows.to(torch.uint8)).bool()
-        longest = max(self.counts)  # gloo and the fast NCCL path want equal sizes: pad, then cut
+        longest = max(self.counts)  # gloo and the fast NCCL path need equal sizes: pad, then cut
         padded = rows.new_zeros((longest, *rows.shape[1:]))
         padded[: len(rows)] = rows
         joined = rows.new_empty((self.size * longest, *rows.shape[1:]))
         dist.all_gather_into_tensor(joined, padded)
         if all(count == longest for count in self.counts):
             return joined
-        parts = joined.view(self.size, longest, *rows.shape[1:])
-        return torch.cat([parts[r, :count] for r, count in enumerate(self.counts)])
+        by_rank = joined.view(self.size, longest, *rows.shape[1:])
+        return torch.cat([by_rank[r, :count] for r, count in enumerate(self.counts)])
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum of `values` over the workers; carries no gradient."""
@@ -56,11 +55,11 @@ class Workers:
         return values
 
     def fetch(self, rows: Tensor, wanted: Tensor) -> tuple[Tensor, int]:
-        """Rows of the global batch by position, wherever they are; only those, and each once per worker.
+        """Fetches rows of the global batch by position. Only wanted rows travel, each at most once per worker.
 
-        rows: this worker's `[b, ...]`; wanted: the positions `[N]` that the rows of *all* workers ask for (the
-        gathered choice, from which every worker knows what to send without asking). Returns this worker's
-        `[b, ...]` in the order of its own wanted positions, and the bytes received from other workers.
+        `rows` is this worker's `[b, ...]`. `wanted` holds the positions `[N]` that the rows of *all* workers ask for;
+        because it was gathered, every worker knows what to send. Returns this worker's `[b, ...]` in the order of its
+        own wanted positions, and the bytes received from other workers.
         """
         mine = slice(self.first, self.first + self.counts[self.rank])
         if self.size == 1:
@@ -73,7 +72,7 @@ class Workers:
             theirs = asked[starts[r] : starts[r + 1]]
             from_me = theirs[owner[starts[r] : starts[r + 1]] == self.rank].unique()
             if r == self.rank:
-                from_me = from_me[:0]  # what is here needs no trip
+                from_me = from_me[:0]  # own rows are not sent
             send.append(from_me - self.first)
             send_counts.append(len(from_me))
         needed = asked[mine].unique()
@@ -83,7 +82,7 @@ class Workers:
         outgoing = rows[torch.cat(send).to(rows.device)]
         incoming = rows.new_empty((len(remote), *rows.shape[1:]))
         dist.all_to_all_single(incoming, outgoing, receive_counts, send_counts)
-        # where each wanted row lies in [own rows; received rows]; `remote` is sorted, and so is what arrives
+        # the index of each wanted row in [own rows; received rows]; `remote` is sorted, and so are the received rows
         local = (asked[mine] >= self.first) & (asked[mine] < self.first + len(rows))
         place = torch.where(local, asked[mine] - self.first, len(rows) + torch.searchsorted(remote, asked[mine]))
         pool = torch.cat([rows, incoming])

@@ -8,10 +8,10 @@ from torch import Tensor
 
 
 def masked_lm_loss(logits: Tensor, labels: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of logits `[M, V]` at the masked positions alone, against their labels `[M]`.
+    """Cross-entropy of logits `[M, V]` at the masked positions against their labels `[M]`.
 
-    count is the number of targets in the whole step: the loss is this worker's sum divided by it, 0 if there
-    is none. Returns (loss, number of targets predicted right).
+    count is the number of targets in the whole step. The loss is this worker's sum divided by it, or 0 if there is no
+    target. Returns (loss, number of right predictions).
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     loss = F.cross_entropy(logits, labels, reduction="sum") / count.clamp(min=1)

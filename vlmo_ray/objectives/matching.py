@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlmo_ray.objectives.contrastive import CHUNK
+from vlmo_ray.objectives.contrastive import BLOCK_SIZE
 from vlmo_ray.objectives.pairs import Pairs, columns_of, full_precision, widened
 from vlmo_ray.rng import uniforms_torch
 
@@ -21,22 +21,21 @@ def hard_negatives(
     *,
     asked: Tensor | None = None,
     among: int | None = None,
-    chunk: int = CHUNK,
+    block_size: int = BLOCK_SIZE,
 ) -> Tensor:
-    """For each local row the position of one negative column, int64 `[b]`; -1 where a row has none.
+    """The position of one negative column for each local row, int64 `[b]`; -1 if a row has none.
 
-    A column is drawn with probability softmax(scale * row . column) among those that may oppose the row. The
-    draw is the Gumbel-max form of it: the argmax of logit - log(-log u), u being a function of (key, row
-    position, column position), so that neither the number of workers nor the chunk changes it, and no value
-    is read back to the host.
+    A column is drawn with probability softmax(scale * row . column) among those that may oppose the row, by the
+    Gumbel-max trick: the argmax of logit - log(-log u). u is a function of (key, row position, column position), so the
+    draw depends neither on the number of workers nor on the block size, and no value is read back to the host.
 
     Args:
         rows: this worker's `[b, D]`, L2-normalised.
         columns: `[N, D]`, L2-normalised.
         key: of the draws, from `rng.stream`.
-        asked: int64 indices of the local rows to draw for, one result each; None for all of them.
-        among: draw only from a row's own run of this many neighbouring positions, none of which crosses
-            workers ("local hard negative mining" in Table 6, where it was a GPU's batch); None for all N.
+        asked: int64 indices of the local rows to draw for, one result each; None: all of them.
+        among: draw only from a row's own run of this many neighbouring positions; no run crosses workers. This is
+            "local hard negative mining" in Table 6, where the run was a GPU's batch. None: all N.
     """
     if asked is not None:
         rows = rows[asked]
@@ -48,7 +47,7 @@ def hard_negatives(
         best = rows.new_full((len(rows),), -torch.inf)
         chosen = torch.full((len(rows),), -1, dtype=torch.int64, device=rows.device)
         reach = (0, len(columns)) if among is None else (pairs.first, pairs.first + pairs.rows)
-        for block in columns_of(reach[1], chunk, start=reach[0]):
+        for block in columns_of(reach[1], block_size, start=reach[0]):
             draw = uniforms_torch(key, position, block.stop - block.start, first=block.start).to(rows.dtype)
             gumbel = -torch.log(-torch.log(draw.clamp(min=2.0**-25)))  # draws are multiples of 2^-24 below 1
             score = torch.addmm(gumbel, rows, columns[block].T)
@@ -64,10 +63,10 @@ def hard_negatives(
 
 
 def rows_to_match(first: int, rows: int, run: int, share: float) -> Tensor:
-    """Indices (int64, on the CPU) of the local rows that matching is asked for: of every `run` the first few.
+    """Indices (int64, on the CPU) of the local rows that matching is computed for: the first `share` of every `run`.
 
-    Rows are in random order within a run of neighbouring positions, so the first are a random sample; a fixed
-    number of each keeps the work of all workers and micro-batches equal.
+    Rows are in random order within a run of neighbouring positions, so the first ones are a random choice. A fixed
+    number per run keeps the work of all workers and micro-batches equal.
     """
     position = torch.arange(first, first + rows)
     return torch.nonzero(position % run < round(share * run)).squeeze(1)
@@ -76,10 +75,10 @@ def rows_to_match(first: int, rows: int, run: int, share: float) -> Tensor:
 def matching_loss(
     positive: Tensor, negative_image: Tensor, negative_text: Tensor, kept: Tensor, count: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Binary cross-entropy over 3 rows per kept pair, class 1 = matched; returns (loss, number right).
+    """Binary cross-entropy over 3 rows per kept pair, class 1 = matched; returns (loss, number of right predictions).
 
-    Each logits tensor is `[b, 2]`; kept is bool `[b]`; count is the number of kept pairs in the whole step.
-    The loss is this worker's sum divided by 3 x count, 0 if nothing is kept anywhere.
+    Each logits tensor is `[b, 2]`; kept is bool `[b]`; count is the number of kept pairs in the whole step. The loss is
+    this worker's sum divided by 3 x count, or 0 if no pair is kept anywhere.
     """
     logits = torch.stack([positive, negative_image, negative_text], dim=1)  # [b, 3, 2]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))

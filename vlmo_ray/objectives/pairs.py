@@ -12,10 +12,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Pairs:
-    """What must be known of all N pairs of a global batch to compare any two; gathered once a step."""
+    """What it takes to compare any two of the N pairs of a global batch; gathered once a step."""
 
-    image_key: Tensor  # int64 [N], equal for the same image
-    text_key: Tensor  # int64 [N], equal for the same normalised text
+    image_key: Tensor  # int64 [N], equal for equal images
+    text_key: Tensor  # int64 [N], equal for equal normalised texts
     valid: Tensor  # bool [N], False for a pair that could not be read
     first: int  # position of this worker's first row
     rows: int  # how many rows are this worker's
@@ -25,9 +25,9 @@ class Pairs:
         return slice(self.first, self.first + self.rows)
 
     def may_oppose(self, rows: slice | Tensor, columns: slice) -> Tensor:
-        """Bool `[rows, columns]`: may one be a negative of the other? Both are positions; the answer is symmetric.
+        """Bool `[rows, columns]`: whether one may be a negative of the other, which is symmetric. Both are positions.
 
-        Both must be valid, and they must share neither image nor text: those are not negatives but true pairs.
+        Both must be valid and must not share image or text: pairs that do are true pairs, not negatives.
         """
         differ = self.image_key[rows, None] != self.image_key[None, columns]
         differ &= self.text_key[rows, None] != self.text_key[None, columns]
@@ -35,23 +35,23 @@ class Pairs:
         return differ.logical_and_(self.valid[None, columns])
 
     def compared(self, columns: slice) -> Tensor:
-        """Bool `[b, columns]`: the columns in a local row's softmax, which are those that oppose it and its own.
+        """Bool `[b, columns]`: the columns in a local row's softmax: its own and those that may oppose it.
 
-        A row that is not valid is compared with itself alone, which has loss and gradient 0.
+        An invalid row is compared only with itself, which gives loss and gradient 0.
         """
         counted = self.may_oppose(self.local, columns)
         counted.diagonal(self.first - columns.start).fill_(True)
         return counted
 
 
-def columns_of(total: int, chunk: int, start: int = 0) -> list[slice]:
-    """Slices of at most `chunk` that cover `range(start, total)`."""
-    return [slice(begin, min(begin + chunk, total)) for begin in range(start, total, chunk)]
+def columns_of(total: int, size: int, start: int = 0) -> list[slice]:
+    """Blocks of at most `size` that cover `range(start, total)`."""
+    return [slice(begin, min(begin + size, total)) for begin in range(start, total, size)]
 
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Products in the precision of their inputs: neither autocast nor TF32."""
+    """Computes products in the precision of their inputs: without autocast and TF32."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -62,5 +62,5 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 
 def widened(*tensors: Tensor) -> list[Tensor]:
-    """In float32, or float64 where they are."""
+    """The tensors in float32; float64 ones stay as they are."""
     return [x.to(torch.promote_types(x.dtype, torch.float32)) for x in tensors]

@@ -1,7 +1,6 @@
-"""Recipes are functions that return a `Config`; `RECIPES` names them all.
+"""Recipes: `RECIPES` holds every public function in this folder whose return annotation is `Config`.
 
-A recipe is a public function in a module of this folder whose return annotation is `Config`; nothing else registers
-it. Its name is the function's.
+The name of a recipe is that of its function. Nothing else registers it.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ RECIPES: dict[str, Callable[[], Config]] = _discover()
 
 
 def recipe(name: str) -> Config:
-    """The checked config of a recipe; UserError for a name that does not exist."""
+    """The checked config of a recipe. Raises UserError if there is no recipe of that name."""
     if name not in RECIPES:
         near = difflib.get_close_matches(name, RECIPES, 1)
         hint = f"did you mean {near[0]!r}? " if near else ""

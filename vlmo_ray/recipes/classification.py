@@ -16,12 +16,12 @@ class ClassificationConfig(TaskConfig):
     kind: ClassVar[str] = "classification"
 
     label_smoothing: float = setting(0.1, at_least=0, below=1)
-    head_lr_scale: float = setting(1.0, above=0)  # of the rate of the last layer
-    layer_decay: float = setting(1.0, above=0, at_most=1)  # each layer's rate against that of the one above it
+    head_lr_scale: float = setting(1.0, above=0)  # the head's learning rate / that of the last layer
+    layer_decay: float = setting(1.0, above=0, at_most=1)  # a layer's learning rate / that of the next layer
 
 
 def classification_base() -> Config:
-    """The image encoder of VLMo-Base on class folders at 224 px, as BEiT fine-tunes it: layer decay 0.65, cosine.
+    """The image encoder of VLMo-Base on class folders at 224 px, as fine-tuned for BEiT: layer decay 0.65, cosine.
 
     `vlmo train classification_base --data s3://... --set init=s3://runs/pretrain_base`. Not run at this size.
     """
@@ -39,7 +39,7 @@ def classification_base() -> Config:
 
 
 def classification_tiny() -> Config:
-    """A tiny image encoder from scratch on a CPU: a minute on scenes with one label each."""
+    """A tiny image encoder from scratch on a CPU; takes a minute on labelled scenes."""
     small = tiny()
     return replace(
         small,

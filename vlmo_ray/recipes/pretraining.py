@@ -1,7 +1,7 @@
 """Vision-language pre-training as in the paper (sections 4.1 and 4.2): its objective and its runs.
 
-The contrast's gradient at the features is scaled as in the published runs, whose gather had none: by 1 / 64 for
-base and 1 / 128 for large, the numbers of their GPUs. `--set task.feature_grad_scale=1` makes it exact.
+The gather of the published runs carried no gradient, which divided the contrast's gradient at the features by the
+number of GPUs. The recipes do the same: 1/64 for base, 1/128 for large. `--set task.feature_grad_scale=1` is exact.
 """
 
 from __future__ import annotations
@@ -16,21 +16,20 @@ from vlmo_ray.fields import setting
 
 @dataclass(frozen=True)
 class PretrainingConfig(TaskConfig):
-    """The objective: weights of the terms, the contrastive one being the mean of its two branches; its options."""
+    """Weights and options of the terms. The contrastive term is the mean of its two branches."""
 
     kind: ClassVar[str] = "pretraining"
 
     itc: float = setting(1.0, at_least=0)
     itm: float = setting(1.0, at_least=0)
     mlm: float = setting(0.25, at_least=0)
-    mlm_probability: float = setting(0.15, at_least=0, at_most=1)  # that a word is masked
+    mlm_probability: float = setting(0.15, at_least=0, at_most=1)  # of masking a word
     contrast: Literal["softmax", "sigmoid"] = "softmax"
     label_smoothing: float = setting(0.0, at_least=0, below=1)  # of the softmax contrast
-    # Multiplies the contrast's gradient at the features, not its value nor the temperatures' gradient. 1 is
-    # exact. The released models' gather had no gradient, which left 1 / number of GPUs: 1/64 or 1/128.
+    # Multiplies the contrast's gradient at the features, not its value nor the temperatures' gradient. 1 is exact.
     feature_grad_scale: float = setting(1.0, above=0, remedy="1 is exact. To leave the contrast out, set task.itc=0")
-    negatives: Literal["global", "local"] = "global"  # drawn from the whole batch or from the row's own slice
-    itm_share: float = 1.0  # of each slice's rows that matching is computed for
+    negatives: Literal["global", "local"] = "global"  # from the whole batch, or from the row's own slice
+    itm_share: float = 1.0  # the fraction of each slice's rows that matching is computed for
 
     def check(self, config: Config) -> None:
         model, slice_size = config.model, config.slice_size
@@ -51,11 +50,11 @@ class PretrainingConfig(TaskConfig):
                 "set it to null"
             )
         if self.label_smoothing and self.contrast == "sigmoid":
-            raise UserError("task.label_smoothing is of the softmax contrast; set it to 0 for the sigmoid one")
+            raise UserError("task.label_smoothing is only for the softmax contrast; set it to 0 for the sigmoid one")
         if not 0 < self.itm_share <= 1 or round(self.itm_share * slice_size) < 1:
             raise UserError(
-                f"task.itm_share={self.itm_share} of a slice of {slice_size} rows is less than one row, or more "
-                f"than all; choose from {1 / slice_size:.3g} to 1"
+                f"task.itm_share={self.itm_share} of a slice of {slice_size} rows is less than one row or more than "
+                f"all of them; choose from {1 / slice_size:.3g} to 1"
             )
         if self.negatives == "local" and slice_size == 1:
             raise UserError(
@@ -81,7 +80,7 @@ def pretrain_base() -> Config:
 
 
 def pretrain_base_plus() -> Config:
-    """The narrow 24-layer model of the official release: as base, peak rate 1e-4."""
+    """The narrow 24-layer model of the official release: like base, with peak rate 1e-4."""
     base = pretrain_base()
     return replace(
         base, name="pretrain_base_plus", model=MODEL_SIZES["base_plus"], optim=replace(base.optim, peak_lr=1e-4)
@@ -89,7 +88,7 @@ def pretrain_base_plus() -> Config:
 
 
 def pretrain_large() -> Config:
-    """VLMo-Large on 4M images: as base, peak rate 5e-5 (section 4.1). Three days on 128 V100 in the paper."""
+    """VLMo-Large on 4M images: like base, with peak rate 5e-5 (section 4.1). Three days on 128 V100 in the paper."""
     base = pretrain_base()
     return replace(
         base,
@@ -103,8 +102,8 @@ def pretrain_large() -> Config:
 def pretrain_1b() -> Config:
     """VLMo-Large on one billion noisy pairs: 200k steps of 16k, then 100k of 32k (section 4.2).
 
-    Both phases belong to one run with one optimizer. The paper does not say how the learning rate goes across
-    them, nor on how many GPUs it ran: here it is one linear decay over the 300k steps, and large's balance.
+    Both phases are one run with one optimizer. The paper gives neither the learning rate across the phases nor the
+    number of GPUs. Here it is one linear decay over the 300k steps, and the feature_grad_scale of large.
     """
     large = pretrain_large()
     return replace(

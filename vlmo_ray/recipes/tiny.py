@@ -9,7 +9,7 @@ from vlmo_ray.recipes.pretraining import PretrainingConfig, pretrain_1b
 
 
 def tiny() -> Config:
-    """A few steps of a tiny model, to see every part move: `vlmo train tiny --data FOLDER`."""
+    """A few steps of a tiny model that run every component: `vlmo train tiny --data FOLDER`."""
     return Config(
         name="tiny",
         model=MODEL_SIZES["tiny"],
@@ -25,7 +25,7 @@ def tiny() -> Config:
 
 
 def demo() -> Config:
-    """What `make demo` trains: scenes of coloured shapes, two CPU workers."""
+    """What `make demo` trains: scenes of coloured shapes on two CPU workers."""
     return replace(
         tiny(),
         name="demo",
@@ -41,7 +41,7 @@ def demo() -> Config:
 
 
 def pretrain_1b_tiny() -> Config:
-    """The two phases of `pretrain_1b` in small: the same code path on a laptop, with the exact contrast."""
+    """The two phases of `pretrain_1b` at small scale: the same code path on a laptop, with the exact contrast."""
     return replace(
         pretrain_1b(),
         name="pretrain_1b_tiny",

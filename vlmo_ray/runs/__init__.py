@@ -1,1 +1,1 @@
-"""What a run leaves in its store, and how it is read again."""
+"""What a run keeps in its store, and how it is read back."""

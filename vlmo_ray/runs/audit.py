@@ -1,8 +1,8 @@
 """Which pairs the committed steps of a run consumed, and whether that was every pair once an epoch.
 
-Each worker writes down the ids that it found in the decoded records, one Parquet file per checkpoint, under
-`audit/<attempt>/`. A start of the run is an attempt; the newest checkpoint knows from which step on which attempt
-counts, so what was done after the last checkpoint of a lost attempt is left out by itself.
+Each worker records the ids that it found in the decoded records: one Parquet file per checkpoint, under
+`audit/<attempt>/`. An attempt is one start of the run. The newest checkpoint states from which step on each attempt
+counts, so steps that a lost attempt did after its last checkpoint are not counted.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _FOLDER = "audit"
 
 @dataclass
 class Consumed:
-    """What one worker has consumed since its last checkpoint."""
+    """The pairs that one worker has consumed since its last checkpoint."""
 
     attempt: str
     _steps: list[tuple[int, np.ndarray, list[str], np.ndarray]] = field(default_factory=list)
@@ -40,7 +40,7 @@ class Consumed:
         self._steps.append((step, batch.position.numpy(force=True), batch.ids, batch.valid.numpy(force=True)))
 
     def take(self) -> dict[str, bytes]:
-        """What was added since the last call, as files of the run by name."""
+        """Everything added since the last call, as files of the run: name -> content."""
         steps, self._steps = self._steps, []
         if not steps:
             return {}
@@ -58,15 +58,15 @@ class Consumed:
 
 @dataclass(frozen=True)
 class EpochAudit:
-    """One epoch's share of the committed steps."""
+    """What the committed steps consumed of one epoch."""
 
     epoch: int
-    rows: int  # that the committed steps should have consumed of it
-    seen: int  # written down
-    masked: tuple[str, ...]  # of those, not readable: ids, or addresses where no id could be read
-    complete: bool  # all of the data set's rows belong to committed steps
-    missing: tuple[str, ...]  # ids of the data set that were not seen; of a complete epoch only
-    doubled: tuple[str, ...]  # ids seen more often than the data set has them
+    rows: int  # that the committed steps should have consumed
+    seen: int  # that were recorded
+    masked: tuple[str, ...]  # seen rows that were unreadable: ids, or addresses if no id could be read
+    complete: bool  # the committed steps cover the whole epoch
+    missing: tuple[str, ...]  # ids of the data set that were not seen; only of a complete epoch
+    doubled: tuple[str, ...]  # ids that were seen more often than the data set has them
     unknown: tuple[str, ...]  # ids that the data set does not have
 
     @property
@@ -76,10 +76,10 @@ class EpochAudit:
 
 @dataclass(frozen=True)
 class Audit:
-    """Of the first `steps` steps of a run."""
+    """What the first `steps` steps of a run consumed."""
 
     steps: int
-    problems: tuple[str, ...]  # places in the stream that were not consumed once
+    problems: tuple[str, ...]  # sentences about stream positions that were not consumed exactly once
     epochs: tuple[EpochAudit, ...]
 
     @property
@@ -87,7 +87,7 @@ class Audit:
         return not self.problems and all(epoch.clean for epoch in self.epochs)
 
     def sentences(self) -> list[str]:
-        """What there is to say beside the table; the last one is the verdict."""
+        """What the table does not show; the last sentence is the verdict."""
         said = list(self.problems)
         for epoch in self.epochs:
             for what in ("masked", "missing", "doubled", "unknown"):
@@ -107,16 +107,16 @@ def table(found: Audit) -> Table:
     out = Table("epoch", "rows", "seen", "masked", "missing", "doubled", "unknown")
     for e in found.epochs:
         numbers = (e.rows, e.seen, len(e.masked), len(e.missing), len(e.doubled), len(e.unknown))
-        out.add_row(f"{e.epoch}{'' if e.complete else ' (part)'}", *(f"{n:,}" for n in numbers))
+        out.add_row(f"{e.epoch}{'' if e.complete else ' (so far)'}", *(f"{n:,}" for n in numbers))
     return out
 
 
 def audit(run: str, data: str) -> Audit:
-    """Holds what a run wrote down (`audit=true`) against its data set.
+    """Compares what a run recorded (`audit=true`) with its data set.
 
-    The run wrote down addresses for the ids in a damaged chunk, which may be repaired by now. The other way round, ids
-    that were read before their chunk was damaged are unknown, and its addresses missing.
-    Raises UserError where there is nothing to audit, or the data set is not the one that was trained on.
+    In a damaged chunk the run records addresses in place of ids; they match even if the chunk was repaired since. If a
+    chunk was damaged after it was read, its ids are reported as unknown and its addresses as missing.
+    Raises UserError if there is nothing to audit, or if the run was trained on another data set.
     """
     store = open_store(run)
     state = Checkpoints(store).newest()
@@ -124,25 +124,25 @@ def audit(run: str, data: str) -> Audit:
         raise UserError(f"{run} has no checkpoint: there are no committed steps to audit")
     config, manifest = from_dict(state.config), load_manifest(data)
     if not config.audit:
-        raise UserError(f"{run} was made without a record of its pairs; train with --set audit=true")
+        raise UserError(f"{run} kept no record of its pairs; train with --set audit=true")
     if manifest.fingerprint != state.fingerprint:
-        raise UserError(f"{data} is not the data set of {run}; name the one that it was trained on")
+        raise UserError(f"{data} is not the data set that {run} was trained on; name that one")
     schedule = Schedule(tuple((p.steps, p.global_batch) for p in config.phases), config.slice_size)
-    table = _committed(store, state.attempts, state.step)
-    step = table.column("step").to_numpy().astype(np.int64)
-    stream = schedule.rows_before(step) + table.column("position").to_numpy()
-    total = schedule.rows_before(state.step)
+    consumed = _committed(store, state.attempts, state.step)
+    step = consumed.column("step").to_numpy().astype(np.int64)
+    stream = schedule.rows_before(step) + consumed.column("position").to_numpy()
+    total = int(schedule.rows_before(state.step))
     known = _ids_of(manifest)
-    ids = np.array([known.get(name, name) for name in table.column("id").to_pylist()], dtype=object)
-    valid = table.column("valid").to_numpy(False)
+    ids = np.array([known.get(name, name) for name in consumed.column("id").to_pylist()], dtype=object)
+    valid = consumed.column("valid").to_numpy(False)
 
     counts = np.bincount(stream, minlength=total)
     problems = []
-    for what, places in (("not consumed", counts == 0), ("consumed more than once", counts > 1)):
-        if places.any():
-            first = int(np.flatnonzero(places)[0])
+    for what, wrong in (("not consumed", counts == 0), ("consumed more than once", counts > 1)):
+        if wrong.any():
+            first = int(np.flatnonzero(wrong)[0])
             at = int(np.searchsorted(schedule.rows_before(np.arange(state.step + 1)), first, side="right")) - 1
-            problems.append(f"{int(places.sum())} places {what}, the first in step {at}")
+            problems.append(f"{int(wrong.sum())} positions {what}, the first in step {at}")
     in_data = Counter(known.values())
     epochs = []
     for epoch in range(-(-total // manifest.num_rows)):
@@ -166,7 +166,7 @@ def audit(run: str, data: str) -> Audit:
 
 
 def _committed(store: Store, attempts: list[tuple[int, str]], stop: int) -> pa.Table:
-    """The rows of every attempt that count: from its first step to the first one of the next."""
+    """The rows of every attempt from its first step up to the first step of the next attempt."""
     files: dict[str, list[str]] = {}
     for name in store.list(f"{_FOLDER}/"):
         files.setdefault(PurePosixPath(name).parent.name, []).append(name)

@@ -1,7 +1,7 @@
-"""One checkpoint in a local folder: `torch.distributed.checkpoint` files plus `train_state.json`.
+"""One checkpoint in a local folder: `torch.distributed.checkpoint` files and `train_state.json`.
 
-Written by all workers, read by any number of them, replicated or sharded. `train_state.json` names every file
-with its size and checksum, and has its own, so a checkpoint that lacks a file or has a changed one is recognised.
+All workers write it; any number of workers can read it, replicated or sharded. `train_state.json` lists every file with
+size and checksum, and has a checksum of its own, so a missing or changed file is detected.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from vlmo_ray.errors import UserError
 from vlmo_ray.runs.state import TrainState
@@ -28,21 +28,21 @@ Files = dict[str, tuple[int, int]]  # name -> bytes, CRC-32
 
 
 class SaveError(UserError):
-    """A checkpoint could not be written; raised on all workers, with the first one's reason."""
+    """A checkpoint could not be written. All workers raise it, with the first reason."""
 
 
 def stored_name(name: str) -> str:
-    """The name in stored weights of a task's parameter: the model's have none of the task in it, as they outlive it."""
+    """The stored name of a task's parameter. Those of the model do not name the task, because they outlive it."""
     return name.removeprefix("model.") if name.startswith("model.") else f"task.{name}"
 
 
 def weights_of(task: nn.Module) -> dict[str, Tensor]:
-    """All weights of a task by stored name, on the workers as they lie."""
+    """All weights of a task by stored name; sharded ones stay sharded."""
     return {stored_name(name): tensor for name, tensor in task.state_dict().items()}
 
 
 def _everything(task: nn.Module, optimizer: torch.optim.Optimizer, average: dict[str, Tensor] | None) -> dict[str, Any]:
-    """What a checkpoint holds. Of the optimizer only its state: settings come from the config."""
+    """The content of a checkpoint. The optimizer's settings are not in it: they come from the config."""
     moments = {
         stored_name(name): dict(optimizer.state[parameter])
         for name, parameter in task.named_parameters()
@@ -55,7 +55,7 @@ def _everything(task: nn.Module, optimizer: torch.optim.Optimizer, average: dict
 
 
 def _start_moments(optimizer: torch.optim.Optimizer) -> None:
-    """The state of AdamW before its first step, to be filled from a checkpoint."""
+    """Creates the state of AdamW as before its first step, to be filled from a checkpoint."""
     for group in optimizer.param_groups:
         device = group["params"][0].device if group["fused"] else torch.device("cpu")
         for parameter in group["params"]:
@@ -73,28 +73,28 @@ def save(
     state: TrainState,
     average: dict[str, Tensor] | None = None,
 ) -> None:
-    """Writes this worker's part into `folder`, which is its own; their union is the checkpoint.
+    """Writes this worker's files into `folder`, which is its own; the files of all workers are the checkpoint.
 
-    `average` holds the moving average of weights by parameter name. Every worker calls. Raises SaveError on all of
-    them if one could not write.
+    `average` holds the moving average of the weights by parameter name. Every worker must call this. If one could not
+    write, all of them raise SaveError.
     """
     content = _everything(task, optimizer, average)
     together = dist.is_initialized()
     problem = ""
     try:
-        dcp.save(content, checkpoint_id=folder, no_dist=not together)
+        state_dict_saver.save(content, checkpoint_id=folder, no_dist=not together)
     except CheckpointException as error:
         reasons = "; ".join(str(reason) for reason, _ in error.failures.values())
-        # of a full disk the libraries say no more than that a file has an unexpected length
+        # on a full disk the libraries only report that a file has an unexpected length
         free = shutil.disk_usage(folder.parent).free / 1e6
-        problem = f"{reasons} ({free:,.0f} MB are free in {folder.parent}; TMPDIR names another place)"
+        problem = f"{reasons} ({free:,.0f} MB are free in {folder.parent}; set TMPDIR to use another disk)"
     files = {} if problem else {file.name: measured(file) for file in folder.iterdir()}
     reports: list[Any] = [(files, problem)]
     if together:
         reports = [None] * dist.get_world_size()
         dist.all_gather_object(reports, (files, problem))
     if not together or dist.get_rank() == 0:
-        everything = {name: size for part, _ in reports for name, size in part.items()}
+        everything = {name: size for written, _ in reports for name, size in written.items()}
         try:
             (folder / STATE).write_text(_sealed(state.state_dict() | {"files": everything}))
         except OSError as error:
@@ -115,7 +115,7 @@ def measured(file: Path) -> tuple[int, int]:
 
 
 def _sealed(content: dict[str, Any]) -> str:
-    content = json.loads(json.dumps(content))  # as it will be read
+    content = json.loads(json.dumps(content))  # as it will be read back
     return json.dumps({"crc32": _crc(content)} | content, indent=1)
 
 
@@ -124,7 +124,7 @@ def _crc(content: dict[str, Any]) -> int:
 
 
 def parse_state(text: str | bytes) -> tuple[TrainState, Files]:
-    """The contents of a `train_state.json`; ValueError, KeyError or TypeError if it is not as it was written."""
+    """The contents of a `train_state.json`. Raises ValueError, KeyError or TypeError if it is damaged."""
     raw = json.loads(text)
     if raw.pop("crc32") != _crc(raw):
         raise ValueError("its checksum does not match")
@@ -143,14 +143,14 @@ def read_state(folder: Path) -> TrainState:
 def load(
     folder: Path, task: nn.Module, optimizer: torch.optim.Optimizer, average: dict[str, Tensor] | None = None
 ) -> TrainState:
-    """Fills the weights, the optimizer's state and the average in place; any number of workers may have written them.
+    """Fills weights, optimizer state and average in place, whatever number of workers wrote them.
 
-    An average that the checkpoint does not have begins at its weights.
+    If the checkpoint has no average, `average` starts at its weights.
     """
     _start_moments(optimizer)
-    averaged = average is not None and _has_average(folder)
+    averaged = bool(_averaged(folder))
     content = _everything(task, optimizer, average if averaged else None)
-    dcp.load(content, checkpoint_id=folder, no_dist=not dist.is_initialized())
+    state_dict_loader.load(content, checkpoint_id=folder, no_dist=not dist.is_initialized())
     for name, parameter in task.named_parameters():
         if average is not None and not averaged and name in average:
             average[name].copy_(parameter.detach())
@@ -158,16 +158,15 @@ def load(
 
 
 def load_weights(folder: Path, task: nn.Module) -> None:
-    """Fills the weights alone, in a single process, for evaluation and export: their average if there is one."""
-    weights = weights_of(task)
-    dcp.load({"model": weights}, checkpoint_id=folder, no_dist=True)
-    if _has_average(folder):
-        averaged = {stored_name(n): p.detach() for n, p in task.named_parameters()}
-        known = FileSystemReader(folder).read_metadata().state_dict_metadata
-        averaged = {name: tensor for name, tensor in averaged.items() if f"average.{name}" in known}
-        dcp.load({"average": averaged}, checkpoint_id=folder, no_dist=True)
+    """Fills only the weights, in a single process, for evaluation and export: their average if there is one."""
+    state_dict_loader.load({"model": weights_of(task)}, checkpoint_id=folder, no_dist=True)
+    if known := _averaged(folder):
+        named = ((stored_name(name), parameter.detach()) for name, parameter in task.named_parameters())
+        averages = {name: tensor for name, tensor in named if name in known}
+        state_dict_loader.load({"average": averages}, checkpoint_id=folder, no_dist=True)
 
 
-def _has_average(folder: Path) -> bool:
-    known = FileSystemReader(folder).read_metadata().state_dict_metadata
-    return any(name.startswith("average.") for name in known)
+def _averaged(folder: Path) -> set[str]:
+    """Stored names of the weights whose average the checkpoint holds."""
+    names = FileSystemReader(folder).read_metadata().state_dict_metadata
+    return {name.removeprefix("average.") for name in names if name.startswith("average.")}

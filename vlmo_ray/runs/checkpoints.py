@@ -1,10 +1,10 @@
-"""The checkpoints of a run in its store: complete or invisible, checked, the newest good one first.
+"""The checkpoints of a run in its store: complete or invisible, checked when read, the newest good one first.
 
-Every worker uploads its own files into `checkpoint-<step>/<attempt>/`, in the background; then one of them writes
-`checkpoint-<step>/train_state.json`, which names them all, and the start of the run (the attempt) that they are of. A
-checkpoint of which a file is missing or short is not complete and is not there for anybody, so nobody has to wait for
-the others: a run that dies in the middle of an upload finds the checkpoint before it. What was uploaded is checked by
-checksum when it is read; a damaged one is named, set aside, and the one before it is taken.
+Every worker uploads its own files into `checkpoint-<step>/<attempt>/` in the background. The worker that wrote
+`train_state.json`, which lists all files and the attempt (the start of the run) that wrote them, uploads it to
+`checkpoint-<step>/`. A checkpoint with a missing or short file is incomplete and therefore invisible, so no worker
+waits for another: a run that dies during an upload resumes from the checkpoint before. Checksums are verified on
+reading. A damaged checkpoint is reported and set aside, and the one before it is used.
 """
 
 from __future__ import annotations
@@ -22,48 +22,48 @@ from vlmo_ray.runs.state import TrainState
 
 _PREFIX = "checkpoint-"
 _SET_ASIDE = "damaged_state.json"
-_BEGUN = "has_checkpoints"  # an object in the run: a complete one was seen
+_BEGUN = "has_checkpoints"  # an object in the run that marks that it had a complete checkpoint
 
 
 class Damaged(UserError):
-    """A checkpoint does not hold what it held when it was written."""
+    """A file of a checkpoint has changed since it was written."""
 
 
 @dataclass
 class Checkpoints:
-    """Of the run in `run`; `keep` and `keep_every` say which are kept, and only the `keeper` deletes any."""
+    """The checkpoints in the store `run`."""
 
     run: Store
-    keep: int = 3  # the newest complete ones
-    keep_every: int = 0  # and those whose step is a multiple of this, for good; 0: none
-    keeper: bool = False
+    keep: int = 3  # how many of the newest complete ones stay
+    keep_every: int = 0  # those whose step is a multiple of this stay for good; 0: none
+    keeper: bool = False  # whether this worker deletes the others
     _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "checkpoint"), repr=False)
     _pending: list[Future] = field(default_factory=list, repr=False)
     _begun: bool = False
 
     def upload(self, folder: Path, state: TrainState, more: dict[str, bytes] | None = None) -> None:
-        """Sends this worker's files of the checkpoint of `state`, after `more` files of the run; removes `folder`.
+        """Uploads `more` files of the run, then this worker's files of the checkpoint; removes `folder`.
 
-        Returns at once, or after the upload before: at most one is under way. What goes wrong with an upload is
-        raised by `check` and `wait`, and never here, where one worker alone would learn of it.
+        Returns at once, or when the previous upload has ended: at most one runs at a time. Errors of an upload are
+        raised by `check` and `wait`, never here, where only one worker would learn of them.
         """
         wait(self._pending)
         self._pending.append(self._pool.submit(self._upload, folder, state, more or {}))
 
     def wait(self) -> None:
-        """Until the upload under way has ended; raises what went wrong with it or with an earlier one."""
+        """Waits for the current upload; raises the errors of that and of earlier ones."""
         wait(self._pending)
         self.check()
 
     def check(self) -> None:
-        """Raises what went wrong with an upload that has ended; does not wait."""
+        """Raises the errors of uploads that have ended; does not wait."""
         ended = [upload for upload in self._pending if upload.done()]
         self._pending = [upload for upload in self._pending if upload not in ended]
         for upload in ended:
             upload.result()
 
     def close(self) -> None:
-        """Ends the upload thread, after the upload under way."""
+        """Ends the upload thread after the current upload."""
         self._pool.shutdown()
 
     def _upload(self, folder: Path, state: TrainState, more: dict[str, bytes]) -> None:
@@ -79,7 +79,7 @@ class Checkpoints:
             self.retire()
 
     def retire(self) -> None:
-        """Deletes what need not be kept: never the newest complete one, nor anything newer than that."""
+        """Deletes checkpoints that need not be kept, but never the newest complete one or anything newer."""
         complete = list(self.complete())
         if not complete:
             return
@@ -91,11 +91,11 @@ class Checkpoints:
             kept |= {name for name, state, _ in complete if state.step % self.keep_every == 0}
         for name in self._listed():
             if name < complete[0][0] and name not in kept:
-                self.run.delete(f"{name}/{STATE}")  # first: what is left is no checkpoint
+                self.run.delete(f"{name}/{STATE}")  # first, so the rest is not taken for a checkpoint
                 self.run.delete_folder(name)
 
     def complete(self) -> Iterator[tuple[str, TrainState, Files]]:
-        """(name, state, files) of the checkpoints all of whose files are there, newest first."""
+        """(name, state, files) of the complete checkpoints, newest first."""
         for name, sizes in reversed(self._listed().items()):
             if STATE not in sizes:
                 continue
@@ -119,14 +119,14 @@ class Checkpoints:
         return dict(sorted(found.items()))
 
     def newest(self) -> TrainState | None:
-        """The state of the newest complete checkpoint, its files not checked; None if there is none."""
+        """The state of the newest complete checkpoint, without verifying its files; None if there is none."""
         return next((state for _, state, _ in self.complete()), None)
 
     def fetch_newest(self, folder: Path) -> str:
-        """Downloads the newest good checkpoint into `folder`; its name, or "" if the run has none yet.
+        """Downloads the newest good checkpoint into `folder`; returns its name, or "" if the run has none yet.
 
-        One that is damaged or not complete is named and passed over, a damaged one also set aside. Raises UserError
-        if the run had checkpoints and none is whole.
+        Reports and skips incomplete and damaged ones, and sets damaged ones aside. Raises UserError if the run had
+        checkpoints and none is whole.
         """
         chosen = ""
         for name, state, files in self.complete():
@@ -141,21 +141,21 @@ class Checkpoints:
         for name, sizes in listed.items():
             if name > chosen and _SET_ASIDE not in sizes:
                 what = "some of its files are missing or short" if STATE in sizes else f"it has no {STATE}"
-                print(f"the checkpoint {name} is not complete and passed over: {what}", flush=True)
+                print(f"skipped {name}, which is incomplete: {what}", flush=True)
         damaged = any(_SET_ASIDE in sizes for sizes in listed.values())
         if not chosen and (damaged or self.run.exists(_BEGUN)):
             raise UserError(
-                f"no checkpoint of {self.run.uri} is whole ({', '.join(listed) or 'all are gone'}). Bring one back "
-                "from a copy of the bucket, or give another --name to start afresh"
+                f"no checkpoint of {self.run.uri} is whole ({', '.join(listed) or 'all are gone'}). Restore one from a "
+                "copy of the bucket, or give another --name to start afresh"
             )
         return chosen
 
     def fetch(self, name: str, state: TrainState, files: Files, folder: Path) -> None:
-        """Downloads one checkpoint and checks every byte of it. Raises Damaged."""
+        """Downloads one checkpoint and verifies every byte. Raises Damaged."""
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         for file, wanted in files.items():
-            for _ in range(2):  # what came wrong once may be right the second time
+            for _ in range(2):  # an error may be in the transfer alone
                 (folder / file).write_bytes(self.run.read(f"{name}/{state.attempt}/{file}"))
                 if measured(folder / file) == wanted:
                     break
@@ -169,8 +169,8 @@ class Checkpoints:
         self.fetch(name, *parse_state(self.run.read(f"{name}/{STATE}")), folder)
 
     def _set_aside(self, name: str, reason: str) -> None:
-        """Makes a damaged checkpoint invisible, and leaves everything in place for a person to look at."""
-        print(f"the checkpoint {name} is damaged and passed over: {reason}", flush=True)
+        """Makes a damaged checkpoint invisible, and leaves its files in place for a person to look at."""
+        print(f"skipped {name}, which is damaged: {reason}", flush=True)
         self.run.write(f"{name}/{_SET_ASIDE}", self.run.read(f"{name}/{STATE}"))
         self.run.delete(f"{name}/{STATE}")
 

@@ -1,4 +1,4 @@
-"""What an evaluation found, and where a run keeps it: `evaluations/<step>-<n>.json`, beside the metrics."""
+"""Results of evaluations, which a run keeps in `evaluations/<step>-<hash of the data set's URI>.json`."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ class Result:
     scores: dict[str, Score]
     data: str  # URI of the data set
     num_rows: int  # that were scored
-    problems: tuple[str, ...] = ()  # rows left out, with their address and reason
+    problems: tuple[str, ...] = ()  # address and reason of rows that were left out
 
     def __getitem__(self, name: str) -> float:
         return self.scores[name].value
 
 
 def scored(evaluation: Evaluation, blocks: Iterable[Columns], data: str) -> Result:
-    """The scores of the valid rows of `blocks`, which also have the columns valid and problem.
+    """Scores the valid rows of `blocks`, which also have the columns `valid` and `problem`.
 
     Raises UserError if no row is valid.
     """
@@ -49,29 +49,22 @@ def scored(evaluation: Evaluation, blocks: Iterable[Columns], data: str) -> Resu
             num_valid += int(valid.sum())
             if valid.any():
                 yield {name: column[valid] for name, column in block.items() if name != "problem"}
+        if not num_valid:
+            why = f"no row of {data} can be read; the first: {problems[0]}" if problems else f"{data} has no rows"
+            raise UserError(why)
 
-    checked = _not_empty(valid_rows(), data, problems)
-    return Result(evaluation.score(checked), data, num_valid, tuple(problems))
-
-
-def _not_empty(blocks: Iterator[Columns], data: str, problems: list[str]) -> Iterator[Columns]:
-    first = next(blocks, None)
-    if first is None:
-        why = f"no row of {data} can be read; the first: {problems[0]}" if problems else f"{data} has no rows"
-        raise UserError(why)
-    yield first
-    yield from blocks
+    return Result(evaluation.score(valid_rows()), data, num_valid, tuple(problems))
 
 
 def keep(run: Store, step: int, result: Result) -> None:
-    """Writes a result into the run. The same data set evaluated again at this step replaces it."""
+    """Writes a result into the run. It replaces an earlier one of the same data set and step."""
     name = hashlib.sha256(result.data.encode()).hexdigest()[:8]
     content = {"step": step} | dataclasses.asdict(result)
-    run.write(f"{_FOLDER}/{step:08d}-{name}.json", json.dumps(content, indent=1, default=_plain).encode())
+    run.write(f"{_FOLDER}/{step:08d}-{name}.json", json.dumps(content, indent=1, default=np.generic.item).encode())
 
 
 def keep_in_run(path: str, result: Result) -> None:
-    """Keeps a result in the run at `path`, at the step of its newest checkpoint; nothing if that is no run."""
+    """Keeps a result in the run at `path`, at the step of its newest checkpoint; does nothing if `path` is no run."""
     if not path.startswith("s3://") and not Path(path).is_dir():
         return
     run = Store(path)
@@ -90,21 +83,14 @@ def read_evaluations(run: Store) -> list[tuple[int, Result]]:
     return found
 
 
-def _plain(value):
-    """NumPy's numbers as Python's."""
-    if isinstance(value, np.generic):
-        return value.item()
-    raise TypeError(f"{type(value).__name__} cannot be written as JSON")
-
-
 def line(result: Result) -> str:
-    """One line for the console; metrics of a value and a chance in per cent."""
+    """The first four metrics in one line for the console."""
     shown = list(result.scores.items())[:4]
     return "  ".join(f"{name} {_cell(score.value)}" for name, score in shown)
 
 
 def table(result: Result, title: str) -> Table:
-    """Every metric beside chance."""
+    """All metrics, with what chance would give."""
     out = Table("metric", title=f"{title}: {result.num_rows:,} rows")
     for head in ("chance", "reached", "count"):
         out.add_column(head, justify="right")

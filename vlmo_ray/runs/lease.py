@@ -1,13 +1,12 @@
-"""One program at a time works on a run: a small object in the run's store says who.
+"""The lease of a run: a small object in its store that names the one program that may train it.
 
-The holder renews it; a lease that was not renewed for a while belongs to nobody, and one whose holder was a process
-of this machine that is gone is taken over at once. A holder that finds another's lease where its own was has lost the
-run, and is told so.
+The holder renews the lease. Another program takes it over if it was not renewed for `LAPSE_S`, or at once if the holder
+was a process of the same machine that has ended. A holder that finds another's lease has lost the run and is told so.
 
-A plain store has no lock, so that two can hold the lease for a while: one that was cut off from the storage for longer
-than `LAPSE_S` and replaced, or two that begin at once, where the later write is under way for longer than `_SETTLE_S`.
-The write that arrives last stands. The other program finds that out when it next looks: soon after its start, then
-every `RENEW_S`, and not while the storage is away.
+Object storage has no locks, so two programs can both hold the lease for a while: if one was cut off from the storage
+for longer than `LAPSE_S` and replaced, or if two begin at once and the later write takes longer than `_SETTLE_S`. The
+write that arrives last wins. The other program learns it at its next look: soon after its start, then every `RENEW_S`,
+but not while the storage is unreachable.
 """
 
 from __future__ import annotations
@@ -29,30 +28,30 @@ from vlmo_ray.errors import UserError
 _NAME = "lease.json"
 RENEW_S = 10.0
 LAPSE_S = 45.0
-_SETTLE_S = 0.5  # of two that write at once, the later one stands after this
+_SETTLE_S = 0.5  # how long a program waits before it checks whether its write was the last one
 
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds the lease."""
+    """The program that holds the lease."""
 
     token: str
     host: str
-    boot: str  # of the host: process ids begin anew with it
+    boot: str  # id of the host's boot: process ids start over with it
     pid: int
     process_start: str
     renewed: float  # seconds since 1970
-    pid_namespace: str = ""  # containers on one host may share its name, but not their process ids
+    pid_namespace: str = ""  # containers may share a host's name but not its process ids
 
     @property
     def here(self) -> bool:
-        """Whether its process id can be looked up by this process."""
+        """Whether this process can look up the holder's process id."""
         here = socket.gethostname(), _boot(), _pid_namespace()
         return (self.host, self.boot, self.pid_namespace) == here
 
     @property
     def gone(self) -> bool:
-        """Whether it is known to have ended."""
+        """Whether the holder is known to have ended."""
         return self.here and _start_of(self.pid) != self.process_start
 
 
@@ -85,7 +84,7 @@ class _Lease:
 
     def take(self) -> None:
         first = current = _read(self._run)
-        # the holder's clock may not be ours: a lease lapses when it is seen unchanged for long enough
+        # clocks may differ, so a lease lapses only after it was seen unchanged for long enough
         until = time.monotonic() + LAPSE_S
         while current is not None and not current.gone:
             if current.here or current != first:
@@ -105,9 +104,9 @@ class _Lease:
             raise UserError(f"another program began to train {self._run.uri} at the same time; this one gives way")
 
     def renew(self) -> Holder | None:
-        """Who else holds the lease by now; None when nobody does and it is renewed.
+        """Renews the lease; returns another holder if there is one by now, else None.
 
-        Without patience: while a write waits for the storage, another may take what was just read as ours.
+        Does not retry: while a write waits for the storage, another program may take the lease that was just read.
         """
         current = _read(self._impatient)
         if current is not None and not self._is_mine(current):
@@ -116,7 +115,7 @@ class _Lease:
         return None
 
     def keep(self, ended: threading.Event, on_lost: Callable[[str], None]) -> None:
-        """Renews until `ended`, or until the lease is another's; goes on while the storage is busy or away."""
+        """Renews until `ended` or until another program holds the lease; retries while the storage is unreachable."""
         wait, failing = 4 * _SETTLE_S, False
         while not ended.wait(wait):
             wait = RENEW_S
@@ -124,7 +123,7 @@ class _Lease:
                 other = self.renew()
             except (UserError, OSError) as error:
                 if not failing:
-                    print(f"the lease of {self._run.uri} could not be renewed, trying on: {error}", flush=True)
+                    print(f"the lease of {self._run.uri} could not be renewed; retrying: {error}", flush=True)
                 failing = True
                 continue
             failing = False
@@ -139,10 +138,9 @@ class _Lease:
 
 @contextmanager
 def lease(run: Store, on_lost: Callable[[str], None]) -> Iterator[str]:
-    """Holds the lease of `run` inside the block, under the token it yields. Raises UserError while another program
-    holds it.
+    """Holds the lease of `run` inside the block; yields its token. Raises UserError if another program holds the lease.
 
-    If another has taken it over, `on_lost` is called once, from a thread of its own, with a sentence that says who.
+    If another program takes it over, calls `on_lost` once, from another thread, with a sentence that names the program.
     """
     held, ended = _Lease(run), threading.Event()
     held.take()
@@ -157,7 +155,7 @@ def lease(run: Store, on_lost: Callable[[str], None]) -> Iterator[str]:
 
 
 def check(run: Store, token: str) -> None:
-    """Raises UserError if the lease of `run` is held under another token."""
+    """Raises UserError if another token holds the lease of `run`."""
     current = _read(run)
     if current is not None and current.token != token:
         raise UserError(_taken_over(run, current))
@@ -190,7 +188,7 @@ def _pid_namespace() -> str:
 
 
 def _start_of(pid: int) -> str:
-    """When a process of this machine began, "" if there is none; where that cannot be told, its id."""
+    """When a process of this machine started; "" if it does not run. Without /proc, its id stands for the time."""
     if not Path("/proc/self/stat").exists():
         try:
             os.kill(pid, 0)

@@ -1,4 +1,4 @@
-"""Models from any place that holds one: a run, an imported folder, a released file; and what a run publishes."""
+"""Loads models from a run, an imported folder or a released file; writes the final weights of a run."""
 
 from __future__ import annotations
 
@@ -26,37 +26,37 @@ from vlmo_ray.tasks import build_task
 from vlmo_ray.weights import folder as folders
 
 _MODEL = "model"  # the folder of final weights
-_SOURCE = f"{_MODEL}/source"  # names the checkpoint that they are those of
-_TASK = "task.json"  # what was trained on which columns: in the run, and beside its final weights
-_OWN = "task.safetensors"  # weights that are the task's and not the model's
+_SOURCE = f"{_MODEL}/source"  # names the checkpoint that they come from
+_TASK = "task.json"  # config and schema of the run: in the run, and beside its final weights
+_OWN = "task.safetensors"  # weights of the task that are not the model's
 _PREFIX = "task."
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model, and what is known of the task that it was trained for."""
+    """A model, and what is known about the task that it was trained for."""
 
     model: VLMo
     config: Config | None = None
     schema: Schema | None = None
-    own: dict[str, Tensor] = field(default_factory=dict)  # weights of the task's own, by stored name
+    own: dict[str, Tensor] = field(default_factory=dict)  # the task's own weights by stored name
 
     def fill(self, task: nn.Module) -> None:
-        """Gives a task around `model` the weights of its own."""
+        """Loads the task's own weights into `task`, which was built around `model`."""
         own = {name.removeprefix(_PREFIX): tensor for name, tensor in self.own.items()}
         task.load_state_dict(task.state_dict() | own)
 
 
 def describe(run: Store, config: Config, schema: Schema, folder: str = "") -> None:
-    """Writes down what the run trains, and on which columns."""
+    """Writes the config of the run, and the schema of its data set."""
     content = {"config": to_dict(config), "schema": schema.to_json()}
     run.write(f"{folder}{_TASK}", json.dumps(content, indent=1).encode())
 
 
 def publish(run: Store, model: VLMo, weights: dict[str, Tensor], config: Config, schema: Schema) -> None:
-    """Writes the weights (by stored name) of the run's newest checkpoint as its final ones.
+    """Writes `weights` (by stored name), which are those of the newest checkpoint, as the final ones of the run.
 
-    `model.json` is written after all weights, so a partial upload cannot be loaded; the name of the checkpoint last.
+    `model.json` is written after all weights, so a partial upload cannot be loaded. The name of the checkpoint is last.
     """
     own = {name: tensor.contiguous() for name, tensor in weights.items() if name.startswith(_PREFIX)}
     if own:
@@ -71,7 +71,7 @@ def publish(run: Store, model: VLMo, weights: dict[str, Tensor], config: Config,
 
 
 def published(run: Store, state: TrainState) -> bool:
-    """Whether the run's final weights are those of its checkpoint of this state."""
+    """Whether the final weights of the run come from the checkpoint with this state."""
     return run.exists(_SOURCE) and run.read(_SOURCE) == _address(state)
 
 
@@ -82,8 +82,8 @@ def _address(state: TrainState) -> bytes:
 def load(path: str | Path, **options) -> VLMo:
     """The model at `path`, in float32, on the CPU.
 
-    `path` is a run (its final weights, or while it lasts those of its newest checkpoint), a folder that
-    `vlmo import` wrote, or a released file. A run may be `s3://bucket/prefix`. `options` are those of
+    `path` is a run, a folder that `vlmo import` wrote, or a released file. A run gives its final weights, or those of
+    its newest checkpoint if it has not ended; it may be `s3://bucket/prefix`. `options` are those of
     `weights.folder.load_model`.
     """
     with _model_folder(str(path)) as local:
@@ -91,7 +91,7 @@ def load(path: str | Path, **options) -> VLMo:
 
 
 def load_all(path: str | Path) -> Loaded:
-    """The model at `path`, as for `load`, with what the run knows of its task."""
+    """The model at `path`, as for `load`, with what is known about its task."""
     with _model_folder(str(path)) as local:
         model = folders.load_model(local)
         described = Path(local) / _TASK
@@ -111,9 +111,9 @@ def export(path: str | Path, out: str | Path) -> None:
 
 @contextmanager
 def _model_folder(path: str) -> Iterator[str]:
-    """A local folder or file that `weights.folder` reads, made from a run if `path` is one."""
+    """A local folder or file that `weights.folder` reads. A run is converted to one."""
     if not path.startswith("s3://") and not Path(path).is_dir():
-        yield path  # a released file, or nothing: `weights.folder` says so
+        yield path  # a released file; `weights.folder` raises if there is none
         return
     store = open_store(path)
     if store.exists("model.json") and not store.is_s3:
@@ -123,7 +123,9 @@ def _model_folder(path: str) -> Iterator[str]:
         target = Path(folder)
         inner = next((p for p in ("", f"{_MODEL}/") if store.exists(f"{p}model.json")), None)
         if inner is not None:
-            _download(store, inner, target)
+            for name in store.list(inner):
+                if "/" not in name.removeprefix(inner):
+                    (target / Path(name).name).write_bytes(store.read(name))
         elif Checkpoints(store).fetch_newest(shards := target / "checkpoint"):
             _from_checkpoint(store, shards, target)
         else:
@@ -148,9 +150,3 @@ def _from_checkpoint(store: Store, shards: Path, target: Path) -> None:
     if own:
         (target / _OWN).write_bytes(save_tensors(own))
     folders.save_model(task.model, target, {name: t for name, t in weights.items() if name not in own})
-
-
-def _download(store: Store, prefix: str, folder: Path) -> None:
-    for name in store.list(prefix):
-        if "/" not in name.removeprefix(prefix):
-            (folder / Path(name).name).write_bytes(store.read(name))

@@ -1,8 +1,8 @@
-"""Figures of a run, in samples: one JSON line a step, TensorBoard events, and lines a person can follow.
+"""Metrics of a run: one JSON line per step, TensorBoard events, and lines on the console.
 
-Object storage cannot append, so the log is a row of segments, `metrics/<start in ns>.jsonl`, each written
-whole by one process and closed at its checkpoints; `read_metrics` joins them. A step that was repeated after a
-failure stands in two segments: the later one is the run's.
+Object storage cannot append, so the log consists of segments, `metrics/<start in ns>.jsonl`. One process writes each of
+them as a whole and closes it at its checkpoints; `read_metrics` joins them. A step that was repeated after a failure is
+in two segments, and the later one counts.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from pathlib import Path
 
 from vlmo_ray.data.store import Store
 
-_FLUSH_S = 5.0  # how often an open segment is written again
+_FLUSH_S = 5.0  # seconds between rewrites of an open segment
 
 
 class Meters:
-    """Collects a step's figures on rank 0. `store` is the run's folder or prefix."""
+    """Collects the metrics of each step on rank 0. `store` is that of the run."""
 
     def __init__(self, store: Store, total_steps: int, log_every: int, shown: Sequence[str] = ()):
         self.store, self.total_steps, self.log_every = store, total_steps, log_every
@@ -29,18 +29,18 @@ class Meters:
         self._open()
 
     def _open(self) -> None:
-        self.figures: list[tuple[float, dict[str, float]]] = []  # with the time they came
+        self.figures: list[tuple[float, dict[str, float]]] = []  # (time of arrival, metrics)
         self.start = time.time_ns()
         self.flushed = time.monotonic()
 
     def add(self, figures: dict[str, float]) -> None:
-        """`figures` holds at least step (done steps), loss, samples_per_s, data_wait, step_s."""
+        """`figures` holds at least step (number of steps done), loss, samples_per_s, data_wait and step_s."""
         step = int(figures["step"])
         self.figures.append((time.time(), figures))
         self.recent.append(figures)
         printed = step % self.log_every == 0 or step == self.total_steps
         if printed or time.monotonic() - self.flushed > _FLUSH_S:
-            self.flush()  # before the line: a step that was told of is in the log, whatever comes next
+            self.flush()  # before printing, so every printed step is in the log
         if printed:
             self._print(step)
 
@@ -66,15 +66,16 @@ class Meters:
         self.flushed = time.monotonic()
 
     def close_segment(self) -> None:
-        """Called at a checkpoint: what is written so far is not touched again."""
+        """Called at a checkpoint: closes the open segment, which is not written again."""
         self.flush()
         self._open()
 
 
 def _events(figures: list[tuple[float, dict[str, float]]]) -> bytes:
-    """A TensorBoard event file, made in memory: its own writer needs a disk, and a thread that may fail unseen."""
-    from tensorboard.compat.proto.event_pb2 import Event
-    from tensorboard.compat.proto.summary_pb2 import Summary
+    """A TensorBoard event file, made in memory: TensorBoard's writer needs a disk and a thread that can fail unseen."""
+    # protobuf creates these classes at import
+    from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
+    from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
     from tensorboard.summary.writer.record_writer import RecordWriter
 
     out = io.BytesIO()
@@ -96,7 +97,7 @@ def _clock(seconds: float) -> str:
 
 
 def read_metrics(store: Store) -> tuple[list[dict[str, float]], list[int]]:
-    """The run's figures by step, and the steps that were done more than once (each as often as repeated)."""
+    """(metrics of every step, repeated steps). A step that was repeated twice is listed twice."""
     by_step: dict[int, dict[str, float]] = {}
     repeated = []
     for name in sorted(store.list("metrics/"), key=lambda n: int(Path(n).stem)):

@@ -1,4 +1,4 @@
-"""Folders on local disk that outlive a killed process only until the next one starts."""
+"""Temporary folders; those of killed processes are removed when the next process starts."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _PREFIX = "vlmo-scratch-"
 
 @contextlib.contextmanager
 def scratch() -> Iterator[Path]:
-    """A folder of this process under TMPDIR, which first removes those that killed processes of this user left there.
+    """Yields a folder of this process under TMPDIR, after removing those that killed processes of this user left there.
 
-    Beside each stands a locked file: the lock ends with its process, in whatever container that ran.
+    Each folder has a locked file beside it. The lock ends with its process, in whatever container that ran.
     """
     base = Path(tempfile.gettempdir())
     for lock in base.glob(f"{_PREFIX}*.lock"):
@@ -27,7 +27,7 @@ def scratch() -> Iterator[Path]:
     lock, unseen = folder.with_suffix(".lock"), folder.with_suffix(".new")
     with unseen.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        unseen.rename(lock)  # only now may others look at it
+        unseen.rename(lock)  # others see it only when it is locked
         folder.mkdir()
         try:
             yield folder
@@ -37,7 +37,7 @@ def scratch() -> Iterator[Path]:
 
 
 def _remove_if_left(lock: Path) -> None:
-    with contextlib.suppress(FileNotFoundError):  # another process was quicker
+    with contextlib.suppress(FileNotFoundError):  # another process removed it first
         if lock.stat().st_uid != os.getuid():
             return
         with lock.open() as file:

@@ -1,4 +1,4 @@
-"""What makes tomorrow's step equal to today's, beside the weights and the optimizer."""
+"""The state of a run beside weights and optimizer: what makes a step after a resume equal to one without."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def versions() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class TrainState:
-    """`step` is the number of optimizer steps done, and with the config the whole position in the data."""
+    """`step` is the number of optimizer steps done. With the config it is also the position in the data."""
 
     step: int
     config: dict[str, Any]
     fingerprint: str  # of the data set
-    attempts: list[tuple[int, str]] = field(default_factory=list)  # (first step, name) of the starts behind it
+    attempts: list[tuple[int, str]] = field(default_factory=list)  # (first step, name) of every start so far
     versions: dict[str, str] = field(default_factory=versions)
 
     @classmethod
@@ -39,18 +39,19 @@ class TrainState:
 
     @classmethod
     def load_state_dict(cls, state: dict[str, Any]) -> TrainState:
-        return cls(**state | {"attempts": [(first, name) for first, name in state["attempts"]]})
+        attempts = [(first, name) for first, name in state["attempts"]]  # JSON made them lists
+        return cls(**{name: value for name, value in state.items() if name != "attempts"}, attempts=attempts)
 
     @property
     def attempt(self) -> str:
-        """The start of the run that made it."""
+        """The start of the run that wrote this state."""
         return self.attempts[-1][1]
 
     def continue_with(self, config: Config, fingerprint: str, accept_changes: bool = False) -> list[str]:
-        """The differences to a run of `config` on the data of `fingerprint` that is to carry on from here.
+        """Checks that a run of `config` on the data of `fingerprint` may continue from here; returns the differences.
 
-        Raises a UserError with them if there are any, unless told to accept them. A difference that weights would not
-        fit is an error in any case. What each field allows stands beside it in `config.py`.
+        Raises UserError that lists them if there are any, unless `accept_changes`. A difference that the weights would
+        not fit is always an error. `config.py` marks beside each field what a resumed run may do with it.
         """
         changed = [diff for diff in differences(from_dict(self.config), config) if diff.resume != "free"]
         misfits = any(diff.resume == "fixed" for diff in changed)
@@ -61,6 +62,6 @@ class TrainState:
             otherwise = "" if misfits else ", or go on with them by --accept-changes"
             raise UserError(
                 f"the checkpoint of step {self.step} was made with other settings: {'; '.join(told)}. "
-                f"Take them back, or give another --name to start afresh{otherwise}"
+                f"Undo them, or give another --name to start afresh{otherwise}"
             )
         return told

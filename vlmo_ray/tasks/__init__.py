@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
+from typing import Any, TypeVar
 
 from vlmo_ray.config import Config
 from vlmo_ray.data.schema import Schema
 from vlmo_ray.errors import UserError
 from vlmo_ray.model.vlmo import VLMo
-from vlmo_ray.tasks.task import Evaluation, Task
+from vlmo_ray.tasks.task import Evaluation, Task, ZeroShot
 
 _NO_TASKS = ("task", "metrics")  # modules here that hold no task
 
@@ -27,19 +28,22 @@ def build_task(model: VLMo, config: Config, schema: Schema) -> Task:
     return found(model, config, schema)
 
 
-def build_evaluation(kind: str, model: VLMo, **options) -> Evaluation:
+def build_evaluation(kind: str, model: VLMo, **options: Any) -> Evaluation:
     """The evaluation called `kind` of any model that has the heads for it. Raises UserError for other names."""
     if kind not in kinds():
         raise UserError(f"there is no task {kind!r}; known: {', '.join(kinds())}")
-    found = _defined(kind, Evaluation)
-    if found is None or not found.zero_shot:
+    found = _defined(kind, ZeroShot)
+    if found is None:
         raise UserError(
             f"{kind} needs weights that were trained for it: evaluate a run of a {kind} recipe with --task {kind}"
         )
     return found(model, **options)
 
 
-def _defined(kind: str, base: type):
+T = TypeVar("T")
+
+
+def _defined(kind: str, base: type[T]) -> type[T] | None:
     """The subclass of `base` that the module of `kind` defines, or None."""
     module = importlib.import_module(f"{__name__}.{kind}")
     found = [

@@ -16,7 +16,7 @@ from vlmo_ray.errors import UserError
 from vlmo_ray.model.flops import pass_flops
 from vlmo_ray.model.vlmo import VLMo
 from vlmo_ray.recipes.classification import ClassificationConfig
-from vlmo_ray.tasks.task import Columns, Counts, Evaluation, Losses, Score, Task, Term, pixels
+from vlmo_ray.tasks.task import Columns, Counts, Evaluation, Losses, Score, Task, Term, image_states, joined, layer_rate
 
 
 class Classification(Task):
@@ -43,19 +43,13 @@ class Classification(Task):
         return not any(f".{part}" in name for part in other)
 
     def lr_scale(self, name: str) -> float:
-        """`head_lr_scale` for the head; below it `layer_decay` to the power of the distance from the top."""
         if name.startswith("head."):
             return self.settings.head_lr_scale
-        depth = self.model.config.depth
-        _, place, rest = name.partition("model.layers.")
-        height = int(rest.split(".")[0]) + 1 if place else depth + 1 if name.startswith("model.norm") else 0
-        return self.settings.layer_decay ** (depth + 1 - height)
+        return layer_rate(name, self.model.config.depth, self.settings.layer_decay)
 
     def logits(self, image: Tensor, noise=None) -> Tensor:
         """uint8 [B,3,H,W] -> [B,C]."""
-        states = self.model.encode(image=pixels(self.model, image), noise=noise).image
-        assert states is not None
-        return self.head(states[:, 1:].mean(dim=1))
+        return self.head(image_states(self.model, image, noise)[:, 1:].mean(dim=1))
 
     def losses(self, batch: Batch, totals: Counts, step: int) -> Losses:
         logits = self.logits(batch.image, self.noise("image", batch.position, step))
@@ -92,13 +86,6 @@ class TopK(Evaluation):
         return {"rank": (logits >= own).sum(dim=1) - 1}
 
     def score(self, blocks: Iterable[Columns]) -> dict[str, Score]:
-        right, count, num_classes = {1: 0, 5: 0}, 0, len(self.task.names)
-        for block in blocks:
-            count += len(block["rank"])
-            for k in right:
-                right[k] += int((block["rank"] < k).sum())
-        return {
-            f"top{k}": Score(right[k] / count, min(1.0, k / num_classes), count)
-            for k in right
-            if k == 1 or k < num_classes
-        }
+        rank, num_classes = joined(blocks)["rank"], len(self.task.names)
+        ks = (1, 5) if num_classes > 5 else (1,)
+        return {f"top{k}": Score(float((rank < k).mean()), k / num_classes, len(rank)) for k in ks}

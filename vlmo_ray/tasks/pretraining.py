@@ -28,7 +28,7 @@ from vlmo_ray.objectives.pairs import Pairs
 from vlmo_ray.recipes.pretraining import PretrainingConfig
 from vlmo_ray.rng import Noise, stream
 from vlmo_ray.tasks.retrieval import Retrieval
-from vlmo_ray.tasks.task import Counts, GlobalTask, Losses, Term, pixels
+from vlmo_ray.tasks.task import Counts, GlobalTask, Losses, Term, given, pixels
 
 IMAGE, TEXT, IMAGE_VL, TEXT_VL = range(4)
 
@@ -85,6 +85,14 @@ class Pretraining(GlobalTask):
         self.data = config.data
         self.slice_size = config.slice_size
 
+    @property
+    def itc(self) -> ContrastHead:
+        return given(self.model.itc)
+
+    @property
+    def itc_vl(self) -> ContrastHead:
+        return given(self.model.itc_vl)
+
     def encoder(self) -> MaskedPairs:
         config = self.model.config
         return MaskedPairs(
@@ -115,10 +123,10 @@ class Pretraining(GlobalTask):
         )
         features = torch.stack(
             [
-                model.itc.image(image.image[:, 0]),
-                model.itc.text(text.text[:, 0]),
-                model.itc_vl.image(image.image_vl[:, 0]),
-                model.itc_vl.text(text.text_vl[:, 0]),
+                self.itc.image(given(image.image)[:, 0]),
+                self.itc.text(given(text.text)[:, 0]),
+                self.itc_vl.image(given(image.image_vl)[:, 0]),
+                self.itc_vl.text(given(text.text_vl)[:, 0]),
             ],
             dim=1,
         )
@@ -135,8 +143,8 @@ class Pretraining(GlobalTask):
         pairs = Pairs(image_key, text_key, valid, workers.first, len(batch))
 
         everything = workers.gather(features)
-        main = self._contrast(self.model.itc, features[:, :2], everything[:, :2], pairs, workers)
-        vl = self._contrast(self.model.itc_vl, features[:, 2:], everything[:, 2:], pairs, workers)
+        main = self._contrast(self.itc, features[:, :2], everything[:, :2], pairs, workers)
+        vl = self._contrast(self.itc_vl, features[:, 2:], everything[:, 2:], pairs, workers)
 
         asked = rows_to_match(workers.first, len(batch), self.slice_size, self.settings.itm_share)
         rows = asked.to(features.device)
@@ -146,7 +154,7 @@ class Pretraining(GlobalTask):
             chosen = hard_negatives(
                 features[:, of],
                 everything[:, among],
-                self.model.itc.log_scale,
+                self.itc.log_scale,
                 pairs,
                 stream(self.seed, purpose, step),
                 asked=rows,
@@ -191,20 +199,20 @@ class Pretraining(GlobalTask):
         self, head: ContrastHead, local: Tensor, everything: Tensor, pairs: Pairs, workers: Workers
     ) -> Contrast:
         """Of one branch: features `[b, 2, D]` and `[N, 2, D]`, image and text."""
-        features = (*local.unbind(1), *everything.unbind(1))
+        (image, text), (images, texts) = local.unbind(1), everything.unbind(1)
         if head.logit_bias is not None:
-            return sigmoid_contrast(*features, head.log_scale, head.logit_bias, pairs)
+            return sigmoid_contrast(image, text, images, texts, head.log_scale, head.logit_bias, pairs)
         smoothing = self.settings.label_smoothing
-        return contrast(*features, head.log_scale, pairs, workers, label_smoothing=smoothing)
+        return contrast(image, text, images, texts, head.log_scale, pairs, workers, label_smoothing=smoothing)
 
     def closing(self, totals: Totals) -> Losses:
         """The contrast's values, and terms whose backward gives its gradients to temperatures and biases."""
         terms = {}
-        heads = {"itc": self.model.itc, "itc_vl": self.model.itc_vl}
+        heads = {"itc": self.itc, "itc_vl": self.itc_vl}
         for (name, head), branch in zip(heads.items(), totals.branches, strict=True):
             term = head.log_scale * branch.scale_grad
             if head.logit_bias is not None:
-                term = term + head.logit_bias * branch.bias_grad
+                term = term + head.logit_bias * given(branch.bias_grad)
             terms[name] = Term(term.sum(), value=branch.loss)
         sums = {
             "negative_similarity": totals.negative_similarity,
@@ -231,19 +239,19 @@ class Pretraining(GlobalTask):
 
         The contrastive terms hand on the gradients at the features; their values are in `totals.branches`.
         """
-        model = self.model
+        model, itm_head, pooler = self.model, given(self.model.itm), given(self.model.pooler)
         rows = None if plan.asked.all() else plan.asked.nonzero().squeeze(1).to(batch.position.device)
 
         def asked(x: Tensor) -> Tensor:
             return x if rows is None else x[rows]
 
-        def pair(name: str, position: Tensor, image: Tensor, text: Tensor, mask: Tensor):
+        def pair(name: str, position: Tensor, image: Tensor, text: Tensor, mask: Tensor) -> Tensor:
             noise = self.noise(name, position, step)
-            return model.encode(image=image, text=text, text_mask=mask, bias=encoded.bias, noise=noise)
+            return given(model.encode(image=image, text=text, text_mask=mask, bias=encoded.bias, noise=noise).text)
 
         def match(name: str, image: Tensor, text: Tensor, mask: Tensor) -> Tensor:
-            states = pair(name, asked(batch.position), image, asked(text), asked(mask)).text
-            return model.itm(model.pooler(states[:, 0]))
+            states = pair(name, asked(batch.position), image, asked(text), asked(mask))
+            return itm_head(pooler(states[:, 0]))
 
         tokens = encoded.image_tokens
         shown = asked(tokens)
@@ -255,9 +263,9 @@ class Pretraining(GlobalTask):
             asked(plan.kept),
             totals.kept,
         )
-        hidden = pair("mlm", batch.position, tokens, batch.mlm_ids, batch.text_mask).text
+        hidden = pair("mlm", batch.position, tokens, batch.mlm_ids, batch.text_mask)
         target = batch.mlm_labels >= 0
-        mlm, mlm_right = masked_lm_loss(model.mlm(hidden[target]), batch.mlm_labels[target], totals.targets)
+        mlm, mlm_right = masked_lm_loss(given(model.mlm)(hidden[target]), batch.mlm_labels[target], totals.targets)
 
         itc, itc_vl = (encoded.features * plan.feature_grad).sum(dim=(0, 2)).view(2, 2).sum(dim=1)
         weights, nothing = self.settings, torch.zeros_like(totals.branches[0].loss)

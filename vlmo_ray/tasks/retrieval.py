@@ -14,17 +14,15 @@ from vlmo_ray.data.encoders.pairs import Pairs
 from vlmo_ray.errors import UserError
 from vlmo_ray.model.vlmo import VLMo
 from vlmo_ray.tasks.metrics import chance_recall, recall_at_k
-from vlmo_ray.tasks.task import Columns, Evaluation, Score, joined, pixels
+from vlmo_ray.tasks.task import Columns, Score, ZeroShot, given, image_states, joined
 
 
-class Retrieval(Evaluation):
+class Retrieval(ZeroShot):
     """Recall at 1, 5 and 10 in both directions, with the main contrastive branch.
 
     Every distinct image of the data set is a candidate for every text, and the other way round. `subset` names
     images (`image_id`); their queries are then also scored alone, as `subset_...`, over the same candidates.
     """
-
-    zero_shot = True
 
     def __init__(self, model: VLMo, subset: Collection[str] = ()):
         if model.itc is None:
@@ -37,9 +35,8 @@ class Retrieval(Evaluation):
         return Pairs(config.image_size, config.max_text_len, DataConfig())
 
     def rows(self, batch: Batch) -> dict[str, Tensor]:
-        image = self.model.encode(image=pixels(self.model, batch.image)).image
-        text = self.model.encode(text=batch.text_ids, text_mask=batch.text_mask).text
-        assert image is not None and text is not None
+        image = image_states(self.model, batch.image)
+        text = given(self.model.encode(text=batch.text_ids, text_mask=batch.text_mask).text)
         return {
             "image_feature": self.head.image(image[:, 0]).float(),
             "text_feature": self.head.text(text[:, 0]).float(),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from vlmo_ray.data.schema import Schema
 from vlmo_ray.model.vlmo import VLMo
 from vlmo_ray.objectives.gather import Workers
 
+T = TypeVar("T")
 Counts = dict[str, Tensor]
 Columns = dict[str, np.ndarray]
 
@@ -84,8 +85,6 @@ class Score:
 class Evaluation:
     """Rows of a data set -> scores. The result depends neither on workers nor on how rows are cut into batches."""
 
-    zero_shot: ClassVar[bool] = False  # whether `cls(model)` evaluates any model that has the heads
-
     def encoder(self) -> Encoder:
         """Called with `draw` None."""
         raise NotImplementedError
@@ -96,6 +95,13 @@ class Evaluation:
 
     def score(self, blocks: Iterable[Columns]) -> dict[str, Score]:
         """The metrics. `blocks` holds the valid rows only, in the order of the data set, chunk by chunk."""
+        raise NotImplementedError
+
+
+class ZeroShot(Evaluation):
+    """An evaluation of any model that has the heads for it, whatever it was trained for."""
+
+    def __init__(self, model: VLMo, **options: Any):
         raise NotImplementedError
 
 
@@ -206,6 +212,23 @@ class GlobalTask(Task):
         raise NotImplementedError
 
 
+def given(value: T | None) -> T:
+    """`value`, which the caller knows to be there: a head of this model, an output that was asked for."""
+    assert value is not None
+    return value
+
+
+def layer_rate(name: str, depth: int, decay: float) -> float:
+    """`decay` to the power of the number of layers above the parameter `name`, as BEiT fine-tunes.
+
+    1 for the norm at the top, `decay` for the last layer, `decay ** (depth + 1)` for the embeddings.
+    """
+    if name.startswith("model.norm"):
+        return 1.0
+    _, inside, rest = name.partition("model.layers.")
+    return decay ** (depth - int(rest.split(".")[0]) if inside else depth + 1)
+
+
 def joined(blocks: Iterable[Columns]) -> Columns:
     """All blocks as one; for scores that need all rows at once."""
     together: dict[str, list[np.ndarray]] = {}
@@ -218,3 +241,8 @@ def joined(blocks: Iterable[Columns]) -> Columns:
 def pixels(model: VLMo, image: Tensor) -> Tensor:
     """uint8 to [-1, 1], the mean and deviation of 0.5 that BEiT was trained with."""
     return image.to(model.dtype) / 127.5 - 1.0
+
+
+def image_states(model: VLMo, image: Tensor, noise: rng.Noise | None = None) -> Tensor:
+    """uint8 [B,3,H,W] -> the image encoder's states [B,P,D], CLS first."""
+    return given(model.encode(image=pixels(model, image), noise=noise).image)

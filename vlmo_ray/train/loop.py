@@ -231,6 +231,7 @@ class _Run:
             device=self.device,
             bf16=self.bf16,
             retry_timeout_s=self.config.data.retry_timeout_s,
+            tasks=self.spec.data_tasks,
         )
         if self.average is not None:
             self.average.swap()

@@ -85,7 +85,8 @@ class WeightAverage:
     @torch.no_grad()
     def update(self) -> None:
         """After an optimizer step."""
-        torch._foreach_lerp_(list(self.tensors.values()), list(self._weights.values()), 1 - self.decay)
+        for name, weight in self._weights.items():
+            self.tensors[name].lerp_(weight, 1 - self.decay)
 
     @torch.no_grad()
     def swap(self) -> None:

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +57,11 @@ class Parallel:
     def evaluate(self, rows: Callable[[Batch], dict[str, Tensor]], batch: Batch) -> dict[str, Tensor]:
         """`Evaluation.rows`, without gradients."""
         with torch.no_grad():
-            return self.task(rows, batch)
+            found = self.task(rows, batch)
+        if self.sharded:
+            # Only a backward gives up the gathered weights; kept, they would hide the next optimizer step.
+            cast(FSDPModule, self.task).reshard()
+        return found
 
     def micro_batches(self, counts: tuple[int, ...], rank: int, size: int) -> list[slice | None]:
         """This worker's rows in micro-batches of at most `size`; None stands for an empty one.
@@ -72,7 +77,7 @@ class Parallel:
     def backward(self, last: bool) -> Iterator[None]:
         """Around a micro-batch's forward and backward: gradients are joined once, in the last."""
         if self.sharded:
-            self.task.set_requires_gradient_sync(last)
+            cast(FSDPModule, self.task).set_requires_gradient_sync(last)
             yield
         elif self.ddp is not None and not last:
             with self.ddp.no_sync():
@@ -101,7 +106,8 @@ def parallelize(task: Task, cluster: ClusterConfig, world: int, device: torch.de
         mesh = init_device_mesh(device.type, (world,))
         for layer in task.model.layers:
             fully_shard(layer, mesh=mesh)
-        return Parallel(fully_shard(task, mesh=mesh))
+        fully_shard(task, mesh=mesh)
+        return Parallel(task)
     with warnings.catch_warnings():
         # torch 2.15 gives the argument another name, which 2.11 does not know
         warnings.simplefilter("ignore", FutureWarning)

@@ -6,6 +6,9 @@ of the two commands computed them.
 
 from __future__ import annotations
 
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+
 import torch
 import torch.distributed as dist
 
@@ -29,10 +32,12 @@ def validate(
     device: torch.device,
     bf16: bool,
     retry_timeout_s: float,
+    tasks: int = 1,
 ) -> Result | None:
     """The task's scores on the data set at `data`, on rank 0; None on other ranks, and if a worker has a problem.
 
-    Every worker must call. Its problem is kept by `agreement`, and is agreed on before the next step.
+    Every worker must call. `tasks` chunks are read at once, by threads of this process. A worker's problem is kept by
+    `agreement`, and is agreed on before the next step.
     """
     evaluation = parallel.task.evaluation()
 
@@ -46,22 +51,28 @@ def validate(
     assert opened is not None
     sources, reader = opened
     first, last = deal(sources.num_chunks, world, rank)
-    # sharded, every pass is a collective: a worker with fewer chunks repeats one, and leaves its rows out
-    rounds = -(-sources.num_chunks // world) if parallel.sharded else last - first
+    chunks = list(range(first, last))
+    if parallel.sharded:
+        # Every pass is a collective: a worker with fewer chunks repeats one, and leaves its rows out.
+        rounds = -(-sources.num_chunks // world)
+        chunks += [min(first, sources.num_chunks - 1)] * (rounds - len(chunks))
     found: list[Columns] = []
-    for i in range(rounds):
-        index = first + i if first + i < last else min(first, sources.num_chunks - 1)
-        columns = agreement.attempt(reader, whole_chunk(sources, index))
-        if parallel.sharded and agreement.stops("evaluation"):
-            return None
-        if columns is None:
-            break
-        batch = Batch.from_numpy(columns).to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            rows = parallel.evaluate(evaluation.rows, batch)
-        if first + i < last:
-            own = {name: tensor.cpu().numpy() for name, tensor in rows.items()}
-            found.append(own | {name: columns[name] for name in ("valid", "id", "problem")})
+    with ThreadPoolExecutor(tasks) as pool:
+        reading: deque[Future[Columns]] = deque()
+        for i in range(len(chunks)):
+            while len(reading) <= tasks and i + len(reading) < len(chunks):
+                reading.append(pool.submit(reader, whole_chunk(sources, chunks[i + len(reading)])))
+            columns = agreement.attempt(reading.popleft().result)
+            if parallel.sharded and agreement.stops("evaluation"):
+                return None
+            if columns is None:
+                break
+            batch = Batch.from_numpy(columns).to(device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                rows = parallel.evaluate(evaluation.rows, batch)
+            if first + i < last:
+                own = {name: tensor.cpu().numpy() for name, tensor in rows.items()}
+                found.append(own | {name: columns[name] for name in ("valid", "id", "problem")})
     if agreement.stops("evaluation"):
         return None
     everything = [found]

@@ -1,1 +1,1 @@
-"""Weights in and out: our folders, the released files, other sizes."""
+"""Reads and writes weights: our folders, released files, other image sizes and heads."""

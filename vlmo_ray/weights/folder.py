@@ -1,8 +1,7 @@
-"""Reads and writes weights: released files, and our folders of `model.safetensors` and `model.json`.
+"""Reads and writes weights: released files, and our folders.
 
-A folder holds the weights under our names in `model.safetensors`, the configuration in `model.json`, and,
-where it was imported, what else the released file held in `carried.safetensors`, so that an export gives
-every key and every bit back.
+A folder holds the weights under our names in `model.safetensors` and the configuration in `model.json`. An imported one
+also holds everything else from the released file in `carried.safetensors`, so an export gives back every key and bit.
 """
 
 from __future__ import annotations
@@ -36,9 +35,14 @@ class Report:
 
     wrapper: str  # "state_dict", "module", "model", or "" for a bare state dict
     used: tuple[str, ...]  # our names of the weights that were taken
-    carried: dict[str, Tensor]  # released names: nothing that this model computes with, kept for an export
+    carried: dict[str, Tensor]  # under released names: not used by this model, kept for an export
     dropped: tuple[str, ...]  # not taken: heads that were not asked for, BEiT's classifier
-    missing: tuple[str, ...]  # our names: parameters of the model that the file lacks
+    missing: tuple[str, ...]  # our names of parameters that the file lacks
+
+    @classmethod
+    def of(cls, official: Official, fitted: Fitted) -> Report:
+        dropped = (*official.dropped, *fitted.dropped)
+        return cls(official.wrapper, tuple(fitted.state), official.carried, dropped, tuple(fitted.missing))
 
     def __str__(self) -> str:
         lines = [f"{len(self.used)} tensors used"]
@@ -48,51 +52,8 @@ class Report:
         return "\n".join(lines)
 
 
-def from_official(
-    state_dict: Mapping[str, Any],
-    *,
-    image_size: int | None = None,
-    max_text_len: int | None = None,
-    heads: tuple[str, ...] | None = None,
-    num_heads: int | None = None,
-    bias_text_len: int = 196,
-) -> tuple[ModelConfig, dict[str, Tensor], Report]:
-    """(configuration, weights under our names, report) of a released VLMo or BEiT state dict.
-
-    The state dict may be bare or wrapped; the configuration is read off its keys and shapes. `image_size`,
-    `max_text_len` and `heads` ask for others than those of the file; `num_heads` and `bias_text_len` tell
-    what a file cannot (see `official.translate`). Raises UserError naming keys that are not VLMo's.
-    """
-    official = translate(state_dict, num_heads=num_heads, bias_text_len=bias_text_len, max_text_len=max_text_len)
-    config, fitted = _fit(official.config, official.state, image_size, max_text_len, heads)
-    return config, fitted.state, _report(official, fitted)
-
-
-def _fit(
-    source: ModelConfig,
-    state: dict[str, Tensor],
-    image_size: int | None,
-    max_text_len: int | None,
-    heads: tuple[str, ...] | None,
-) -> tuple[ModelConfig, Fitted]:
-    asked = {"image_size": image_size, "max_text_len": max_text_len, "heads": heads}
-    asked = {name: value for name, value in asked.items() if value is not None}
-    config = dataclasses.replace(source, **asked)
-    return config, fit_state(state, source, config)
-
-
-def _report(official: Official, fitted: Fitted) -> Report:
-    return Report(
-        wrapper=official.wrapper,
-        used=tuple(fitted.state),
-        carried=official.carried,
-        dropped=(*official.dropped, *fitted.dropped),
-        missing=tuple(fitted.missing),
-    )
-
-
 def read_tensors(path: str | Path) -> Mapping[str, Any]:
-    """A .safetensors file, or a PyTorch file that holds tensors only: nothing in it is ever run."""
+    """Reads a .safetensors file or a PyTorch file of tensors. Never runs code from the file."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"There is no file {path}.")
@@ -116,19 +77,19 @@ def read_tensors(path: str | Path) -> Mapping[str, Any]:
 def import_official(
     path: str | Path, out: str | Path, *, num_heads: int | None = None, bias_text_len: int = 196
 ) -> Report:
-    """Writes the released file `path` as a folder `out`, every tensor with its bits and its type."""
+    """Writes the released file `path` as a folder `out`; every tensor keeps its bits and dtype."""
     official = translate(read_tensors(path), num_heads=num_heads, bias_text_len=bias_text_len)
-    fitted = fit_state(official.state, official.config, official.config)  # for its checks and the report
+    fitted = fit_state(official.state, official.config, official.config)  # checks the shapes
     description = {"official": {"wrapper": official.wrapper, "keys": official.keys}} if official.keys else {}
     _write(out, official.config, official.state, official.carried, description)
-    return _report(official, fitted)
+    return Report.of(official, fitted)
 
 
 def export_official(folder: str | Path, out: str | Path) -> None:
     """Writes a folder as one PyTorch file that the released program loads.
 
-    An imported folder gives back the keys, values, types and wrapper of its file; another one is written
-    under `model`, with the index tables that the released program expects.
+    An imported folder gives back the keys, values, dtypes and wrapper of its file. Any other is written under `model`,
+    with the index tables that the released program expects.
     """
     description, state = _read(folder)
     carried_path = Path(folder) / _CARRIED
@@ -151,9 +112,9 @@ def export_official(folder: str | Path, out: str | Path) -> None:
 
 
 def save_model(model: VLMo, folder: str | Path, state: Mapping[str, Tensor] | None = None) -> None:
-    """Writes weights and configuration into `folder`, made if need be; `load_model` reads it.
+    """Writes weights and configuration into `folder`, which it creates; `load_model` reads it.
 
-    `state` stands in for the model's own weights, where those are spread over workers.
+    `state` replaces the model's own weights, for example if those are sharded over workers.
     """
     _write(folder, model.config, dict(model.state_dict() if state is None else state), {}, {})
 
@@ -169,11 +130,11 @@ def load_model(
     allow_missing: bool = False,
     seed: int = 0,
 ) -> VLMo:
-    """The model in a folder of ours or in a released file (.pt, .ckpt, .safetensors), in float32, on the CPU.
+    """The model in one of our folders or in a released file (.pt, .ckpt, .safetensors), in float32, on the CPU.
 
-    `image_size`, `max_text_len` and `heads` change the model; positions are resampled. `num_heads` and
-    `bias_text_len` are for released files that do not tell them. Parameters that the file lacks are a
-    UserError, or with `allow_missing` are initialised from `seed`.
+    `image_size`, `max_text_len` and `heads` change the model; positions are resampled. `num_heads` and `bias_text_len`
+    are for released files that do not imply them. If the file lacks parameters, raises UserError, or with
+    `allow_missing` initialises them from `seed`.
     """
     if Path(path).is_dir():
         description, state = _read(path)
@@ -183,7 +144,9 @@ def load_model(
             read_tensors(path), num_heads=num_heads, bias_text_len=bias_text_len, max_text_len=max_text_len
         )
         source, state = official.config, official.state
-    config, fitted = _fit(source, state, image_size, max_text_len, heads)
+    asked = {"image_size": image_size, "max_text_len": max_text_len, "heads": heads}
+    config = dataclasses.replace(source, **{name: value for name, value in asked.items() if value is not None})
+    fitted = fit_state(state, source, config)
     if fitted.missing and not allow_missing:
         raise UserError(
             f"{path} lacks {len(fitted.missing)} parameters of the model: {shorten(fitted.missing)}. "
@@ -213,7 +176,7 @@ def _write(
 
 
 def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    # safetensors takes neither views nor tensors that share memory
+    # safetensors refuses views and tensors that share memory
     plain = torch.contiguous_format
     return {name: value.detach().cpu().clone(memory_format=plain) for name, value in tensors.items()}
 

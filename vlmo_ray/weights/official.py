@@ -1,4 +1,4 @@
-"""The released state dicts: their names and ours, and the configuration that their shapes imply."""
+"""Released state dicts: their names and ours, and the configuration that their shapes imply."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from vlmo_ray.model.embeddings import relative_position_index
 from vlmo_ray.model.vlmo import VLMo
 from vlmo_ray.weights.resize import NUM_CLS_ROWS, NUM_CROSS_ROWS
 
-WRAPPERS = ("state_dict", "module", "model")  # where a released file may keep its state dict; or nowhere
+WRAPPERS = ("state_dict", "module", "model")  # keys under which a released file may hold its state dict
 MODULE = "module."  # prefix of every key under the wrapper `module`
 
-# released name (or the start of one, up to a dot) -> ours
+# released name, or its prefix up to a dot -> ours
 _NAMES = {
     "relative_position_bias_table": "relative.table",
     "text_embeddings.word_embeddings": "text_embed.word",
@@ -72,13 +72,13 @@ _LAYER_NAMES = {
 _OUR_NAMES = {ours: theirs for theirs, ours in _NAMES.items()}
 _OUR_LAYER_NAMES = {ours: theirs for theirs, ours in _LAYER_NAMES.items()}
 
-# In released files without being weights of every model: index tables, text positions that a model with
-# relative positions never reads, the pooler of a model whose heads do without it.
+# Keys of released files that not every model has weights for: index tables, text positions, which a model with relative
+# positions never reads, and the pooler, which not all heads read.
 _CARRIED = re.compile(
     r"relative_position_index|text_relative_position_index|text_imag_relative_position_index|"
     r"text_embeddings\.(position_ids|token_type_ids|position_embeddings\.weight)|pooler\.dense\.(weight|bias)"
 )
-# Of a BEiT checkpoint: what image-only pre-training or ImageNet classification put on top.
+# Keys of a BEiT checkpoint that belong to image-only pre-training or to ImageNet classification.
 _BEIT_ONLY = re.compile(
     r"(fc_norm|head|lm_head)\.(weight|bias)|mask_token|(blocks\.\d+\.attn|rel_pos_bias)\.relative_position_index"
 )
@@ -88,12 +88,12 @@ _BEIT_ONLY = re.compile(
 class Official:
     """A released state dict in our names; every tensor of the file is in `state`, `carried` or `dropped`."""
 
-    config: ModelConfig  # as the shapes imply it
-    state: dict[str, Tensor]  # under our names, types as in the file
+    config: ModelConfig  # implied by the shapes
+    state: dict[str, Tensor]  # under our names, dtypes as in the file
     carried: dict[str, Tensor]  # under released names: not weights of this model, kept for an export
     dropped: tuple[str, ...]  # not kept: the classifier of a BEiT checkpoint
     wrapper: str  # one of WRAPPERS, or "" for a bare state dict
-    keys: tuple[str, ...]  # of the file, in its order; empty for BEiT, which cannot be written back
+    keys: tuple[str, ...]  # of the file, in its order; empty for BEiT, which cannot be exported
 
 
 def our_name(name: str) -> str | None:
@@ -105,7 +105,7 @@ def our_name(name: str) -> str | None:
 
 
 def to_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our parameters under their released names; the temperatures have no axis there."""
+    """Our parameters under their released names; temperatures are 0-d there."""
     return {
         official_name(name): value.reshape(()) if name.endswith(".log_scale") else value
         for name, value in state.items()
@@ -123,7 +123,7 @@ def official_name(name: str) -> str:
 
 def _renamed(name: str, names: Mapping[str, str]) -> str | None:
     end = len(name)
-    while end > 0:  # the longest known start
+    while end > 0:  # the longest known prefix wins
         if name[:end] in names:
             return names[name[:end]] + name[end:]
         end = name.rfind(".", 0, end)
@@ -137,10 +137,10 @@ def translate(
     bias_text_len: int = 196,
     max_text_len: int | None = None,
 ) -> Official:
-    """A released checkpoint, wrapped or bare, under our names; UserError names keys that are not VLMo's.
+    """A released checkpoint, wrapped or bare, under our names. Raises UserError naming the keys that are not VLMo's.
 
-    `num_heads` is needed for absolute positions at a width that no released model has; `max_text_len` for a
-    file that does not tell it (BEiT); `bias_text_len` is what the relative bias table was sized for.
+    `num_heads` is needed for absolute positions at a width that no released model has, `max_text_len` for a file that
+    does not imply it (BEiT). `bias_text_len` is the text length that the relative bias table was sized for.
     """
     wrapper, tensors = unwrap(checkpoint)
     keys = tuple(tensors)
@@ -157,7 +157,7 @@ def translate(
     state, carried, unknown = {}, {}, []
     for name, value in named.items():
         renamed = our_name(name)
-        if renamed in ours:
+        if renamed is not None and renamed in ours:
             state[renamed] = value.reshape(1) if renamed.endswith(".log_scale") else value
         elif _CARRIED.fullmatch(name):
             carried[name] = value
@@ -169,13 +169,13 @@ def translate(
 
 
 def shorten(names: Sequence[str], most: int = 20) -> str:
-    """Names in one line, the rest counted."""
+    """The first `most` names in one line, and how many more there are."""
     rest = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + rest
 
 
 def unwrap(checkpoint: Mapping[str, Any]) -> tuple[str, dict[str, Tensor]]:
-    """(wrapper, state dict) of a checkpoint; what a training program keeps beside the state dict is left."""
+    """(wrapper, state dict) of a checkpoint; whatever else a wrapped checkpoint holds is ignored."""
     wrapper = next((w for w in WRAPPERS if isinstance(checkpoint.get(w), Mapping)), "")
     tensors = dict(checkpoint[wrapper] if wrapper else checkpoint)
     others = [str(key) for key, value in tensors.items() if not isinstance(value, Tensor)]
@@ -194,7 +194,7 @@ def infer_config(
     bias_text_len: int = 196,
     max_text_len: int | None = None,
 ) -> ModelConfig:
-    """The configuration that released names and shapes imply; rates keep their defaults."""
+    """The configuration that released names and shapes imply; fields that no shape shows keep their defaults."""
     blocks = [re.match(r"transformer\.blocks\.(\d+)\.", name) for name in state]
     cls, patch = state.get("transformer.cls_token"), state.get("transformer.patch_embed.proj.weight")
     if cls is None or patch is None or not any(blocks):
@@ -224,6 +224,7 @@ def infer_config(
             raise UserError(f"num_heads is {num_heads}, but the relative bias table has {heads_of_table} per layer.")
         num_heads = heads_of_table
     else:
+        assert positions is not None  # one of the two is there
         grid = math.isqrt(positions.shape[1] - 1)
         if grid * grid != positions.shape[1] - 1:
             raise UserError(f"transformer.pos_embed has {positions.shape[1] - 1} patches, which is no square.")
@@ -260,7 +261,7 @@ def infer_config(
 
 
 def index_buffers(config: ModelConfig) -> dict[str, Tensor]:
-    """The index tables that the released program expects beside the weights when it resizes or cuts them."""
+    """The index tables that the released program expects beside the weights, to resize or cut them."""
     text_len = config.max_text_len
     buffers = {"text_embeddings.position_ids": torch.arange(text_len)[None]}
     if config.position == "relative":
@@ -278,8 +279,8 @@ def index_buffers(config: ModelConfig) -> dict[str, Tensor]:
 def _from_beit(state: dict[str, Tensor], bias_text_len: int) -> dict[str, Tensor]:
     """BEiT's state dict under released VLMo names: its feed-forward networks become vision experts.
 
-    The relative tables of all layers (or the one that they share) become the image rows of ours; cross and
-    text rows start at 0.
+    The relative bias tables of the layers (or the one that they share) become the image rows of ours. Cross and text
+    rows start at 0.
     """
     named, tables = {}, {}
     for name, value in state.items():

@@ -1,4 +1,4 @@
-"""Carries weights over to a model with another image size, text length or set of heads."""
+"""Fits weights to a model with another image size, text length or set of heads."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from vlmo_ray.config import ModelConfig
 from vlmo_ray.errors import UserError
 from vlmo_ray.model.vlmo import VLMo
 
-NUM_CLS_ROWS = 3  # of each block of the relative bias table: CLS as query, as key, with itself
+NUM_CLS_ROWS = 3  # in the image and text blocks of the relative bias table: CLS as query, as key, with itself
 NUM_CROSS_ROWS = 2  # text-to-image, image-to-text
 
 
 @dataclasses.dataclass(frozen=True)
 class Fitted:
-    """Weights that fit a model, and what had no counterpart."""
+    """Weights that fit a model, and the names without a counterpart."""
 
     state: dict[str, Tensor]
-    missing: list[str]  # parameters of the model that the weights lack; they keep their initial values
-    dropped: list[str]  # weights that the model has no place for
+    missing: list[str]  # parameters of the model that the weights lack
+    dropped: list[str]  # weights that the model has no parameter for
 
 
 def fit_state(state: dict[str, Tensor], source: ModelConfig, target: ModelConfig) -> Fitted:
     """The weights `state` of a `source` model in the shapes of a `target` model.
 
-    Image positions are resampled, text positions are cut, the modality of NLVR2's second image starts as a
-    copy of the first's. Load the result with `strict=False` after `init_weights`.
+    Image positions are resampled and text positions are cut. The modality of NLVR2's second image starts as a copy of
+    the first one's. Load the result with `strict=False` after `init_weights`. Raises UserError for other differences.
     """
     same = ["width", "depth", "num_heads", "position", "patch_size"]
     same += ["bias_text_len"] if target.position == "relative" else []
@@ -75,11 +75,10 @@ def fit_state(state: dict[str, Tensor], source: ModelConfig, target: ModelConfig
 def resample_table(table: Tensor, old_grid: int, new_grid: int, text_len: int) -> Tensor:
     """The relative bias table `[rows, L*H]` with its image distances resampled to `new_grid` patches a side.
 
-    BEiT's rule: the old distances are spread out as a geometric progression, so that near distances, which
-    carry most of the detail, move least; a cubic spline through them is read at the new distances. All other
-    rows stay.
+    BEiT's rule: the old distances are stretched as a geometric progression, so near distances, which carry most detail,
+    move least. A cubic spline through them is evaluated at the new distances. All other rows stay.
     """
-    from scipy.interpolate import RectBivariateSpline  # takes half a second, and few processes come here
+    from scipy.interpolate import RectBivariateSpline  # the import takes half a second, and few processes need it
 
     old, new = 2 * old_grid - 1, 2 * new_grid - 1
     num_others = NUM_CLS_ROWS + NUM_CROSS_ROWS + 2 * text_len
@@ -96,12 +95,13 @@ def resample_table(table: Tensor, old_grid: int, new_grid: int, text_len: int) -
 
 
 def geometric_distances(old: int, new: int) -> np.ndarray:
-    """Where `old` distances go on the axis of `new` ones, float64 `[old]`, odd about 0.
+    """The places of `old` distances on the axis of `new` ones, float64 `[old]`, symmetric about 0.
 
-    Half of them are 1, 1 + q, 1 + q + q^2, ...; q is bisected so that the last reaches `new // 2`.
+    The positive ones are 1, 1 + q, 1 + q + q^2, ...; q is bisected so that the last one reaches `new // 2`.
     """
     terms = old // 2
     low, high = 1.01, 1.5
+    q = low
     while high - low > 1e-6:
         q = (low + high) / 2
         if (1 - q**terms) / (1 - q) > new // 2:
@@ -113,7 +113,7 @@ def geometric_distances(old: int, new: int) -> np.ndarray:
 
 
 def resample_positions(position: Tensor, old_grid: int, new_grid: int) -> Tensor:
-    """Absolute image positions [1, 1 + old_grid^2, D] -> [1, 1 + new_grid^2, D], bicubic; CLS stays."""
+    """Absolute image positions [1, 1 + old_grid^2, D] -> [1, 1 + new_grid^2, D] by bicubic resampling; CLS stays."""
     cls, patches = position[:, :1], position[:, 1:]
     patches = patches.unflatten(1, (old_grid, old_grid)).permute(0, 3, 1, 2).float()  # [1,D,h,w]
     patches = F.interpolate(patches, size=(new_grid, new_grid), mode="bicubic", align_corners=False)

@@ -1,7 +1,7 @@
 """Encoders: from a stored record to the NumPy columns of one row.
 
-An encoder is a frozen dataclass, so it travels to data processes. Nothing here imports torch, which would cost
-each data process 380 MB. A task names its encoder (`Task.encoder`); an evaluation may name another.
+An encoder is sent to data processes, so it is a frozen dataclass. Nothing here imports torch, which would cost each
+data process 380 MB. A task names its encoder (`Task.encoder`); an evaluation may name another.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ Row = dict[str, Any]  # column -> value of one row
 
 @dataclass(frozen=True)
 class Column:
-    """The type of a column. Batches without rows and rows that cannot be read are made from it alone."""
+    """The type of a column, and its value in a row that cannot be used."""
 
     dtype: str
     shape: tuple[int, ...] = ()  # of one row
-    fill: Any = 0  # of a row that cannot be read: a number, or an array of `shape`
+    fill: Any = 0  # in a row that cannot be used: a number, or an array of `shape`
 
     @property
     def row_bytes(self) -> int:
@@ -33,30 +33,30 @@ class Column:
 
 @dataclass(frozen=True)
 class Draw:
-    """Where a row is in its run. Every random number of the row is a function of it."""
+    """The place of a row in its run. Every random number of the row is a function of it."""
 
     seed: int
     step: int
     position: int  # in the global batch of that step
 
     def generator(self, purpose: str) -> np.random.Generator:
-        """A generator of this row's own; two purposes draw independently."""
+        """A generator for this row alone; two purposes draw independently."""
         return rng.generator(self.seed, purpose, self.step, self.position)
 
 
 class Encoder:
     """Callable, picklable, without torch: a frozen dataclass derived from this."""
 
-    fields: ClassVar[tuple[str, ...]]  # the stored columns that it reads
+    fields: ClassVar[tuple[str, ...]]  # the stored columns that the encoder reads
 
     @property
     def columns(self) -> Mapping[str, Column]:
-        """What it returns for every record."""
+        """The columns of a row."""
         raise NotImplementedError
 
     @property
     def values(self) -> Mapping[str, tuple[str, ...]]:
-        """Of label and answer columns the names that the model was made for, in order; others are refused."""
+        """Of label and answer columns, the values that the model was made for, in order; others are refused."""
         return {}
 
     def __call__(self, record: Record, draw: Draw | None) -> Row:

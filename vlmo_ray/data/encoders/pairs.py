@@ -18,12 +18,12 @@ from vlmo_ray.data.text import CLS_ID, IGNORED_LABEL, SEP_ID, Tokenizer, mask_wh
 
 @functools.lru_cache(maxsize=2)
 def tokenizer(max_len: int) -> Tokenizer:
-    """A data process builds it once."""
+    """Built once in a data process."""
     return Tokenizer(max_len)
 
 
 def text_columns(max_len: int) -> dict[str, Column]:
-    """Token ids and mask of one text; a row that cannot be read is an empty text."""
+    """Token ids and mask of one text; an invalid row has an empty text."""
     ids, mask = np.zeros(max_len, np.int32), np.zeros(max_len, bool)
     ids[:2], mask[:2] = (CLS_ID, SEP_ID), True
     return {"text_ids": Column("int32", (max_len,), ids), "text_mask": Column("bool", (max_len,), mask)}
@@ -33,7 +33,7 @@ def text_columns(max_len: int) -> dict[str, Column]:
 class Pairs(Encoder):
     """image uint8 `[3, H, W]`; text_ids int32, text_mask bool `[T]`; image_key, text_key int64.
 
-    Two pairs with one `image_key` show the same image, two with one `text_key` say the same.
+    Pairs of the same image have equal `image_key`s, and pairs of the same text equal `text_key`s.
     """
 
     image_size: int
@@ -61,7 +61,7 @@ class Pairs(Encoder):
 
 @dataclass(frozen=True)
 class MaskedPairs(Pairs):
-    """As `Pairs`, and mlm_ids, mlm_labels int32 `[T]`: text_ids with words masked, and the true ids there."""
+    """`Pairs` with mlm_ids, mlm_labels int32 `[T]`: text_ids with words masked, and the true ids there."""
 
     vocab_size: int
     mlm_probability: float

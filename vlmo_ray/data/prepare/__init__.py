@@ -1,4 +1,4 @@
-"""One entrance for all public formats: make a data set of one, or index what is already in shards."""
+"""`prepare`: a data set from any public format, or an index of shards that exist."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import importlib
 import inspect
 import json
 import pkgutil
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import pyarrow as pa
 
-from vlmo_ray.data.manifest import MANIFEST, check_forbid, chunk_table, write_manifest
+from vlmo_ray.data.manifest import MANIFEST, Chunk, Format, check_forbid, chunk_table, write_manifest
 from vlmo_ray.data.prepare import shuffle
 from vlmo_ray.data.prepare.shards import write_dataset
-from vlmo_ray.data.prepare.source import Indexable, Source, WorkUnit
+from vlmo_ray.data.prepare.source import Shards, Source, WorkUnit
 from vlmo_ray.data.prepare.stage import WORK, results, run_stage
 from vlmo_ray.data.schema import PAIRS
 from vlmo_ray.data.store import Store, open_store
@@ -43,7 +43,7 @@ class Counts:
 
 
 def _formats() -> dict[str, type[Source]]:
-    """The classes of this package that have a `format`, so that a new module needs to be named nowhere."""
+    """The classes of this package that have a `format`, so that a new module is found without being named here."""
     found = {}
     for module in pkgutil.iter_modules(__path__, f"{__name__}."):
         for name, value in vars(importlib.import_module(module.name)).items():
@@ -70,17 +70,16 @@ def prepare(
     forbid: tuple[str, ...] = (),
     **options,
 ) -> Counts:
-    """Turn `source`, in one of `FORMATS`, into shuffled shards and a manifest at `out`; say what was kept.
+    """Turn `source`, in one of `FORMATS`, into shuffled shards and a manifest at `out`; returns what was kept.
 
-    `index=True` (webdataset, parquet) rewrites nothing: it adds a manifest beside the shards of `source`, in
-    their order. Such a data set is not shuffled here and ids are not compared; training still shuffles.
+    `index=True` (webdataset, parquet) rewrites nothing: it adds a manifest beside the shards of `source`, in their
+    order. Records are not shuffled and ids are not compared; training still shuffles.
 
-    `memory` is how many bytes of records one task may hold, besides some 200 MB for the process; `verify`
-    decodes every image to its last pixel instead of reading its header; `forbid` lists augmentations that
-    would make records untrue; `options` are those of the format's class. Stopped at any point, the same call
-    goes on where it was; when finished, it returns its counts again. Dropped records are listed in
-    `OUT/dropped.jsonl`. Two calls must not run at the same time with one `out`. Raises UserError for what the
-    user can mend.
+    `memory` is how many bytes of records one task may hold, besides some 200 MB for the process. `verify` decodes every
+    image completely instead of reading its header. `forbid` lists augmentations that would make records untrue.
+    `options` are those of the format's class. A call that was stopped continues when it is repeated; one that has
+    finished returns its counts again. Dropped records are listed in `OUT/dropped.jsonl`. Two calls must not run at the
+    same time with one `out`. Raises UserError for mistakes of the user.
     """
     check_forbid(tuple(forbid))
     opened = _open_source(format, source, options)
@@ -90,10 +89,10 @@ def prepare(
     units = opened.units()
     cut = [(unit.name, unit.bytes) for unit in units]
     state = {
-        "version": 2,  # of the files in the work folder: a newer program must not go on with older ones
+        "version": 2,  # of the files in the work folder: a newer program must not continue with older ones
         "format": format,
         "source": opened.uri,
-        # with the units, as other units would not fit the markers of an earlier, unfinished run
+        # with the units, because the markers of an unfinished run are those of its units
         "listing": hashlib.sha256(repr((opened.listing, cut)).encode()).hexdigest(),
         "index": index,
         "rows_per_group": rows_per_group,
@@ -107,6 +106,7 @@ def prepare(
     if finished is None:
         with ray_session():
             if index:
+                assert isinstance(opened, Shards), "`_place` has refused other sources"
                 finished = _index(opened, place, units, rows_per_group, memory, forbid)
             else:
                 buckets = shuffle.num_buckets(sum(unit.bytes for unit in units), memory)
@@ -128,27 +128,26 @@ def _open_source(format: str, uri: str, options: dict) -> Source:
 
 
 def _place(source: Source, out: str | None, index: bool) -> Store:
-    """Where to write, after a check that it is a sensible place."""
-    store = getattr(source, "store", None)
+    """Where to write, after checks of that place."""
     if index:
-        if not hasattr(source, "chunks"):
-            can = " and ".join(sorted(name for name, kind in FORMATS.items() if hasattr(kind, "chunks")))
+        if not isinstance(source, Shards):
+            can = " and ".join(sorted(name for name, kind in FORMATS.items() if issubclass(kind, Shards)))
             raise UserError(f"only {can} sources can be indexed; leave out `index`")
-        if out is not None and Store(out).uri != store.uri:
-            raise UserError(f"index=True writes beside the shards, in {store.uri}; leave out {out!r}")
-        return store
+        if out is not None and Store(out).uri != source.store.uri:
+            raise UserError(f"index=True writes beside the shards, in {source.store.uri}; leave out {out!r}")
+        return source.store
     if out is None:
         raise UserError("say where to write the data set (only index=True writes beside the source)")
-    place = Store(out)
+    place, store = Store(out), getattr(source, "store", None)
     if store is not None and f"{place.uri}/".startswith(f"{store.uri}/"):
         raise UserError(f"{place.uri} lies inside of the source {store.uri}; write to another place")
     return open_store(out, create=True)
 
 
 def _begin(out: Store, state: dict, index: bool) -> Counts | None:
-    """Claim `out` for this preparation; the counts if it is already finished.
+    """Claim `out` for this preparation; returns the counts if it is already finished.
 
-    With `index`, `out` is somebody's source: no message may advise to delete it.
+    With `index`, `out` is the user's source: no message may advise to delete it.
     """
     state = json.loads(json.dumps(state))
     again = f"delete {STATE} and {MANIFEST} there" if index else "delete it, or choose another place"
@@ -164,50 +163,44 @@ def _begin(out: Store, state: dict, index: bool) -> Counts | None:
         out.write(STATE, json.dumps(state, indent=1).encode())
         return None
     try:
-        before = {"schema": PAIRS.to_json()} | dict(json.loads(found))  # older ones do not state it
-        counts = before.pop("counts", None)
-        if counts is not None:  # and so no files in the work folder
+        before: dict[str, Any] = {"schema": PAIRS.to_json()} | dict(json.loads(found))  # older ones do not state it
+        counts: dict[str, Any] | None = before.pop("counts", None)
+        if counts is not None:  # finished, so the work folder has no files
             before["version"] = state["version"]
     except (ValueError, TypeError) as error:
         raise UserError(f"{out.uri} has a {STATE} that cannot be read; {again}") from error
     if before != state:
-        told = []
-        for key in state | before:
-            if key == "listing" and before.get(key) != state.get(key):
-                told.append("the source has changed")
-            elif before.get(key) != state.get(key):
-                told.append(f"{key} was {before.get(key)!r}, is now {state.get(key)!r}")
-        raise UserError(f"{out.uri} holds another preparation ({'; '.join(told)}); {again}")
+        changes = {key: f"{key} was {before.get(key)!r}, is now {state.get(key)!r}" for key in state | before}
+        changes["listing"] = "the source has changed"
+        different = [change for key, change in changes.items() if before.get(key) != state.get(key)]
+        raise UserError(f"{out.uri} holds another preparation ({'; '.join(different)}); {again}")
     return Counts(**counts) if counts is not None and out.exists(MANIFEST) else None
 
 
 def _shuffle(spec: shuffle.Shuffle, units: list[WorkUnit], forbid: Iterable[str], source: str) -> Counts:
     run_stage(spec.out, "scatter", list(enumerate(units)), functools.partial(shuffle.scatter, spec), spec.memory)
-    pieces, tally, listed = [], Counter(), []
-    num_read = 0
+    pieces, chunks, num_read, dropped = [], [], 0, shuffle.Dropped()
     for result in results(spec.out, "scatter", len(units)):
         pieces.append(result["pieces"])
         num_read += result["read"]
-        tally.update(result["dropped"])
-        listed += result["listed"][: shuffle.MAX_LISTED - len(listed)]
+        dropped.merge(result)
     buckets = list(range(spec.num_buckets))
     run_stage(spec.out, "gather", buckets, functools.partial(shuffle.gather, spec, pieces), spec.memory)
-    tables = []
     for result in results(spec.out, "gather", len(buckets)):
-        tables.append(chunk_table(shuffle.unpack_chunks("parquet", result["chunks"])))
-        tally.update(result["dropped"])
-        listed += result["listed"][: shuffle.MAX_LISTED - len(listed)]
-    counts = Counts(num_read, num_read - tally.total(), dict(sorted(tally.items())))
-    lines = [json.dumps(entry) for entry in listed]
-    if tally.total() > len(listed):
-        lines.append(json.dumps({"note": f"{tally.total() - len(listed)} more were dropped and are not listed"}))
+        chunks.append(_table("parquet", result["chunks"]))
+        dropped.merge(result)
+    num_dropped = dropped.counts.total()
+    counts = Counts(num_read, num_read - num_dropped, dict(sorted(dropped.counts.items())))
+    lines = [json.dumps(entry) for entry in dropped.listed]
+    if num_dropped > len(lines):
+        lines.append(json.dumps({"note": f"{num_dropped - len(lines)} more were dropped and are not listed"}))
     spec.out.write(DROPPED, "".join(f"{line}\n" for line in lines).encode())
     if not counts.kept:
         raise UserError(f"no record of {source} is left:\n{counts}\nsee {spec.out.address(DROPPED)}")
     manifest = write_manifest(
         spec.out.uri,
         "parquet",
-        pa.concat_tables(tables),
+        pa.concat_tables(chunks),
         forbid=tuple(forbid),
         source=source,
         schema=spec.source.schema,
@@ -216,12 +209,12 @@ def _shuffle(spec: shuffle.Shuffle, units: list[WorkUnit], forbid: Iterable[str]
     return counts
 
 
-def _index_unit(source: Indexable, rows_per_chunk: int, unit: WorkUnit) -> dict:
-    return {"chunks": shuffle.pack_chunks(source.chunks(unit, rows_per_chunk))}
+def _index_unit(source: Shards, rows_per_chunk: int, unit: WorkUnit) -> dict:
+    return {"chunks": shuffle.packed(source.chunks(unit, rows_per_chunk))}
 
 
 def _index(
-    source: Indexable, out: Store, units: list[WorkUnit], rows_per_chunk: int, memory: int, forbid: Iterable[str]
+    source: Shards, out: Store, units: list[WorkUnit], rows_per_chunk: int, memory: int, forbid: Iterable[str]
 ) -> Counts:
     if compressed := [unit.name for unit in units if unit.name.endswith(("gz", "tgz"))]:
         raise UserError(
@@ -229,11 +222,12 @@ def _index(
             "unpack it, or rewrite the data set by leaving out `index`"
         )
     run_stage(out, "index", units, functools.partial(_index_unit, source, rows_per_chunk), memory)
-    tables = [
-        chunk_table(shuffle.unpack_chunks(source.format, result["chunks"]))
-        for result in results(out, "index", len(units))
-    ]
-    manifest = write_manifest(
-        out.uri, source.format, pa.concat_tables(tables), forbid=tuple(forbid), source=out.uri, schema=source.schema
-    )
+    format: Format = "parquet" if source.format == "parquet" else "webdataset"
+    chunks = pa.concat_tables(_table(format, result["chunks"]) for result in results(out, "index", len(units)))
+    manifest = write_manifest(out.uri, format, chunks, forbid=tuple(forbid), source=out.uri, schema=source.schema)
     return Counts(manifest.num_rows, manifest.num_rows)
+
+
+def _table(format: Format, packed: list[list]) -> pa.Table:
+    """The chunks that a task has returned."""
+    return chunk_table([Chunk(format, *fields) for fields in packed])

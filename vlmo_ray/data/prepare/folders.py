@@ -8,19 +8,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from vlmo_ray.data.prepare.source import WorkUnit, cut_units, open_file, read_images
+from vlmo_ray.data.prepare.source import Source, WorkUnit, cut_units, open_file, read_images
 from vlmo_ray.data.schema import Field, Record, Schema
 from vlmo_ray.data.store import open_store
 from vlmo_ray.errors import UserError
 
 
 @dataclass
-class Folders:
-    """`<class>/.../x.jpg`: the label is the place of the class among the sorted folders; the ids are the path.
+class Folders(Source):
+    """`<class>/.../x.jpg`: the label is the index of the class in the sorted folder names; the ids are the path.
 
-    `classes` is a file with a class a line, which fixes their order; a folder that it does not name is an error.
-    Without it, a folder with no file in it is no class, as object storage has none. Every file is taken for an
-    image, but those with a name, or below a folder, that begins with a dot.
+    `classes` is a file with one class a line, which fixes their order; a folder that it does not name is an error.
+    Without it, an empty folder is not a class, because object storage has no empty folders. Every file is taken as an
+    image, except files and folders whose name begins with a dot.
     """
 
     format: ClassVar[str] = "folders"
@@ -33,7 +33,7 @@ class Folders:
         self.uri = self.store.uri
         sizes = {n: size for n, size in self.store.sizes().items() if not f"/{n}".count("/.")}
         found = sorted({name.partition("/")[0] for name in sizes if "/" in name})
-        classes = self._listed() if self.classes else found
+        classes = _lines(self.classes) if self.classes else found
         if unlisted := [name for name in found if name not in set(classes)]:
             raise UserError(f"{self.store.address(unlisted[0])} is no class of {self.classes}; add a line")
         if not found:
@@ -41,21 +41,7 @@ class Folders:
         self.schema = Schema((Field("image", "image"), Field("label", "label", tuple(classes))))
         self.listing = hashlib.sha256(json.dumps([sizes, classes]).encode()).hexdigest()
         number = {name: label for label, name in enumerate(classes)}
-        self._images = [((n, number.get(n.partition("/")[0])), size) for n, size in sizes.items()]
-
-    def _listed(self) -> list[str]:
-        store, name = open_file(self.classes)
-        try:
-            lines = store.read(name).decode("utf-8-sig").splitlines()
-        except UnicodeDecodeError as error:
-            raise UserError(f"{store.address(name)} is not UTF-8: {error}; write one class a line") from error
-        return [line.strip() for line in lines if line.strip()]
-
-    def units(self) -> list[WorkUnit]:
-        return cut_units("images", self._images)
-
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {"_images": []}  # a task has those of its unit
+        self._units = cut_units("images", (((n, number.get(n.partition("/")[0])), size) for n, size in sizes.items()))
 
     def records(self, unit: WorkUnit) -> Iterator[Record]:
         images = read_images(self.store, (name for name, _ in unit.content))
@@ -63,3 +49,12 @@ class Folders:
             problem = problem if label is not None else "the file lies in no folder of a class"
             values = {"image": image, "label": label}
             yield Record(name, name, values, problem=problem, address=self.store.address(name))
+
+
+def _lines(uri: str) -> list[str]:
+    store, name = open_file(uri)
+    try:
+        lines = store.read(name).decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{store.address(name)} is not UTF-8: {error}; write one class a line") from error
+    return [line.strip() for line in lines if line.strip()]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
@@ -13,8 +12,8 @@ import pyarrow.parquet as pq
 
 from vlmo_ray.data.index import check_stated, index_parquet, stored_schema
 from vlmo_ray.data.manifest import Chunk
-from vlmo_ray.data.prepare.source import WorkUnit, list_shards
-from vlmo_ray.data.schema import Field, Record, Schema
+from vlmo_ray.data.prepare.source import Shards, WorkUnit, pick_column
+from vlmo_ray.data.schema import Record, Schema
 from vlmo_ray.errors import UserError
 
 _KNOWN = {  # what others call the fields of a pair
@@ -24,13 +23,12 @@ _KNOWN = {  # what others call the fields of a pair
 
 
 @dataclass
-class Parquet:
+class Parquet(Shards):
     """The image column holds bytes, or a struct with `bytes`; the text column a string, or a list of them.
 
-    A list gives one pair per caption. `id` and `image_id` columns are used where present; else the id is
-    `<file>:<row>`, and the image_id a hash of the image's bytes, so that equal images are known as such.
-    `columns` (see `Schema.parse`) declares other columns than an image and a text, by their own names; our own
-    shards state theirs.
+    A list gives one pair per caption. `id` and `image_id` columns are used if present; otherwise the id is
+    `<file>:<row>`, and the image_id a hash of the image's bytes, so that equal images have equal ids. `columns` (see
+    `Schema.parse`) declares other columns than an image and a text, by their own names; our own shards state theirs.
     """
 
     format: ClassVar[str] = "parquet"
@@ -41,40 +39,25 @@ class Parquet:
     columns: str | None = None
 
     def __post_init__(self) -> None:
-        self.uri, self.store, self.sizes = list_shards(self.uri, (".parquet",), what="Parquet files")
-        self.listing = json.dumps(self.sizes)
-        stated = stored_schema(self.store, next(iter(self.sizes)))
+        self._list((".parquet",), "Parquet files")
+        stated = stored_schema(self.store, self._units[0].name)
         self.schema = Schema.parse(self.columns) if self.columns else stated
 
-    def units(self) -> list[WorkUnit]:
-        return [WorkUnit(name, size) for name, size in self.sizes.items()]
-
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {"sizes": {}, "listing": ""}
-
-    def _column(self, address: str, stored: pa.Schema, field: Field) -> str:
-        known = _KNOWN.get(field.name, (field.name,))
-        chosen = {"image": self.image_column, "text": self.text_column}.get(field.name)
-        name = chosen or next((name for name in known if name in stored.names), None)
-        if name not in stored.names:
-            remedy = f"{field.name}_column=..." if field.name in _KNOWN else "columns=..."
-            raise UserError(
-                f"{address} has no {field.name} column {chosen or ' or '.join(known)}; it has "
-                f"{', '.join(stored.names)}; name it with {remedy}"
-            )
-        return name
+    def _column(self, address: str, stored: list[str], field: str) -> str:
+        chosen = {"image": self.image_column, "text": self.text_column}.get(field)
+        remedy = f"{field}_column=..." if field in _KNOWN else "columns=..."
+        return pick_column(address, stored, field, _KNOWN.get(field, (field,)), chosen, remedy)
 
     def records(self, unit: WorkUnit) -> Iterator[Record]:
         address, row_number = self.store.address(unit.name), 0
         try:
             with self.store.open_input(unit.name) as file:
-                # Pages are read as they are needed, so that a large row group is not held at once.
+                # Pages are read as they are needed, so that a large row group is never in memory as a whole.
                 parquet = pq.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)
-                stored = parquet.schema_arrow
+                stored = parquet.schema_arrow.names
                 check_stated(parquet.metadata, self.schema, address)
-                columns = {field.name: self._column(address, stored, field) for field in self.schema.fields}
-                others = [name for name in ("id", "image_id", "forbid") if name in stored.names]
-                wanted = list({*columns.values(), *others})
+                columns = {name: self._column(address, stored, name) for name in self.schema.names}
+                wanted = list({*columns.values(), *({"id", "image_id", "forbid"} & set(stored))})
                 for batch in parquet.iter_batches(32, columns=wanted, use_threads=False):
                     for row in batch.to_pylist():
                         at = f"{unit.name}:{row_number}"
@@ -85,7 +68,7 @@ class Parquet:
             raise UserError(f"{address} cannot be read as Parquet after row {row_number}: {error}") from error
 
     def _records(self, row: dict, values: dict, at: str) -> Iterator[Record]:
-        """One record, or one per text where there is a list of them."""
+        """One record, or one for each text if there is a list of them."""
         images = [field.name for field in self.schema.fields if field.kind in ("image", "mask")]
         for name in images:
             values[name] = values[name].get("bytes") if isinstance(values[name], dict) else values[name]
@@ -104,5 +87,5 @@ class Parquet:
             yield Record(f"{id}#{k}", str(image_id), values | {"text": caption}, forbid, address=address)
 
     def chunks(self, unit: WorkUnit, rows_per_chunk: int) -> list[Chunk]:
-        """Row groups are as they are, whatever `rows_per_chunk` is."""
+        """The row groups that there are, whatever `rows_per_chunk` is."""
         return index_parquet(self.store, [unit.name], self.schema)

@@ -24,7 +24,7 @@ def _row_groups(rows: Iterable[dict], rows_per_group: int, schema: pa.Schema) ->
 
 
 def _writer_options(schema: pa.Schema) -> dict:
-    """Encoded images do not compress and repeat too rarely for a dictionary."""
+    """Encoded images are neither compressed nor given a dictionary: they do not compress, and rarely repeat."""
     leaves = {leaf: kind for column in schema for leaf, kind in _leaves(column.name, column.type)}
     return {
         "compression": {leaf: "none" if kind == pa.binary() else "zstd" for leaf, kind in leaves.items()},
@@ -35,7 +35,7 @@ def _writer_options(schema: pa.Schema) -> dict:
 
 
 def _leaves(path: str, kind: pa.DataType) -> Iterator[tuple[str, pa.DataType]]:
-    """The path in Parquet and the type of what is stored for a column."""
+    """The paths in Parquet, and the types, of what is stored for a column."""
     if pa.types.is_list(kind):
         yield from _leaves(f"{path}.list.element", kind.value_type)
     elif pa.types.is_struct(kind):
@@ -57,17 +57,15 @@ def write_shards(
 ) -> list[Chunk]:
     """Write the rows in order, to shards called `name.format(0)`, `name.format(1)`, ...
 
-    A row has the columns of `schema.arrow`; its values are not looked at.
-    A shard ends once it has `shard_bytes` or `groups_per_shard` row groups. Each appears when it is complete.
+    A row has the columns of `schema.arrow`; its values are not checked. A shard ends once it has `shard_bytes` or
+    `groups_per_shard` row groups. Each appears when it is complete.
     """
     chunks: list[Chunk] = []
-    stored = schema.arrow
+    stored, number = schema.arrow, 0
     groups = _row_groups(rows, rows_per_group, stored)
     group = next(groups, None)
-    for number in itertools.count():
-        if group is None:
-            return chunks
-        shard = name.format(number)
+    while group is not None:
+        shard, number = name.format(number), number + 1
         with store.create(shard) as file:
             with pq.ParquetWriter(file, stored, **_writer_options(stored)) as writer:
                 writer.add_key_value_metadata({SCHEMA_KEY: json.dumps(schema.to_json())})
@@ -77,8 +75,8 @@ def write_shards(
                     full = (shard_bytes and file.tell() >= shard_bytes) or num_groups == groups_per_shard
                     if group is None or full:
                         break
-            chunks += parquet_chunks(file, shard)  # before it is published, while it lies on this machine
-    raise AssertionError("unreachable")
+            chunks += parquet_chunks(file, shard)  # before it is published, while it is on this machine
+    return chunks
 
 
 def write_dataset(
@@ -92,9 +90,9 @@ def write_dataset(
 ) -> Manifest:
     """Write records with `id`, `image_id`, the fields of `schema` and perhaps `forbid`, in their order, as a data set.
 
-    For made-up and small data: it keeps all ids in memory and does not look into the images. Raises UserError
-    if `uri` already holds a data set, or a record is not valid, has a column that is not declared, or repeats an
-    id; then there is no manifest, so no data set.
+    For drawn and small data: it keeps all ids in memory and does not check the images. Raises UserError if `uri`
+    already holds a data set, or a record is not valid, has a column that is not declared, or repeats an id; then there
+    is no manifest, so no data set.
     """
     check_forbid(forbid)
     store = open_store(uri, create=True)

@@ -1,20 +1,20 @@
-"""The engine: any source, of any size, to shuffled shards in bounded memory.
+"""A source of any size to shuffled shards, in bounded memory.
 
-Every record gets a key, a hash of (seed, id), and the data set is the records in the order of their keys. So the
-order is a random permutation of all records that depends on nothing else: not on the number of tasks, nor on
-how the source is cut. Two passes make it with little memory. The first ("scatter") reads units of the source
-and writes pieces, each with its records sorted by key and cut into buckets, which are ranges of keys. The
-second ("gather") reads one bucket out of all pieces, some hundred megabytes, sorts it, and writes its shards.
-Bucket 0 followed by bucket 1 and so on is the whole order. Equal ids have equal keys and so meet in a bucket,
-where all but the first in the source are dropped.
+Every record gets a key, a hash of (seed, id), and the data set is the records in the order of their keys. So the order
+is a random permutation of all records that depends neither on the number of tasks nor on how the source is cut. Two
+passes make it with little memory. The first ("scatter") reads work units of the source and writes pieces, each with its
+records sorted by key and cut into buckets, which are ranges of keys. The second ("gather") reads one bucket out of all
+pieces, some hundred megabytes, sorts it, and writes its shards. The buckets one after another are the whole order.
+Equal ids have equal keys and so are in one bucket, where all but the first in the source are dropped.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -30,12 +30,11 @@ from vlmo_ray.data.store import Store
 
 MAX_LISTED = 10_000  # dropped records that are listed by address; all are counted
 _ROW_BYTES = 400  # what a record takes in memory besides its values
-_CHUNK_FIELDS = ("shard", "index", "offset", "bytes", "rows", "crc")
 
 
 @dataclass(frozen=True)
 class Shuffle:
-    """What both passes need to know; picklable."""
+    """The parameters of both passes; picklable."""
 
     source: Source
     out: Store
@@ -48,7 +47,7 @@ class Shuffle:
 
 
 def num_buckets(source_bytes: int, memory: int) -> int:
-    """So many that a bucket and what the Parquet writer holds fit in `memory`, estimates being rough."""
+    """So many that a bucket and what the Parquet writer holds fit in `memory`; a rough estimate."""
     return max(1, -(-source_bytes * 3 // memory))
 
 
@@ -62,25 +61,30 @@ def bucket_of(key: int, buckets: int) -> int:
     return key * buckets >> 64
 
 
-class _Dropped:
-    """Counts by reason, and the first addresses."""
+@dataclass
+class Dropped:
+    """Counts by reason, and the first `MAX_LISTED` addresses."""
 
-    def __init__(self) -> None:
-        self.counts: dict[str, int] = {}
-        self.listed: list[dict] = []
+    counts: Counter[str] = field(default_factory=Counter)
+    listed: list[dict] = field(default_factory=list)
 
     def add(self, id: str, address: str, reason: str) -> None:
-        self.counts[reason] = self.counts.get(reason, 0) + 1
+        self.counts[reason] += 1
         if len(self.listed) < MAX_LISTED:
             self.listed.append({"id": id, "address": address, "reason": reason})
+
+    def merge(self, result: dict) -> None:
+        """Add those of a task."""
+        self.counts.update(result["dropped"])
+        self.listed += result["listed"][: MAX_LISTED - len(self.listed)]
 
 
 def _problem(record: Record, schema: Schema, verify: bool) -> str:
     """Why a record must be dropped, "" if it is kept; looks into its images."""
     problem = problem_of(record, schema)
-    for field in schema.fields:
-        if not problem and field.kind in ("image", "mask"):
-            problem = image_problem(record.values[field.name], verify, is_mask=field.kind == "mask")
+    for column in schema.fields:
+        if not problem and column.kind in ("image", "mask"):
+            problem = image_problem(record.values[column.name], verify, is_mask=column.kind == "mask")
     return problem
 
 
@@ -94,10 +98,10 @@ def _num_bytes(value: Any) -> int:
 
 
 def scatter(shuffle: Shuffle, numbered: tuple[int, WorkUnit]) -> dict:
-    """First pass, one unit: write its good records as pieces `<unit>-<n>`; count and list the bad."""
+    """First pass, one work unit: write its good records as pieces `<unit>-<n>`; count and list the bad."""
     number, unit = numbered
     schema = shuffle.source.schema
-    dropped, rows, held, num_read, num_pieces = _Dropped(), [], 0, 0, 0
+    dropped, rows, held, num_read, num_pieces = Dropped(), [], 0, 0, 0
     for record in shuffle.source.records(unit):
         num_read += 1
         check_declared(record.values, schema)
@@ -117,14 +121,13 @@ def scatter(shuffle: Shuffle, numbered: tuple[int, WorkUnit]) -> dict:
 
 
 def _piece_schema(schema: Schema) -> pa.Schema:
-    """As stored, and where each record is from; a section may hold more than 2 GiB of images."""
-    columns = {field.name: field.type for field in schema.arrow}
-    large = {name: pa.large_binary() if kind == pa.binary() else kind for name, kind in columns.items()}
+    """The stored columns, and where each record is from; a section may hold more than 2 GiB of images."""
+    large = {column.name: pa.large_binary() if column.type == pa.binary() else column.type for column in schema.arrow}
     return pa.schema(large | {"_address": pa.string(), "_order": pa.int64()})
 
 
 def _write_piece(shuffle: Shuffle, name: str, rows: list[tuple[int, int, Record]]) -> None:
-    """One file: the offset of each bucket's section, then the sections as Arrow streams, or nothing."""
+    """One file: the offset of each bucket's section, then the sections, each an Arrow stream or empty."""
     rows.sort(key=lambda row: row[:2])
     schema = _piece_schema(shuffle.source.schema)
     bucket = np.array([bucket_of(key, shuffle.num_buckets) for key, _, _ in rows])
@@ -156,9 +159,9 @@ def _read_section(shuffle: Shuffle, name: str, bucket: int) -> list[pa.RecordBat
 
 
 def gather(shuffle: Shuffle, pieces: list[int], bucket: int) -> dict:
-    """Second pass, one bucket: its records from all pieces, in order, to its shards `<bucket>-<n>.parquet`.
+    """Second pass, one bucket: write its records from all pieces, in order, to its shards `<bucket>-<n>.parquet`.
 
-    `pieces` is how many the first pass made of each unit.
+    `pieces` is how many pieces the first pass made of each work unit.
     """
     names = [f"{number:07d}-{n}" for number, count in enumerate(pieces) for n in range(count)]
     with ThreadPoolExecutor(4) as pool:
@@ -169,7 +172,7 @@ def gather(shuffle: Shuffle, pieces: list[int], bucket: int) -> dict:
         for i, (id, order) in enumerate(zip(batch["id"].to_pylist(), batch["_order"].to_pylist(), strict=True)):
             rows.append((key_of(shuffle.seed, id), id, order, b, i))
     rows.sort()
-    dropped, schema = _Dropped(), shuffle.source.schema.arrow
+    dropped, schema = Dropped(), shuffle.source.schema.arrow
 
     def kept() -> Iterator[dict]:
         last = None
@@ -180,7 +183,7 @@ def gather(shuffle: Shuffle, pieces: list[int], bucket: int) -> dict:
                 yield {name: batches[b][name][i].as_py() for name in schema.names}
             last = id
 
-    # Shards of equal size, instead of full ones and a small rest.
+    # shards of equal size, instead of full ones and a small rest
     total = sum(batch.nbytes for batch in batches)
     shard_bytes = total // max(1, round(total / shuffle.shard_bytes)) + 1
     name = f"{bucket:05d}-{{:03d}}.parquet"
@@ -192,13 +195,9 @@ def gather(shuffle: Shuffle, pieces: list[int], bucket: int) -> dict:
         shard_bytes=shard_bytes,
         schema=shuffle.source.schema,
     )
-    return {"chunks": pack_chunks(chunks), "dropped": dropped.counts, "listed": dropped.listed}
+    return {"chunks": packed(chunks), "dropped": dropped.counts, "listed": dropped.listed}
 
 
-def pack_chunks(chunks: list[Chunk]) -> list[list]:
-    """Chunks as JSON."""
-    return [[getattr(chunk, name) for name in _CHUNK_FIELDS] for chunk in chunks]
-
-
-def unpack_chunks(format: str, packed: list[list]) -> list[Chunk]:
-    return [Chunk(format, *fields) for fields in packed]
+def packed(chunks: list[Chunk]) -> list[list]:
+    """Chunks as JSON: shard, index, offset, bytes, rows, crc."""
+    return [list(astuple(chunk)[1:7]) for chunk in chunks]

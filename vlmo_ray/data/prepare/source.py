@@ -1,20 +1,21 @@
-"""What the public formats have in common: units of work, and images from folders."""
+"""What the public formats have in common: work units, shards, columns by name, and images from folders."""
 
 from __future__ import annotations
 
 import itertools
+import json
 import posixpath
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 from vlmo_ray.data.manifest import MANIFEST, Chunk
-from vlmo_ray.data.schema import Record, Schema
+from vlmo_ray.data.schema import PAIRS, Record, Schema, is_unicode
 from vlmo_ray.data.store import Store, open_store
 from vlmo_ray.errors import UserError
 
-UNIT_BYTES = 64 << 20  # of the records in one task, where the format lets us choose
+UNIT_BYTES = 64 << 20  # about the records of one work unit, for formats that can be cut anywhere
 
 
 @dataclass(frozen=True)
@@ -26,31 +27,55 @@ class WorkUnit:
     content: Any = None
 
 
-class Source(Protocol):
+class Source:
     """A public format, opened. Picklable: `records` runs in other processes.
 
-    Every class in a module of this package that has a `format` is a source that `prepare` knows by that name.
-    Its first argument is the address, the others are the options of the format.
+    `prepare` finds every class with a `format` in a module of this package. Options are keyword arguments.
     """
 
     format: ClassVar[str]
     uri: str  # complete
     listing: str  # changes when the source does
-    schema: Schema  # of its records
+    schema: Schema = PAIRS  # of its records
+    _units: list[WorkUnit]
 
-    def units(self) -> list[WorkUnit]: ...
+    def __init__(self, uri: str, **options) -> None:
+        raise NotImplementedError
+
+    def units(self) -> list[WorkUnit]:
+        return self._units
 
     def records(self, unit: WorkUnit) -> Iterator[Record]:
         """Every record of the unit, bad ones with their `problem`; UserError if the unit cannot be read."""
-        ...
+        raise NotImplementedError
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_units": [], "listing": ""}  # large; a task is given its unit
 
 
-class Indexable(Source, Protocol):
-    """A source whose files training can read as they are; `format` is one of `manifest.Format`."""
+class Shards(Source):
+    """Files that are one work unit each. Training can also read them as they are."""
 
     store: Store
 
-    def chunks(self, unit: WorkUnit, rows_per_chunk: int) -> list[Chunk]: ...
+    def _list(self, suffixes: tuple[str, ...], what: str) -> None:
+        """Find the files at `uri`, itself one of them or a folder, that end in one of `suffixes`."""
+        if self.uri.endswith(suffixes):
+            self.store, name = open_file(self.uri)
+            self.uri = self.store.address(name)
+            sizes = {name: self.store.size(name) or 0}
+        else:
+            self.store = open_store(self.uri)
+            self.uri = self.store.uri
+            sizes = {n: size for n, size in self.store.sizes().items() if n.endswith(suffixes) and n != MANIFEST}
+        if not sizes:
+            raise UserError(f"{self.uri} holds no {what} ({', '.join(suffixes)})")
+        self.listing = json.dumps(sizes)
+        self._units = [WorkUnit(name, size) for name, size in sizes.items()]
+
+    def chunks(self, unit: WorkUnit, rows_per_chunk: int) -> list[Chunk]:
+        """The chunks of one file, for its manifest."""
+        raise NotImplementedError
 
 
 def cut_units(name: str, items: Iterable[tuple[Any, int]]) -> list[WorkUnit]:
@@ -74,16 +99,17 @@ def open_file(uri: str) -> tuple[Store, str]:
     return store, name
 
 
-def list_shards(uri: str, suffixes: tuple[str, ...], *, what: str) -> tuple[str, Store, dict[str, int]]:
-    """Full address, store, and name -> bytes of the files at `uri` that end in one of `suffixes`."""
-    if uri.endswith(suffixes):
-        store, name = open_file(uri)
-        return store.address(name), store, {name: store.size(name)}
-    store = open_store(uri)
-    sizes = {n: size for n, size in store.sizes().items() if n.endswith(suffixes) and n != MANIFEST}
-    if not sizes:
-        raise UserError(f"{store.uri} holds no {what} ({', '.join(suffixes)})")
-    return store.uri, store, sizes
+def pick_column(
+    address: str, columns: Sequence[str], field: str, known: tuple[str, ...], chosen: str | None, remedy: str
+) -> str:
+    """The name of the column for a field: `chosen`, or else the first of `known` that there is."""
+    name = next((name for name in ((chosen,) if chosen else known) if name in columns), None)
+    if name is None:
+        raise UserError(
+            f"{address} has no {field} column {chosen or ' or '.join(known)}; it has {', '.join(columns)}; "
+            f"name it with {remedy}"
+        )
+    return name
 
 
 def name_in(store: Store, path: str) -> str | None:
@@ -102,7 +128,7 @@ def read_images(store: Store, paths: Iterable[str | tuple[str, ...]]) -> Iterato
     def read(path: str | tuple[str, ...]) -> tuple[bytes | None, str]:
         for candidate in (path,) if isinstance(path, str) else path:
             name = name_in(store, candidate)
-            if any("\ud800" <= c <= "\udfff" for c in candidate):
+            if not is_unicode(candidate):
                 return None, "the image path is not UTF-8"
             if name is None:
                 return None, "the image path leads out of the image folder"
@@ -114,7 +140,7 @@ def read_images(store: Store, paths: Iterable[str | tuple[str, ...]]) -> Iterato
 
     paths = iter(paths)
     with ThreadPoolExecutor(8) as pool:
-        while some := list(itertools.islice(paths, 32)):  # so that few images are held at once
+        while some := list(itertools.islice(paths, 32)):  # so that few images are in memory at once
             yield from pool.map(read, some)
 
 

@@ -1,4 +1,4 @@
-"""Work in many tasks on Ray, each leaving a done-marker, so that a second run does only the rest."""
+"""Work in many tasks on Ray. Each writes its result as a marker, so that a second run does only the rest."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from typing import Any
 from vlmo_ray.data.store import Store
 from vlmo_ray.errors import UserError
 
-WORK = "_vlmo_prepare"  # deleted at the end, so never a name that somebody else might have chosen
+WORK = "_vlmo_prepare"  # deleted at the end, so it must not be a name that users choose
 _WORKER_BYTES = 256 << 20  # a Python worker with pyarrow and Pillow, before it holds any data
 _MAX_BLOCKS = 4096  # Ray Data needs about 25 ms for each
 
 
 def run_stage(out: Store, stage: str, units: list, work: Callable[[Any], dict], memory: int) -> None:
-    """Call `work(unit)` in a task for every unit that has no marker, and write its result as its marker.
+    """Call `work(unit)` in a task for every unit that has no marker, and write the result as its marker.
 
-    `work` must have written all its data when it returns, must give the same result if called again, and
-    holds at most `memory` bytes; Ray is told, and runs as many at once as fit. A failed task is a UserError.
+    `work` must have written all its data when it returns, must give the same result if called again, and must hold at
+    most `memory` bytes; Ray runs as many tasks at once as fit. A failed task raises a UserError.
     """
     import ray.data
 
@@ -48,7 +48,12 @@ def run_stage(out: Store, stage: str, units: list, work: Callable[[Any], dict], 
     items = [{"unit": pickle.dumps(item)} for item in left]
     dataset = ray.data.from_items(items, override_num_blocks=min(len(items), _MAX_BLOCKS))
     dataset.context.enable_progress_bars = dataset.context.enable_progress_bars and len(items) > 8
-    dataset = dataset.map_batches(do, batch_size=1, num_cpus=1, memory=need)
+    dataset = dataset.map_batches(
+        do,  # pyright: ignore[reportArgumentType]  # by default, batches are dicts of arrays
+        batch_size=1,
+        num_cpus=1,
+        memory=need,
+    )
     for row in dataset.iter_rows():  # in the order in which tasks end
         if row["error"]:
             raise UserError(row["error"])

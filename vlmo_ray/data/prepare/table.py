@@ -5,13 +5,23 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import itertools
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from vlmo_ray.data.prepare.source import UNIT_BYTES, WorkUnit, mean_image_bytes, open_file, read_images
-from vlmo_ray.data.schema import PAIRS, Record, Schema
-from vlmo_ray.data.store import Store, open_store
+from vlmo_ray.data.prepare.source import (
+    UNIT_BYTES,
+    Source,
+    WorkUnit,
+    mean_image_bytes,
+    open_file,
+    pick_column,
+    read_images,
+)
+from vlmo_ray.data.schema import Record, is_unicode
+from vlmo_ray.data.store import open_store
 from vlmo_ray.errors import UserError
 
 _IMAGE_COLUMNS = ("filepath", "path", "image", "image_path", "filename", "file_name", "file")
@@ -20,14 +30,14 @@ _SAMPLE_ROWS = 4096
 
 
 class _Lines:
-    """The lines of a binary file as text; `offset` is the first byte that has not been handed out.
+    """The lines of a binary file as text; `offset` is the first byte after the lines so far.
 
-    csv.reader asks for one line at a time, so after each row `offset` is where the next begins, whatever line
-    breaks there are inside quotes.
+    csv.reader asks for one line at a time, so after each row `offset` is where the next row begins, even if there are
+    line breaks inside quotes.
     """
 
-    def __init__(self, lines: Iterator[bytes], offset: int = 0) -> None:
-        self._lines, self.offset, self.digest = lines, offset, hashlib.sha256()
+    def __init__(self, lines: Iterator[bytes]) -> None:
+        self._lines, self.offset, self.digest = lines, 0, hashlib.sha256()
 
     def __iter__(self) -> _Lines:
         return self
@@ -40,16 +50,15 @@ class _Lines:
 
 
 @dataclass
-class Table:
+class Table(Source):
     """One pair per row; `image_id` is the path, the id `<table>:<row>`, counted from 0 after the header.
 
-    Columns are named, or numbered from 0 where the table has no header (`header=False`). Paths are relative
-    to `images`, by default the table's folder; absolute ones must lie below it. `quoting=False` takes
-    quotation marks as they are. Tabs separate columns in `.tsv` and `.txt` tables, commas in others.
+    Columns are named, or numbered from 0 if the table has no header (`header=False`). Paths are relative to `images`,
+    by default the table's folder; absolute ones must lie below it. `quoting=False` gives quotation marks no meaning.
+    Tabs separate columns in `.tsv` and `.txt` tables, commas in others.
     """
 
     format: ClassVar[str] = "table"
-    schema: ClassVar[Schema] = PAIRS
 
     uri: str
     image_column: str | int | None = None
@@ -61,7 +70,7 @@ class Table:
     def __post_init__(self) -> None:
         self._store, self._name = open_file(self.uri)
         self.uri = self._store.address(self._name)
-        self._images: Store = open_store(self.images or self._store.uri)
+        self._images = open_store(self.images or self._store.uri)
         self._dialect = {
             "delimiter": "\t" if self._name.endswith((".tsv", ".txt")) else ",",
             "quoting": csv.QUOTE_MINIMAL if self.quoting else csv.QUOTE_NONE,
@@ -69,65 +78,50 @@ class Table:
         self._units = self._scan()
 
     def _scan(self) -> list[WorkUnit]:
-        """Read the table once, to cut it between rows and to fingerprint it; sets the column numbers."""
-        starts, first, rows, sample = [], [], 0, []
+        """Read the table once, to cut it between rows and for `listing`; sets the column numbers."""
+        starts, first, sample = array("q"), [], []  # the offset of each row, the header, some image paths
         with io.BufferedReader(self._store.open_stream(self._name)) as file:
             lines = _Lines(iter(file))
             reader = csv.reader(lines, **self._dialect)
             try:
                 if self.header:
                     first = [name.removeprefix("\ufeff") for name in next(reader, [])]
-                self._image = self._column(self.image_column, first, _IMAGE_COLUMNS, 0, "image")
-                self._text = self._column(self.text_column, first, _TEXT_COLUMNS, 1, "text")
-                every = 0
-                while True:
+                self._image = self._column("image", self.image_column, first, _IMAGE_COLUMNS, 0)
+                self._text = self._column("text", self.text_column, first, _TEXT_COLUMNS, 1)
+                start = lines.offset
+                for row in reader:
+                    starts.append(start)
                     start = lines.offset
-                    row = next(reader, None)
-                    if every == 0 and row and len(sample) < _SAMPLE_ROWS and len(row) > self._image:
+                    if len(row) > self._image and len(sample) < _SAMPLE_ROWS:
                         sample.append(row[self._image].removeprefix("\ufeff"))
-                    if every == 0 and (row is None or len(sample) == _SAMPLE_ROWS):
-                        # The first rows tell how large images are, and so how many rows a task gets.
-                        self._mean = mean_image_bytes(self._images, sample)
-                        every = max(1, UNIT_BYTES // self._mean)
-                        starts = [s for i, s in enumerate(starts) if i % every == 0]
-                    if row is None:
-                        break
-                    if every == 0 or rows % every == 0:
-                        starts.append((start, rows))
-                    rows += 1
             except csv.Error as error:
                 raise UserError(
-                    f"{self.uri}, after row {rows}: {error}; if a quotation mark in a caption has no "
+                    f"{self.uri}, after row {len(starts)}: {error}; if a quotation mark in a caption has no "
                     "partner, use quoting=False"
                 ) from error
-            self.listing, end = lines.digest.hexdigest(), lines.offset
-        ends = [*starts[1:], (end, rows)]
+        self.listing, num_rows = lines.digest.hexdigest(), len(starts)
+        mean = mean_image_bytes(self._images, sample)
+        cuts = [*range(0, num_rows, max(1, UNIT_BYTES // mean)), num_rows]
+        starts.append(lines.offset)
         return [
-            WorkUnit(f"{self._name} rows {row} to {last}", (last - row) * self._mean, (start, stop, row))
-            for (start, row), (stop, last) in zip(starts, ends, strict=True)
+            WorkUnit(f"{self._name} rows {row} to {last}", (last - row) * mean, (starts[row], starts[last], row))
+            for row, last in itertools.pairwise(cuts)
         ]
 
-    def _column(self, chosen, header: list[str], known: tuple[str, ...], default: int, what: str) -> int:
+    def _column(
+        self, field: str, chosen: str | int | None, header: list[str], known: tuple[str, ...], default: int
+    ) -> int:
+        """The number of the column for a field."""
+        chosen = None if chosen is None else str(chosen)
         if not self.header:
-            chosen = default if chosen is None else chosen
-            if not str(chosen).isdigit():
-                raise UserError(f"{self.uri} has no header, so {what}_column={chosen!r} must be a number")
+            chosen = chosen or str(default)
+            if not chosen.isdigit():
+                raise UserError(f"{self.uri} has no header, so {field}_column={chosen!r} must be a number")
             return int(chosen)
-        name = chosen if chosen is not None else next((n for n in known if n in header), None)
-        if name in header:
-            return header.index(name)
-        if str(name).isdigit() and int(name) < len(header):
-            return int(name)
-        raise UserError(
-            f"{self.uri} has no {what} column {chosen if chosen is not None else ' or '.join(known)}; it has "
-            f"{', '.join(header)}; name it with {what}_column=..., or say header=False"
-        )
-
-    def units(self) -> list[WorkUnit]:
-        return self._units
-
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {"_units": []}
+        if chosen and chosen not in header and chosen.isdigit() and int(chosen) < len(header):
+            return int(chosen)
+        remedy = f"{field}_column=..., or say header=False"
+        return header.index(pick_column(self.uri, header, field, known, chosen, remedy))
 
     def records(self, unit: WorkUnit) -> Iterator[Record]:
         start, stop, first_row = unit.content
@@ -142,8 +136,7 @@ class Table:
                 continue  # an empty line
             path, text = (row[self._image], row[self._text]) if len(row) > need else ("-", None)
             problem = problem if len(row) > need else "the row has too few columns"
-            if text is not None and any("\ud800" <= c <= "\udfff" for c in text):
+            if text is not None and not is_unicode(text):
                 problem = "the caption is not UTF-8"
-            at = f"{self._name}:{number}"
-            values = {"image": image, "text": text}
-            yield Record(at, path, values, problem=problem, address=f"{self.uri}:{number}")
+            id, values = f"{self._name}:{number}", {"image": image, "text": text}
+            yield Record(id, path, values, problem=problem, address=f"{self.uri}:{number}")

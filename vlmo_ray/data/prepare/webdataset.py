@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import gzip
 import io
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
 from vlmo_ray.data.index import index_tar
 from vlmo_ray.data.manifest import Chunk
-from vlmo_ray.data.prepare.source import WorkUnit, list_shards
+from vlmo_ray.data.prepare.source import Shards, WorkUnit
 from vlmo_ray.data.schema import PAIRS, Record, Schema
 from vlmo_ray.data.tar import TarError, iter_members, iter_samples, record_of
 from vlmo_ray.errors import UserError
 
 
 @dataclass
-class WebDataset:
+class WebDataset(Shards):
     """Every tar (also `.tar.gz`, `.tgz`) of a folder or prefix: `<key>.jpg`, `<key>.txt`, `<key>.json`.
 
-    `id` and `image_id` come from the JSON where it has them, else both are `<tar name>/<key>`. A caption may
-    also be the JSON's `caption`. `columns` (see `Schema.parse`) says what else there is, for example
-    "image,label" for tars with `<key>.jpg` and `<key>.cls`; `tar.record_of` says where each is looked for.
+    `id` and `image_id` come from the JSON if it has them, otherwise both are `<tar name>/<key>`. A caption may also be
+    the JSON's `caption`. `columns` (see `Schema.parse`) declares other columns than an image and a text, for example
+    "image,label" for tars with `<key>.jpg` and `<key>.cls`; `tar.record_of` says where each comes from.
     """
 
     format: ClassVar[str] = "webdataset"
@@ -32,15 +31,8 @@ class WebDataset:
     columns: str | None = None
 
     def __post_init__(self) -> None:
-        self.uri, self.store, self.sizes = list_shards(self.uri, (".tar", ".tar.gz", ".tgz"), what="tars")
-        self.listing = json.dumps(self.sizes)
+        self._list((".tar", ".tar.gz", ".tgz"), "tars")
         self.schema = Schema.parse(self.columns) if self.columns else PAIRS
-
-    def units(self) -> list[WorkUnit]:
-        return [WorkUnit(name, size) for name, size in self.sizes.items()]
-
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {"sizes": {}, "listing": ""}
 
     def records(self, unit: WorkUnit) -> Iterator[Record]:
         address = self.store.address(unit.name)

@@ -1,1 +1,1 @@
-"""Synthetic scenes with true captions, questions and statements: a data set that needs no download."""
+"""Synthetic scenes with true captions: a data set that needs no download."""

@@ -1,7 +1,7 @@
 """True English sentences about a scene, their logical form, and the augmentations they forbid.
 
-Every word is one WordPiece of the bert-base-uncased vocabulary, and no caption has more than `MAX_TOKENS`
-tokens, so that small models can read them whole.
+Every word is one WordPiece of the bert-base-uncased vocabulary. No caption has more than `MAX_TOKENS` tokens, so small
+models can read all of it.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def join(parts: list[str]) -> str:
 
 
 def num_tokens(text: str) -> int:
-    """Tokens of a text whose words are all single WordPieces, with [CLS] and [SEP]."""
+    """The tokens of a text whose words are all single WordPieces, [CLS] and [SEP] included."""
     return len(re.findall(r"\w+|[^\w\s]", text)) + 2
 
 
@@ -70,13 +70,12 @@ _SHAPES |= {word for words in (*NOUNS.values(), *ADJECTIVES.values()) for word i
 def forbidden_augmentations(text: str | Caption) -> tuple[str, ...]:
     """The augmentations that could make a caption, question or statement untrue, in a fixed order.
 
-    * "crop", where it names a shape, a size or a number: the crop may cut the shape out or enlarge it.
-    * "flip", where it names the left or the right ("the left image" of a pair is no side: flips act
-      within an image). Top and bottom survive, and every kind is its own mirror image.
-    * "color", where it names or asks for a colour: brightness or equalization may turn it into another.
-    * "geometric" (rotate, shear, translate), where it names a shape: it may leave the image, change
-      place, or turn from a square into a diamond; and where it calls the background plain, because the
-      corners are filled with gray.
+    * "crop" if the text names a shape, a size or a number: the crop may cut the shape out or enlarge it.
+    * "flip" if it names left or right. "The left image" of a pair does not count, because a flip acts within an image.
+      Top and bottom survive, and every kind is its own mirror image.
+    * "color" if it names or asks for a colour: brightness or equalization may turn it into another.
+    * "geometric" (rotate, shear, translate) if it names a shape: the shape may leave the image, change place, or turn
+      from a square into a diamond. Also if it calls the background plain: the corners are filled with gray.
     """
     text = text.text if isinstance(text, Caption) else text
     words = set(re.findall(r"\w+", re.sub(r"\b(left|right) image\b", "image", text)))
@@ -90,7 +89,7 @@ def forbidden_augmentations(text: str | Caption) -> tuple[str, ...]:
 
 
 class _Writer:
-    """Writes one caption; the draws decide what is named and how."""
+    """Writes one caption; random draws decide what it names and how."""
 
     def __init__(self, scene: Scene, draw: np.random.Generator):
         self.scene, self.draw = scene, draw
@@ -102,7 +101,7 @@ class _Writer:
         return self.draw.random() < share
 
     def shape(self, shape: Shape, size=0.25, colour=1.0, kind=1.0) -> tuple[str, ShapeClaim]:
-        """A noun phrase; the shares are those of the phrases that name each attribute."""
+        """A noun phrase that names each attribute with the given probability, and its claim."""
         named = ShapeClaim(
             shape.kind if self.chance(kind) else None,
             shape.colour if self.chance(colour) else None,
@@ -117,9 +116,8 @@ class _Writer:
         return article(" ".join(word for word in (adjective, named.colour, noun) if word)), named
 
     def background(self, colour=1.0, pattern=0.25) -> tuple[str, dict]:
-        """A noun phrase, and the fields of the claim."""
-        named = {}
-        words = []
+        """A noun phrase, and the fields of `Claim` that it sets."""
+        named, words = {}, []
         if self.chance(colour):
             named["background"] = self.scene.background.colour
             words.append(named["background"])
@@ -130,7 +128,7 @@ class _Writer:
         return article(" ".join([*words, self.pick(("background", "background", "backdrop"))])), named
 
     def place(self, shape: Shape) -> tuple[str, dict]:
-        """Where the shape is, sometimes only the row or only the column of a corner."""
+        """Where the shape is, and the fields of `ShapeClaim` that say so; of a corner sometimes only row or column."""
         row, col = shape.row, shape.col
         if row == col == 1:
             return self.pick(("in the middle", "in the center")), {"row": 1, "col": 1}
@@ -163,42 +161,42 @@ class _Writer:
             text = f"{NUMBERS[len(phrases)]} {noun} on {background}: {subject}"
         else:
             text = self.on(subject, background)
-        return Caption(text, Claim(tuple(part for _, part in phrases), **fields))
+        return Caption(text, Claim(tuple(claim for _, claim in phrases), **fields))
 
     def main(self) -> Caption:
         """The main shape and the background."""
-        subject, part = self.shape(self.scene.shapes[0], size=0.6)
+        subject, claim = self.shape(self.scene.shapes[0], size=0.6)
         background, fields = self.background(pattern=0.4)
-        return Caption(self.on(subject, background), Claim((part,), **fields))
+        return Caption(self.on(subject, background), Claim((claim,), **fields))
 
     def placed(self) -> Caption:
         """One or two shapes with their places, and the background."""
-        phrases, parts = [], []
+        phrases, claims = [], []
         for i in self.draw.permutation(len(self.scene.shapes))[: 1 + self.chance(0.4)]:
-            subject, part = self.shape(self.scene.shapes[i], size=0.1)
+            subject, claim = self.shape(self.scene.shapes[i], size=0.1)
             where, cell = self.place(self.scene.shapes[i])
             phrases.append(f"{subject} {where}")
-            parts.append(ShapeClaim(part.kind, part.colour, part.size, **cell))
+            claims.append(ShapeClaim(claim.kind, claim.colour, claim.size, **cell))
         background, fields = self.background(pattern=0.1)
         subject = join(phrases)
         text = f"{background} with {subject}" if self.chance(0.5) else f"{subject}, on {background}"
-        return Caption(text, Claim(tuple(parts), **fields))
+        return Caption(text, Claim(tuple(claims), **fields))
 
     def related(self) -> Caption:
-        """A shape left of, right of, above or below another, where two shapes stand clearly so."""
+        """A shape left of, right of, above or below another, by their rows and columns."""
         shapes = self.scene.shapes
         options = [(a, b, name) for a in shapes for b in shapes for name, holds in RELATIONS.items() if holds(a, b)]
         if not options:  # a single shape
             return self.placed()
         a, b, relation = self.pick(options)
-        (first, first_part), (second, second_part) = self.shape(a, size=0.1), self.shape(b, size=0.1)
+        (first, first_claim), (second, second_claim) = self.shape(a, size=0.1), self.shape(b, size=0.1)
         text = f"{first} {self.pick(_RELATION_WORDS[relation])} {second}"
         background, fields = self.background(pattern=0.0) if self.chance(0.85) else ("", {})
         text = f"{text} on {background}" if background else text
-        return Caption(text, Claim((first_part, second_part), relation=relation, **fields))
+        return Caption(text, Claim((first_claim, second_claim), relation=relation, **fields))
 
     def vague(self) -> Caption:
-        """A few attributes only: of some shapes, of the background, or a number."""
+        """Only a few attributes: of some shapes, of the background, or a number."""
         style = self.draw.integers(4)
         if style == 0:
             background, fields = self.background(pattern=0.7)
@@ -210,11 +208,11 @@ class _Writer:
             return Caption(f"{NUMBERS[count]} {noun} on {background}", Claim(count=count, **fields))
         order = self.draw.permutation(len(self.scene.shapes))
         phrases = [self.shape(self.scene.shapes[i], size=0.2, colour=0.6, kind=0.6) for i in order]
-        subject, parts = join([text for text, _ in phrases]), tuple(part for _, part in phrases)
+        subject, claims = join([text for text, _ in phrases]), tuple(claim for _, claim in phrases)
         if style == 2:
-            return Caption(subject, Claim(parts))
+            return Caption(subject, Claim(claims))
         background, fields = self.background(colour=0.7, pattern=0.5)
-        return Caption(self.on(subject, background), Claim(parts, **fields))
+        return Caption(self.on(subject, background), Claim(claims, **fields))
 
     def caption(self) -> Caption:
         kinds = (self.everything, self.main, self.placed, self.related, self.vague)
@@ -225,10 +223,10 @@ class _Writer:
 
 
 def captions(scene: Scene, n: int = 1) -> list[Caption]:
-    """`n` true captions, all different; the first of them is the same for every `n`.
+    """`n` different true captions; the first one does not depend on `n`.
 
-    About half name every shape and the background, a fifth the main shape and the background; others tell
-    places or relations, and a few tell little.
+    About half name every shape and the background, a fifth the main shape and the background. Others give places or
+    relations, and a few say little.
     """
     assert 1 <= n <= 32, "a scene has a limited number of different captions"
     writer = _Writer(scene, rng.generator(scene.seed, f"scene-captions/{scene.name}", 0, 0))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import permutations
 
 from vlmo_ray.demo.scenes.world import Scene, Shape
@@ -10,10 +10,10 @@ from vlmo_ray.demo.scenes.world import Scene, Shape
 
 @dataclass(frozen=True)
 class ShapeClaim:
-    """There is a shape with these attributes; None claims nothing.
+    """There is a shape with these attributes; an attribute that is None is not claimed.
 
-    Columns 0, 1, 2 are left, centre, right and rows 0, 1, 2 top, centre, bottom: "on the left" is
-    `col=0`, "in the top left" `row=0, col=0`, "in the middle" `row=1, col=1`.
+    Columns 0, 1, 2 are left, centre, right; rows 0, 1, 2 are top, centre, bottom. "On the left" is `col=0`, "in the
+    top left" is `row=0, col=0`, "in the middle" is `row=1, col=1`.
     """
 
     kind: str | None = None
@@ -23,21 +23,15 @@ class ShapeClaim:
     col: int | None = None
 
     def fits(self, shape: Shape) -> bool:
-        return (
-            (self.kind is None or self.kind == shape.kind)
-            and (self.colour is None or self.colour == shape.colour)
-            and (self.size is None or self.size == shape.size)
-            and (self.row is None or self.row == shape.row)
-            and (self.col is None or self.col == shape.col)
-        )
+        return all(claimed in (None, getattr(shape, name)) for name, claimed in vars(self).items())
 
 
 @dataclass(frozen=True)
 class Claim:
-    """All of: the background, different shapes that fit `shapes`, a relation, the number of shapes.
+    """A conjunction: the background, different shapes that fit `shapes`, a relation, the number of shapes.
 
-    `relation` ("left of", "right of", "above", "below") holds from the first of `shapes` to the second.
-    It compares columns or rows of the grid, so that it is never a matter of a few pixels.
+    `relation`, a key of `RELATIONS`, holds from the first of `shapes` to the second. It compares columns or rows of the
+    grid, so it never depends on a few pixels.
     """
 
     shapes: tuple[ShapeClaim, ...] = ()
@@ -57,20 +51,12 @@ RELATIONS = {
 
 def is_true(claim: Claim, scene: Scene) -> bool:
     """Whether the scene graph makes the claim true."""
-    if claim.background is not None and claim.background != scene.background.colour:
-        return False
-    if claim.pattern is not None and claim.pattern != scene.background.pattern:
-        return False
-    if claim.count is not None and claim.count != len(scene.shapes):
+    told = (claim.background, claim.pattern, claim.count)
+    actual = (scene.background.colour, scene.background.pattern, len(scene.shapes))
+    if any(claimed not in (None, value) for claimed, value in zip(told, actual, strict=True)):
         return False
     return any(
-        all(part.fits(shape) for part, shape in zip(claim.shapes, chosen, strict=True))
+        all(described.fits(shape) for described, shape in zip(claim.shapes, chosen, strict=True))
         and (claim.relation is None or RELATIONS[claim.relation](chosen[0], chosen[1]))
         for chosen in permutations(scene.shapes, len(claim.shapes))
     )
-
-
-def mirrored(scene: Scene) -> Scene:
-    """The scene graph after a horizontal flip of the image (its texture is drawn anew)."""
-    shapes = tuple(replace(s, col=2 - s.col, x=1 - s.x) for s in scene.shapes)
-    return replace(scene, shapes=shapes)

@@ -1,7 +1,7 @@
-"""Paints a scene graph: anti-aliased shapes on a textured background, and the mask of their kinds.
+"""Paints a scene graph: anti-aliased shapes on a textured background.
 
-Shapes are blended from cached coverage templates centred on a pixel corner, so that a scene costs a few
-small NumPy operations; the randomness of the texture comes from the caller's generator.
+Shapes are blended from cached coverage templates centred on a pixel corner, so a scene costs a few small NumPy
+operations.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ _SUPERSAMPLING = 8
 
 def _star(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     radius, inner, sector = np.hypot(x, y), 0.45, np.pi / 5
-    angle = np.abs((np.arctan2(x, -y) + sector) % (2 * sector) - sector)  # from the nearest point's axis
-    # the edge runs from the point (1, 0) to the notch at `inner` and angle `sector`, in polar form
+    angle = np.abs((np.arctan2(x, -y) + sector) % (2 * sector) - sector)  # from the axis of the nearest point
+    # in polar coordinates the edge runs from the point (1, 0) to the notch at (inner, sector)
     edge_x, edge_y = inner * np.cos(sector) - 1, inner * np.sin(sector)
     return radius * (np.cos(angle) * edge_y - np.sin(angle) * edge_x) <= edge_y
 
 
-# Inside tests over x (right) and y (down) in [-1, 1]. Every outline is its own mirror image, so that a
+# Whether (x, y) is inside, x to the right and y down in [-1, 1]. Every outline is its own mirror image, so a
 # horizontal flip never changes a kind.
 OUTLINES = {
     "circle": lambda x, y: x**2 + y**2 <= 0.93**2,
@@ -81,29 +81,26 @@ def pattern_mask(pattern: str, variant: int, size: int) -> np.ndarray:
     return mask[..., None].astype(np.float32)
 
 
-def paint(
-    background: Background, shapes: tuple[Shape, ...], size: int, draw: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
-    """The image, uint8 `[size, size, 3]`, and the mask, uint8 `[size, size]`.
+def placed(shape: Shape, size: int) -> tuple[np.ndarray, tuple[slice, slice]]:
+    """The coverage of a shape in an image of `size` pixels a side, and the window of the image that it is for."""
+    alpha = coverage(shape.kind, shape.radius * size)
+    half = len(alpha) // 2
+    left, top = (min(max(round(c * size), half), size - half) - half for c in (shape.x, shape.y))
+    return alpha, (slice(top, top + 2 * half), slice(left, left + 2 * half))
 
-    The mask holds 0 for background, an ordinary class (no pixel is to be ignored), and 1 + the index of
-    the kind in `KINDS` where at least half of a pixel is covered; the hole of a ring is background.
-    """
+
+def paint(background: Background, shapes: tuple[Shape, ...], size: int, draw: np.random.Generator) -> np.ndarray:
+    """The image, uint8 `[size, size, 3]`; `draw` gives the texture."""
     tone = np.asarray(PALETTE[background.colour], np.float32)
-    # the second tone moves towards the middle of the range, far enough to be seen on black and on white
+    # the second tone lies towards the middle of the range, far enough to be visible on black and on white
     step = np.where(tone.mean() < 110, 32, -32).astype(np.float32)
     image = tone + step * pattern_mask(background.pattern, background.variant, size)
-    mask = np.zeros((size, size), np.uint8)
     jitter = draw.uniform(-12, 12, (len(shapes), 3)).astype(np.float32)
     for shape, shift in zip(shapes, jitter, strict=True):
-        alpha = coverage(shape.kind, shape.radius * size)
-        half = len(alpha) // 2
-        left, top = (min(max(round(c * size), half), size - half) - half for c in (shape.x, shape.y))
-        window = (slice(top, top + 2 * half), slice(left, left + 2 * half))
+        alpha, window = placed(shape, size)
         image[window] += alpha * (np.asarray(PALETTE[shape.colour], np.float32) + shift - image[window])
-        mask[window][alpha[..., 0] >= 0.5] = 1 + list(OUTLINES).index(shape.kind)
     slope_x, slope_y = draw.uniform(-10, 10, 2).astype(np.float32)  # uneven light
     ramp = np.linspace(-1, 1, size, dtype=np.float32)
     light = slope_x * ramp[None, :, None] + slope_y * ramp[:, None, None]
     noise = draw.standard_normal((size, size, 3), dtype=np.float32)
-    return np.clip(image + light + 4 * noise, 0, 255).astype(np.uint8), mask
+    return np.clip(image + light + 4 * noise, 0, 255).astype(np.uint8)

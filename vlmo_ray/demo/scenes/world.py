@@ -3,9 +3,8 @@
     >>> scene(seed=1, index=7).image.shape
     (64, 64, 3)
 
-Some combinations of colour and kind, `HELD_OUT`, never occur in the training split, so that evaluation can
-tell what was composed from what was remembered. Every colour and every kind is held out in exactly one
-combination and seen in training in seven others.
+Some combinations of colour and kind, `HELD_OUT`, never occur in the training split, so evaluation can tell composition
+from memory. Every colour and every kind is held out in exactly one combination and seen in seven others.
 """
 
 from __future__ import annotations
@@ -32,8 +31,8 @@ HELD_OUT_SHARE = 1 / 3  # of evaluation scenes
 
 _RADII = {"small": (0.14, 0.15), "large": (0.22, 0.235)}
 _REACH = 1.16  # the corners of a square lie this many radii from its centre
-_BANDS = ((0.0, 0.29), (0.42, 0.58), (0.71, 1.0))  # of centres in a row or column, clear of the grid lines
-_MIN_CONTRAST = 118  # between a shape and the background, as a distance in RGB
+_BANDS = ((0.0, 0.29), (0.42, 0.58), (0.71, 1.0))  # where centres may be in each row or column, off the grid lines
+_MIN_CONTRAST = 118  # between a shape and the background: a distance in RGB
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class Shape:
     size: str
     row: int
     col: int
-    x: float  # centre and radius as shares of the image's side
+    x: float  # centre and radius as fractions of the image's side
     y: float
     radius: float
 
@@ -59,12 +58,12 @@ class Background:
 
 @dataclass(frozen=True)
 class Scene:
-    """A scene graph and, painted when first asked for, its image and mask.
+    """A scene graph; its image is painted on first use.
 
-    `shapes[0]` is the main shape: the only large one where there are several shapes, else the only one.
+    `shapes[0]` is the main shape. If there are several shapes, it is the only large one.
     """
 
-    name: str  # unique within a seed: the key of the texture and of the captions
+    name: str  # unique within a seed; texture and captions are drawn from it
     seed: int
     split: str
     background: Background
@@ -72,37 +71,21 @@ class Scene:
     image_size: int
 
     @property
-    def label(self) -> str:
-        """The class: the kind of the main shape. The other shapes, if any, are all small."""
-        return self.shapes[0].kind
-
-    @property
     def held_out(self) -> bool:
         """Whether a combination of colour and kind occurs that no training scene has."""
         return any((s.colour, s.kind) in HELD_OUT for s in self.shapes)
 
     @cached_property
-    def _painted(self) -> tuple[np.ndarray, np.ndarray]:
+    def image(self) -> np.ndarray:
+        """RGB, uint8 `[H, W, 3]`."""
         draw = rng.generator(self.seed, f"scene-texture/{self.name}", 0, 0)
         return paint(self.background, self.shapes, self.image_size, draw)
 
-    @property
-    def image(self) -> np.ndarray:
-        """RGB, uint8 `[H, W, 3]`."""
-        return self._painted[0]
 
-    @property
-    def mask(self) -> np.ndarray:
-        """uint8 `[H, W]`: 0 is background (a class, nothing is ignored), else 1 + index in `KINDS`."""
-        return self._painted[1]
-
-
-def contrasts(colour: str, background: str) -> bool:
-    """Whether a shape of this colour is seen clearly on this background."""
-    return dist(PALETTE[colour], PALETTE[background]) >= _MIN_CONTRAST
-
-
-_BACKGROUNDS_OF = {c: {b for b in BACKGROUND_COLOURS if contrasts(c, b)} for c in SHAPE_COLOURS}
+# colour of a shape -> backgrounds on which it is clearly visible
+_BACKGROUNDS_OF = {
+    c: {b for b in BACKGROUND_COLOURS if dist(PALETTE[c], PALETTE[b]) >= _MIN_CONTRAST} for c in SHAPE_COLOURS
+}
 
 
 def pick(draw: np.random.Generator, options):
@@ -111,11 +94,11 @@ def pick(draw: np.random.Generator, options):
 
 
 def _place(draw: np.random.Generator, sizes: list[str]) -> list[tuple[int, int, float, float, float]] | None:
-    """A row, column, x, y and radius for each shape so that none touches another; None to try again."""
+    """(row, column, x, y, radius) of each shape, none touching another; None if the attempt failed."""
     placed: list[tuple[int, int, float, float, float]] = []
     for size in sizes:
         radius = pick(draw, _RADII[size])
-        margin = _REACH * radius - 0.02  # a corner may stand on the edge of the image
+        margin = _REACH * radius - 0.02  # a corner may lie on the edge of the image
         for _ in range(8):
             row, col = divmod(int(draw.integers(9)), 3)
             (x_low, x_high), (y_low, y_high) = _BANDS[col], _BANDS[row]
@@ -129,8 +112,15 @@ def _place(draw: np.random.Generator, sizes: list[str]) -> list[tuple[int, int, 
     return placed
 
 
-def sample_scene(draw: np.random.Generator, seed: int, name: str, split: str, image_size: int, required=None) -> Scene:
-    """A scene from the generator; `required`, a (colour, kind), is made one of its shapes."""
+def sample_scene(
+    draw: np.random.Generator,
+    seed: int,
+    name: str,
+    split: str,
+    image_size: int,
+    required: tuple[str, str] | None = None,
+) -> Scene:
+    """A scene from the generator. `required` is the (colour, kind) that one of its shapes must have."""
     count = 1 + int(np.searchsorted((0.35, 0.75), draw.random()))
     if split == "eval" and draw.random() < HELD_OUT_SHARE and (required is None or count > 1):
         extra = pick(draw, sorted(HELD_OUT))
@@ -158,7 +148,7 @@ def sample_scene(draw: np.random.Generator, seed: int, name: str, split: str, im
 
 
 def check_arguments(split: str, image_size: int) -> None:
-    """UserError unless the split exists and shapes can be told apart at this size."""
+    """Raises UserError for an unknown split, and for an image size at which shapes cannot be told apart."""
     if split not in SPLITS:
         raise UserError(f'There is no scene split "{split}"; use "train" or "eval".')
     if image_size < 16:
@@ -168,8 +158,8 @@ def check_arguments(split: str, image_size: int) -> None:
 def scene(seed: int, index: int, split: str = "train", image_size: int = 64) -> Scene:
     """Scene `index` of a split: 1 to 3 shapes that do not touch, no two alike in both colour and kind.
 
-    A pure function of its arguments; the graph and the captions do not depend on `image_size`. A third of
-    the evaluation scenes hold one combination of `HELD_OUT`, training scenes hold none.
+    A pure function of its arguments. Graph and captions do not depend on `image_size`. A third of the evaluation scenes
+    contain one combination of `HELD_OUT`; training scenes contain none.
     """
     check_arguments(split, image_size)
     draw = rng.generator(seed, f"scene/{split}", 0, index)

@@ -1,4 +1,4 @@
-"""Questions with one right answer each, and statements that are true or false of a pair of scenes."""
+"""Questions with one right answer each, and true or false statements about a pair of scenes."""
 
 from __future__ import annotations
 
@@ -55,9 +55,9 @@ def _absent(scene: Scene, draw: np.random.Generator) -> tuple[str, str]:
 def questions(scene: Scene) -> list[tuple[str, str]]:
     """All of the scene's (question, answer) pairs, answers from `ANSWERS`.
 
-    Only questions with one right answer are asked: the colour of "the circle" where there is one circle,
-    the shape "on the left" where one stands in the left column. Yes/no questions come in twos of the same
-    form, first the one with the answer "yes", so that exactly half of them are answered by each.
+    Every question has one right answer: "the circle" is asked about only if there is one circle, "the shape on the
+    left" only if one shape is in the left column. Yes/no questions come in pairs of the same form, "yes" first, so
+    exactly half of them have the answer "yes".
     """
     draw = rng.generator(scene.seed, f"scene-questions/{scene.name}", 0, 0)
     shapes, background = scene.shapes, scene.background
@@ -77,7 +77,7 @@ def questions(scene: Scene) -> list[tuple[str, str]]:
             asked.append((f"which shape is {where}?", found.kind))
             asked.append((f"what color is the shape {where}?", found.colour))
     if len(shapes) > 1:
-        asked.append(("what is the largest shape?", scene.label))
+        asked.append(("what is the largest shape?", shapes[0].kind))
 
     def both(form: str, right: str, wrong: str) -> None:
         asked.extend([(form.format(right), "yes"), (form.format(wrong), "no")])
@@ -149,8 +149,8 @@ _PAIR_TEXTS = {
 def pair_statement(seed: int, index: int, split: str = "train", image_size: int = 64) -> tuple[Scene, Scene, str, bool]:
     """Two scenes, a statement about them, and whether it is true, as in NLVR2.
 
-    The truth is drawn first, evenly and apart from the words; scenes are then drawn until they agree with
-    it, so that no statement gives its truth away. A pure function of its arguments.
+    The truth is drawn first, independently of the words. Scenes are then drawn until they agree with it, so the words
+    alone do not reveal the answer. A pure function of its arguments.
     """
     left, right, text, truth, _ = pair_with_claim(seed, index, split, image_size)
     return left, right, text, truth

@@ -1,0 +1,254 @@
+"""Classification, and with it what every row-wise task has: heads, frozen parts, rates, clipping, averages, evaluation.
+
+The oracles are a plain step with autograd, one process where there are several, and a run that was not interrupted.
+"""
+
+import dataclasses
+import io
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load as load_tensors
+from small_run import SMALL, begin_at, job, train_on
+
+from vlmo_ray.config import OptimConfig, Phase
+from vlmo_ray.data.batch import Batch
+from vlmo_ray.data.prepare import prepare
+from vlmo_ray.data.prepare.shards import write_dataset
+from vlmo_ray.data.schema import Field, Schema
+from vlmo_ray.data.store import Store
+from vlmo_ray.demo.scenes.world import SHAPE_COLOURS, scene
+from vlmo_ray.errors import UserError
+from vlmo_ray.evaluate import evaluate
+from vlmo_ray.model.vlmo import VLMo, init_weights
+from vlmo_ray.objectives.gather import Workers
+from vlmo_ray.recipes import recipe
+from vlmo_ray.recipes.classification import ClassificationConfig
+from vlmo_ray.runs.evaluations import read_evaluations
+from vlmo_ray.runs.load import load_all
+from vlmo_ray.runs.metrics import read_metrics
+from vlmo_ray.tasks.classification import Classification
+from vlmo_ray.train.agree import Notice
+from vlmo_ray.train.loop import train
+from vlmo_ray.train.optim import build_optimizer
+from vlmo_ray.train.parallel import Parallel, clip, parallelize, total_norm
+from vlmo_ray.train.step import gradients
+
+NAMES = ("dark", "bright", "red")
+SCHEMA = Schema((Field("image", "image"), Field("label", "label", NAMES)))
+CONFIG = dataclasses.replace(
+    SMALL,
+    name="classes",
+    model=dataclasses.replace(SMALL.model, heads=(), layer_scale=None),
+    task=ClassificationConfig(label_smoothing=0.1, head_lr_scale=5.0, layer_decay=0.5),
+    phases=(Phase(10, 8),),
+    optim=OptimConfig(peak_lr=3e-3, warmup_steps=2, schedule="cosine", clip_norm=0.5, average_decay=0.8),
+    checkpoint_every=4,
+    evaluate_every=5,
+    precision="float64",
+)
+FIGURES = ("loss", "cross_entropy", "accuracy", "grad_norm", "lr")
+
+
+def rows(first: int, count: int):
+    for i in range(first, first + count):
+        pixels = np.random.default_rng(i).integers(0, 80, (16, 16, 3), dtype=np.uint8)
+        pixels[..., 0 if i % 3 == 2 else slice(None)] += np.uint8(0 if i % 3 == 0 else 150)
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "PNG")
+        yield {"id": f"{i}", "image_id": f"{i}", "image": file.getvalue(), "label": i % 3}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> tuple[str, str]:
+    folder = tmp_path_factory.mktemp("classes")
+    for name, first, count in (("train", 0, 45), ("val", 100, 22)):
+        write_dataset(str(folder / name), rows(first, count), rows_per_group=5, groups_per_shard=2, schema=SCHEMA)
+    return str(folder / "train"), str(folder / "val")
+
+
+def spec_of(data: tuple[str, str], run, config=CONFIG, **changes):
+    return dataclasses.replace(job(data[0], run, config, **changes), eval_data=data[1])
+
+
+@pytest.fixture(scope="module")
+def alone(data, tmp_path_factory):
+    """The run of one process."""
+    run = tmp_path_factory.mktemp("alone")
+    outcome = train(spec_of(data, run))
+    assert outcome.step == 10, outcome
+    return run
+
+
+def make_task(config=CONFIG) -> Classification:
+    model = VLMo(config.model)
+    init_weights(model, 3)
+    return Classification(model, config, SCHEMA).double()
+
+
+def make_batch(invalid=(2,)) -> Batch:
+    generator = torch.Generator().manual_seed(5)
+    image = torch.randint(0, 256, (7, 3, 16, 16), generator=generator, dtype=torch.uint8)
+    valid = torch.ones(7, dtype=torch.bool)
+    valid[list(invalid)] = False
+    columns = {"image": image, "label": torch.tensor([0, 1, 2, 2, 1, 0, 2])}
+    return Batch(columns, valid, torch.arange(7), [str(i) for i in range(7)], [""] * 7)
+
+
+@pytest.mark.parametrize("micro_batch", [7, 3, 1])
+@pytest.mark.parametrize("invalid", [(), (2,), tuple(range(7))])
+def test_a_step_equals_the_plain_one(micro_batch, invalid):
+    batch, task, plain = make_batch(invalid), make_task(), make_task()
+    parallel = parallelize(task, CONFIG.cluster, 1, torch.device("cpu"))
+    figures = gradients(parallel, batch, Workers((7,)), 4, micro_batch)
+    valid = batch.valid
+    logits = plain.logits(batch.image, plain.noise("image", batch.position, 4))[valid]
+    wanted = F.cross_entropy(logits, batch.label[valid], label_smoothing=0.1) if len(logits) else logits.sum()
+    wanted.backward()
+    assert float(figures["loss"]) == pytest.approx(float(wanted), rel=1e-12)
+    assert float(figures["accuracy"]) == pytest.approx(
+        float((logits.argmax(1) == batch.label[valid]).double().mean()) if len(logits) else 0.0
+    )
+    assert int(figures["masked_rows"]) == len(invalid)
+    for (name, a), (_, b) in zip(task.named_parameters(), plain.named_parameters(), strict=True):
+        assert (a.grad is not None) == task.trainable(name), name
+        if a.grad is not None:
+            torch.testing.assert_close(a.grad, b.grad if b.grad is not None else torch.zeros_like(b), msg=name)
+
+
+def test_only_what_an_image_passes_through_is_trained(data, tmp_path):
+    task, before = make_task(), make_task().state_dict()
+    parallel = parallelize(task, CONFIG.cluster, 1, torch.device("cpu"))
+    optimizer = build_optimizer(task, CONFIG)
+    for step in range(20):
+        gradients(parallel, make_batch(), Workers((7,)), step, 7)
+        optimizer.step()
+        optimizer.zero_grad()
+    trained = {name for name, value in task.state_dict().items() if not torch.equal(value, before[name])}
+    assert trained == {name for name, p in task.named_parameters() if task.trainable(name)}
+    assert not any(part in name for name in trained for part in ("text", "vl", "itm", "mlm"))
+    assert {"head.weight", "model.image_embed.cls", "model.layers.1.experts.image.fc1.weight"} <= trained
+    assert len(optimizer.state) == len(trained)
+
+
+def test_rates_fall_from_the_head_down():
+    task = make_task()
+    scales = {name: task.lr_scale(name) for name, _ in task.named_parameters()}
+    assert scales["head.weight"] == 5.0 and scales["model.norm.weight"] == 1.0
+    assert scales["model.layers.1.attention.out.weight"] == 0.5 and scales["model.layers.0.attention.q_bias"] == 0.25
+    assert scales["model.image_embed.cls"] == scales["model.relative.table"] == 0.125
+    groups = build_optimizer(task, CONFIG).param_groups
+    assert {(group["lr_scale"], group["weight_decay"]) for group in groups} >= {(5.0, 0.01), (5.0, 0.0), (0.25, 0.01)}
+
+
+def curve(run) -> np.ndarray:
+    return np.array([[m[name] for name in FIGURES] for m in read_metrics(Store(str(run)))[0]])
+
+
+def assert_same(run, wanted, first=0) -> None:
+    np.testing.assert_allclose(curve(run), curve(wanted)[first:], rtol=1e-9)
+    for name in ("model/model.safetensors", "model/task.safetensors"):
+        found, expected = (load_tensors(Store(str(r)).read(name)) for r in (run, wanted))
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12, msg=name)
+    found, expected = (dict(read_evaluations(Store(str(r)))) for r in (run, wanted))
+    for step, result in found.items():
+        assert result == expected[step]
+    assert 10 in found
+
+
+def test_a_run_learns_evaluates_and_publishes_its_average(alone, data):
+    metrics = read_metrics(Store(str(alone)))[0]
+    assert metrics[-1]["loss"] < metrics[0]["loss"]
+    lr = [m["lr"] for m in metrics]
+    assert lr[1] == pytest.approx(3e-3) and lr[6] == pytest.approx(3e-3 * 0.5 * (1 + np.cos(np.pi * 0.5)))
+    [(first, _), (last, result)] = read_evaluations(Store(str(alone)))
+    assert (first, last) == (5, 10) and result.num_rows == 22 and result.data == data[1]
+    assert set(result.scores) == {"top1"} and result.scores["top1"].chance == pytest.approx(1 / 3)
+    assert result.scores["top1"].count == 22
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_workers_equal_one(alone, data, tmp_path, strategy):
+    cluster = dataclasses.replace(CONFIG.cluster, strategy=strategy)
+    outcomes = train_on(2, spec_of(data, tmp_path, cluster=cluster, micro_batch=2))
+    assert [outcome.step for outcome in outcomes] == [10, 10], outcomes
+    assert_same(tmp_path, alone)
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(alone, data, tmp_path):
+    begin_at(tmp_path, alone / "checkpoint-00000008")
+    assert train(spec_of(data, tmp_path)).step == 10
+    assert_same(tmp_path, alone, 8)
+
+
+def head_after(steps: int, data, run, config) -> torch.Tensor:
+    """The head's weights, in float32, that a run of so many steps leaves in its checkpoint."""
+    told = iter([Notice.NONE] * steps + [Notice.STOP])
+    config = dataclasses.replace(config, cluster=dataclasses.replace(config.cluster, notice_every=1))
+    assert train(spec_of(data, run, config), notice=lambda: next(told)).step == steps
+    return load_all(run).own["task.head.weight"]
+
+
+def test_the_average_is_the_average(data, tmp_path):
+    """0.8 of the last average and 0.2 of the new weights, from the start on; `load_all` gives the average."""
+    plain = dataclasses.replace(CONFIG, optim=dataclasses.replace(CONFIG.optim, average_decay=0.0))
+    wanted = Classification(_start(CONFIG), CONFIG, SCHEMA).head.weight.detach()
+    for steps in (1, 2, 3):
+        wanted = 0.8 * wanted + 0.2 * head_after(steps, data, tmp_path / f"plain{steps}", plain)
+    found = head_after(3, data, tmp_path / "averaged", CONFIG)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-7)
+    assert not torch.allclose(found, head_after(3, data, tmp_path / "again", plain), rtol=1e-5, atol=1e-7)
+
+
+def _start(config) -> VLMo:
+    model = VLMo(config.model)
+    init_weights(model, config.seed)
+    return model
+
+
+def test_gradients_are_clipped_to_the_norm(data, tmp_path):
+    task = make_task()
+    gradients(Parallel(task), make_batch(), Workers((7,)), 0, 7)
+    norm = float(total_norm(task))
+    before = task.head.weight.grad.clone()
+    clip(task, 2 * norm, norm)
+    assert torch.equal(task.head.weight.grad, before)
+    clip(task, norm / 4, norm)
+    assert float(total_norm(task)) == pytest.approx(norm / 4)
+
+
+def test_other_classes_are_refused(data, alone, tmp_path):
+    other = Schema((Field("image", "image"), Field("label", "label", ("red", "dark", "bright"))))
+    write_dataset(str(tmp_path / "other"), rows(0, 6), schema=other)
+    outcome = train(spec_of((data[0], str(tmp_path / "other")), tmp_path / "run"))
+    assert "other values of 'label'" in outcome.stopped and "prepare it with the same list" in outcome.stopped
+    with pytest.raises(UserError, match="needs a 'label' column"):
+        Classification(_start(CONFIG), CONFIG, Schema((Field("image", "image"), Field("label", "label"))))
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_scenes_from_folders_to_90_percent(ray_cluster, tmp_path):
+    """The colour of the main shape: prepare, train, evaluate in the run and by the command's own path."""
+    for split, count in (("train", 2400), ("eval", 200)):
+        for i in range(count):
+            shown = scene(1, i, split, 32)
+            folder = tmp_path / split / shown.shapes[0].colour
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(shown.image).save(folder / f"{i}.png")
+        counts = prepare("folders", str(tmp_path / split), str(tmp_path / f"{split}-set"))
+        assert (counts.kept, counts.read) == (count, count)
+    config = dataclasses.replace(recipe("classification_tiny"), evaluate_every=200)
+    data = str(tmp_path / "train-set"), str(tmp_path / "eval-set")
+    assert train(spec_of(data, tmp_path / "run", config)).step == 200
+    [(_, inside)] = read_evaluations(Store(str(tmp_path / "run")))
+    result = evaluate(str(tmp_path / "run"), data[1])
+    assert set(result.scores) == {"top1", "top5"} and result.scores["top5"].chance == 5 / len(SHAPE_COLOURS)
+    assert result["top1"] >= 0.9 and result.num_rows == 200
+    assert result == inside
+    with pytest.raises(UserError, match="classification needs weights that were trained for it"):
+        evaluate(_start(SMALL), data[1], "classification")
