@@ -1,4 +1,4 @@
-"""A small config that trains on the fixture `scenes` in seconds, and workers in plain processes."""
+"""A small config that trains on `conftest.small_scenes` in seconds, here or in worker processes."""
 
 import dataclasses
 import shutil
@@ -15,8 +15,8 @@ from vlmo_ray.train.loop import Outcome, train
 SMALL = Config(
     name="small",
     model=ModelConfig(
-        width=24, depth=2, num_heads=2, vl_start=1, drop_path=0.1, image_size=16, patch_size=8, max_text_len=12,
-        bias_text_len=12, init_std=0.1,
+        width=24, depth=2, num_heads=2, vl_start=1, drop_path=0.1, image_size=16, patch_size=8, vocab_size=1100,
+        max_text_len=12, bias_text_len=12, init_std=0.1,
     ),
     phases=(Phase(6, 8), Phase(4, 12)),
     slice_size=2,

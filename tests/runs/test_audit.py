@@ -10,6 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import small_scenes
 from small_run import SMALL, job, train_on
 
 from vlmo_ray.config import Phase
@@ -17,7 +18,6 @@ from vlmo_ray.data.manifest import chunk_table, write_manifest
 from vlmo_ray.data.prepare.shards import write_shards
 from vlmo_ray.data.read import ShardError
 from vlmo_ray.data.store import Store
-from vlmo_ray.demo.scenes.records import records
 from vlmo_ray.errors import UserError
 from vlmo_ray.runs.audit import audit
 from vlmo_ray.train.agree import Notice
@@ -104,7 +104,7 @@ def test_what_is_wrong_is_named(run, scenes, change, words):
 
 def test_masked_pairs_are_named(tmp_path, monkeypatch):
     """A blank caption, a record without an id, and a shard that is away for as long as the run lasts."""
-    rows = list(records(4, 40, image_size=16))
+    rows = list(small_scenes(4, 40))
     rows[3]["text"], rows[5]["id"] = " ", None
     data, run = tmp_path / "data", tmp_path / "run"
     chunks = write_shards(Store(str(data)), rows, "{}.parquet", rows_per_group=7, groups_per_shard=3)
