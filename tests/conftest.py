@@ -5,9 +5,10 @@ from __future__ import annotations
 import io
 import os
 import string
+import subprocess
 import uuid
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -16,14 +17,6 @@ from PIL import Image
 # Before any library reads them: few threads on a shared machine, and no person's own S3 keys or Ray cluster.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.pop("RAY_ADDRESS", None)
-
-
-def pytest_collection_modifyitems(config, items):
-    """Tests that compile are left out unless asked for."""
-    asked = "compile" in config.option.markexpr.split()
-    left_out = [] if asked else [item for item in items if item.get_closest_marker("compile")]
-    config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture(scope="session")
@@ -69,6 +62,27 @@ def ray_cluster(s3_server):
     )
     yield
     ray.shutdown()
+
+
+@pytest.fixture
+def vlmo(monkeypatch, capsys) -> Callable[..., subprocess.CompletedProcess]:
+    """The command `vlmo` in this process: `vlmo(*arguments, **environment)` gives its exit code and what it printed."""
+    from vlmo_ray import cli
+
+    def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+        capsys.readouterr()
+        with monkeypatch.context() as patch:
+            patch.setattr("sys.argv", ["vlmo", *arguments])
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            try:
+                cli.main()
+                code = 0
+            except SystemExit as end:
+                code = end.code
+        return subprocess.CompletedProcess(arguments, code, *capsys.readouterr())
+
+    return run
 
 
 def make_image(seed: int, format: str = "JPEG", size: tuple[int, int] = (24, 16)) -> bytes:

@@ -3,8 +3,6 @@
 import dataclasses
 import io
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -86,7 +84,7 @@ def rewrite(run: Path, change) -> dict:
         ),
     ],
 )
-def test_what_is_wrong_is_named(run, scenes, change, words):
+def test_what_is_wrong_is_named(vlmo, run, scenes, change, words):
     undo = rewrite(run, change)
     try:
         found = audit(str(run), scenes)
@@ -94,8 +92,7 @@ def test_what_is_wrong_is_named(run, scenes, change, words):
         said = "\n".join(found.sentences())
         assert all(word in said for word in words) and "NOT every pair" in said, said
         if "stranger" in said:
-            command = [sys.executable, "-m", "vlmo_ray", "audit", str(run), "--data", scenes]
-            done = subprocess.run(command, capture_output=True, text=True)
+            done = vlmo("audit", str(run), "--data", scenes)
             assert done.returncode == 1 and "unknown: stranger" in done.stdout, done.stdout + done.stderr
     finally:
         for file, content in undo.items():
@@ -138,9 +135,8 @@ def test_masked_pairs_are_named(tmp_path, monkeypatch):
         audit(str(run), str(data))
 
 
-def test_the_command_proves_it(run, scenes):
-    command = [sys.executable, "-m", "vlmo_ray", "audit", str(run), "--data", scenes, "--json-output"]
-    done = subprocess.run(command, capture_output=True, text=True)
+def test_the_command_proves_it(vlmo, run, scenes):
+    done = vlmo("audit", str(run), "--data", scenes, "--json-output")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["clean"] is True
 

@@ -345,16 +345,23 @@ EVERY_OBJECTIVE = [Trial(4, objective=o, strategy=s) for o in list(OBJECTIVES)[1
     "counts, trials",
     [
         ((6, 6), [Trial(6), Trial(4), Trial(6, strategy="fsdp"), Trial(6, dtype=torch.float32)]),
-        ((5, 7), [Trial(7), Trial(3), Trial(3, strategy="fsdp"), Trial(5, strategy="fsdp"), Trial(6)]),
+        (
+            (5, 7),
+            [
+                Trial(7), Trial(3), Trial(3, strategy="fsdp"), Trial(5, strategy="fsdp"), Trial(6),
+                Trial(3, activation_checkpointing=True), Trial(3, strategy="fsdp", activation_checkpointing=True),
+            ],
+        ),
         ((4, 4, 4), [Trial(4), Trial(3, strategy="fsdp"), *EVERY_CASE]),
         ((8, 4), EVERY_OBJECTIVE),
         ((3, 5, 4), [Trial(2), Trial(2, strategy="fsdp"), Trial(2, "plain", dtype=torch.float32)]),
-        (
+        pytest.param(
             (1, 2, 5, 4),
             [
                 Trial(5), Trial(2), Trial(2, strategy="fsdp"), Trial(2, strategy="fsdp", dtype=torch.float32),
                 Trial(2, activation_checkpointing=True), Trial(2, strategy="fsdp", activation_checkpointing=True),
             ],
+            marks=pytest.mark.full,
         ),
     ],
     ids=lambda value: "-".join(map(str, value)) if isinstance(value, tuple) else "",
