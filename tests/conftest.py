@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import string
 import subprocess
+import time
 import uuid
 import zlib
 from collections.abc import Callable, Iterator
@@ -48,7 +50,7 @@ def places(request, tmp_path):
 
 
 @pytest.fixture(scope="session")
-def ray_cluster(s3_server):
+def started_ray(s3_server):
     """Ray on this machine with 2 CPUs; after the S3 server, so that its workers have the AWS variables."""
     import ray
 
@@ -62,6 +64,19 @@ def ray_cluster(s3_server):
     )
     yield
     ray.shutdown()
+
+
+@pytest.fixture
+def ray_cluster(started_ray):
+    """The one Ray cluster of the session; a test leaves both of its CPUs free."""
+    import ray
+
+    yield
+    gc.collect()  # Ray ends the actors of a dataset that failed when Python has collected its objects
+    until = time.monotonic() + 20
+    while (free := ray.available_resources().get("CPU", 0)) < 2:
+        assert time.monotonic() < until, f"{2 - free:g} CPUs are still reserved"
+        time.sleep(0.1)
 
 
 @pytest.fixture
