@@ -72,11 +72,11 @@ def ray_cluster(started_ray):
     import ray
 
     yield
-    gc.collect()  # Ray ends the actors of a dataset that failed when Python has collected its objects
     until = time.monotonic() + 20
     while (free := ray.available_resources().get("CPU", 0)) < 2:
         assert time.monotonic() < until, f"{2 - free:g} CPUs are still reserved"
-        time.sleep(0.1)
+        gc.collect()  # Ray ends the actors of a dataset that failed when Python has collected its objects
+        time.sleep(0.2)
 
 
 @pytest.fixture
