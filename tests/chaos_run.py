@@ -122,7 +122,7 @@ def settings(config: Config) -> list[str]:
         inner = {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
         flat |= inner
     flat |= {f"cluster.{name}": value for name, value in CLUSTER.items()}
-    silent = ("name", "model.num_answers", "model.init_logit_bias", "init")
+    silent = ("version", "task.kind", "evaluate_every", "name", "model.num_answers", "model.init_logit_bias", "init")
     return [f"--set={k}={json.dumps(v)}" for k, v in flat.items() if k not in silent]
 
 

@@ -243,9 +243,10 @@ def _start(
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
 
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
 
-    trainer = TorchTrainer(
+    from vlmo_ray.launch.ray_private import trainer_class
+
+    trainer = trainer_class()(
         work,
         scaling_config=ScalingConfig(
             num_workers=size,

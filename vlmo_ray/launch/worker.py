@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+from collections.abc import Iterator
+from typing import cast
+
+import torch
+import torch.distributed as dist
 
 from vlmo_ray.data.store import Store
 from vlmo_ray.launch.stop import STOP
@@ -23,12 +29,13 @@ def work(spec: RunSpec, token: str) -> dict:
     """
     import ray.train
     import ray.train.torch
-    import torch
 
     context = ray.train.get_context()
     rank, world, device = context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device()
     if device.type == "cpu":
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
+    else:
+        torch.cuda.set_device(device)
     print(f"worker {rank} of {world}: process {os.getpid()} on {os.uname().nodename}, {device}", flush=True)
     run = Store(spec.run, spec.config.data.retry_timeout_s)
     leaving: set[str] = set()
@@ -45,5 +52,29 @@ def work(spec: RunSpec, token: str) -> dict:
             return Notice.PREEMPTED
         return Notice.RESIZE if rank == 0 and run.exists(RESIZE) else Notice.NONE
 
-    outcome = train(spec, rank=rank, world=world, device=device, notice=notice)
+    with _process_group(rank, world, device):
+        outcome = train(spec, rank=rank, world=world, device=device, notice=notice)
     return dataclasses.asdict(outcome) | {"leaving": sorted(leaving)}
+
+
+@contextlib.contextmanager
+def _process_group(rank: int, world: int, device: torch.device) -> Iterator[None]:
+    """The process group of all workers inside the block: NCCL on GPUs, gloo on CPUs; none for a worker alone."""
+    if world == 1:
+        yield
+        return
+    import ray.train.collective
+    import ray.util
+    from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]  # torch documents it there
+
+    store = None
+    if rank == 0:
+        store = TCPStore(ray.util.get_node_ip_address(), 0, world, is_master=True, wait_for_workers=False)
+    place = ray.train.collective.broadcast_from_rank_zero(store and (store.host, store.port))
+    if store is None:
+        store = TCPStore(*cast(tuple[str, int], place), world, is_master=False)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
