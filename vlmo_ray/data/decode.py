@@ -47,11 +47,11 @@ def decode_train(
 ) -> np.ndarray:
     """An augmented image, uint8 `[3, size, size]`, C-contiguous; the same for the same arguments everywhere.
 
-    Random resized crop, horizontal flip and RandAugment (VLMo section 4.1 with RandAugment of Cubuk et al. 2020, without
-    its colour inversions). `position` is the row in the global batch of `step`. `forbid` names augmentations that would
-    make the caption untrue, from `schema.FORBID`: "crop" (the whole image is resized instead), "flip", "color"
-    (autocontrast, equalize, brightness) and "geometric" (shear, translate, rotate). Sharpness is never forbidden: it
-    changes neither flat areas nor positions.
+    Random resized crop, horizontal flip and RandAugment (VLMo section 4.1 with RandAugment of Cubuk et al. 2020,
+    without its colour inversions). `position` is the row in the global batch of `step`. `forbid` names augmentations
+    that would make the caption untrue, from `schema.FORBID`: "crop" (the whole image is resized instead), "flip",
+    "color" (autocontrast, equalize, brightness) and "geometric" (shear, translate, rotate). Sharpness is never
+    forbidden: it changes neither flat areas nor positions.
 
     Raises `DecodeError` if the bytes cannot be used or `forbid` has an unknown name.
     """
@@ -212,9 +212,9 @@ OPERATIONS: dict[str, Operation] = {
 def _square(picture: Image.Image, box: tuple[int, int, int, int], size: int, draft: bool = False) -> Image.Image:
     """The box of an opened picture as an RGB image of `size` x `size`, bicubic with antialiasing.
 
-    With `draft`, a JPEG is decoded at 1/2, 1/4 or 1/8 of its size as long as the box keeps `size` pixels on either side.
-    Compared with a full decode, pixels of photographs differ by 0.35 of 255 on average and by 8 at most; an image of
-    1000 x 750 pixels takes about half the time, one of 4000 x 3000 a sixth or less.
+    With `draft`, a JPEG is decoded at 1/2, 1/4 or 1/8 of its size as long as the box keeps `size` pixels on either
+    side. Compared with a full decode, pixels of photographs differ by 0.35 of 255 on average and by 8 at most; an image
+    of 1000 x 750 pixels takes about half the time, one of 4000 x 3000 a sixth or less.
     """
     width, height = picture.size
     left, top, right, bottom = box

@@ -87,8 +87,6 @@ def _assemble(
     """
     table = table.unify_dictionaries()
     shard = table.column("shard").combine_chunks()
-    if isinstance(shard, pa.ChunkedArray):  # combine_chunks of a column without rows
-        shard = pa.array([], pa.string())
     if not pa.types.is_dictionary(shard.type):
         shard = shard.dictionary_encode()
     columns = {
@@ -129,9 +127,9 @@ def write_manifest(
     """
     check_forbid(forbid)
     store = Store(uri)
-    manifest = _assemble(store.uri, format, chunks, tuple(forbid), source, schema)
-    if not manifest.num_rows:
+    if not chunks.num_rows:
         raise UserError(f"{store.uri}: not one record is left, so there is no data set to write")
+    manifest = _assemble(store.uri, format, chunks, tuple(forbid), source, schema)
     shard = pa.DictionaryArray.from_arrays(manifest.chunk_shard, pa.array(manifest.shards, pa.string()))
     columns = (getattr(manifest, f"chunk_{name}") for name in _COLUMNS)
     facts = {

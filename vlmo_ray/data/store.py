@@ -230,7 +230,7 @@ class Store:
 def open_store(uri: str, *, create: bool = False, retry_timeout_s: float = 0.0) -> Store:
     """The store at `uri`, after a check that takes seconds and is not repeated.
 
-    With `create`, a missing folder is made and an empty prefix is allowed (a bucket is never made); without it, both are
+    With `create`, a missing folder is made and an empty prefix is allowed (a bucket is never made); without, both are
     errors. Raises UserError for a missing bucket, a wrong key or secret, an endpoint that does not answer, a missing
     folder, and an empty prefix.
     """

@@ -166,9 +166,9 @@ def _suffixes(column: Field) -> tuple[str, ...]:
 def record_of(tar_name: str, sample: Sample, schema: Schema, names: Collection[str] | None = None) -> Record:
     """The record of a sample, with the fields `names` (by default all) and a problem if they cannot be read.
 
-    An image or mask is the member `<key>.<field>.<suffix>`, or for the field "image" `<key>.jpg` and the like. The field
-    "text" is the member `.txt`, otherwise `caption` in the JSON. The field "label" is the member `.cls`, otherwise in the
-    JSON by its name, as all other fields are. The JSON may also have `id`, `image_id` and `forbid`.
+    An image or mask is the member `<key>.<field>.<suffix>`, or for the field "image" `<key>.jpg` and the like. "text"
+    is the member `.txt`, otherwise `caption` in the JSON. "label" is the member `.cls`, otherwise in the JSON by its
+    name, as all other fields are. The JSON may also have `id`, `image_id` and `forbid`.
     """
     address = encodable(f"{tar_name}/{sample.key}")
     record, files = Record(address, address, {}), sample.files

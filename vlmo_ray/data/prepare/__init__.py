@@ -87,13 +87,13 @@ def prepare(
         raise UserError("rows_per_group and shard_bytes must be at least 1, memory at least 1 MiB (1048576)")
     place = _place(opened, out, index)
     units = opened.units()
-    cut = [(unit.name, unit.bytes) for unit in units]
+    # with the units, because the markers of an unfinished run are those of its units
+    listing = repr((opened.listing, [(unit.name, unit.bytes) for unit in units]))
     state = {
         "version": 2,  # of the files in the work folder: a newer program must not continue with older ones
         "format": format,
         "source": opened.uri,
-        # with the units, because the markers of an unfinished run are those of its units
-        "listing": hashlib.sha256(repr((opened.listing, cut)).encode()).hexdigest(),
+        "listing": hashlib.sha256(listing.encode()).hexdigest(),
         "index": index,
         "rows_per_group": rows_per_group,
         "forbid": sorted(forbid),
@@ -111,7 +111,7 @@ def prepare(
             else:
                 buckets = shuffle.num_buckets(sum(unit.bytes for unit in units), memory)
                 spec = shuffle.Shuffle(opened, place, seed, buckets, memory, shard_bytes, rows_per_group, verify)
-                finished = _shuffle(spec, units, forbid, state["source"])
+                finished = _shuffle(spec, units, forbid)
         place.write(STATE, json.dumps(state | {"counts": asdict(finished)}, indent=1).encode())
     place.delete_folder(WORK)
     return finished
@@ -154,8 +154,7 @@ def _begin(out: Store, state: dict, index: bool) -> Counts | None:
     try:
         found = out.read(STATE)
     except FileNotFoundError:
-        in_the_way = [n for n in out.list() if n == MANIFEST or n.startswith(f"{WORK}/") or not index][:1]
-        if in_the_way:
+        if in_the_way := [n for n in out.list() if n == MANIFEST or n.startswith(f"{WORK}/") or not index]:
             raise UserError(
                 f"{out.address(in_the_way[0])} is in the way, and was not made by this command; "
                 + ("move it" if index else "write to an empty place")
@@ -177,7 +176,7 @@ def _begin(out: Store, state: dict, index: bool) -> Counts | None:
     return Counts(**counts) if counts is not None and out.exists(MANIFEST) else None
 
 
-def _shuffle(spec: shuffle.Shuffle, units: list[WorkUnit], forbid: Iterable[str], source: str) -> Counts:
+def _shuffle(spec: shuffle.Shuffle, units: list[WorkUnit], forbid: Iterable[str]) -> Counts:
     run_stage(spec.out, "scatter", list(enumerate(units)), functools.partial(shuffle.scatter, spec), spec.memory)
     pieces, chunks, num_read, dropped = [], [], 0, shuffle.Dropped()
     for result in results(spec.out, "scatter", len(units)):
@@ -196,15 +195,9 @@ def _shuffle(spec: shuffle.Shuffle, units: list[WorkUnit], forbid: Iterable[str]
         lines.append(json.dumps({"note": f"{num_dropped - len(lines)} more were dropped and are not listed"}))
     spec.out.write(DROPPED, "".join(f"{line}\n" for line in lines).encode())
     if not counts.kept:
-        raise UserError(f"no record of {source} is left:\n{counts}\nsee {spec.out.address(DROPPED)}")
-    manifest = write_manifest(
-        spec.out.uri,
-        "parquet",
-        pa.concat_tables(chunks),
-        forbid=tuple(forbid),
-        source=source,
-        schema=spec.source.schema,
-    )
+        raise UserError(f"no record of {spec.source.uri} is left:\n{counts}\nsee {spec.out.address(DROPPED)}")
+    facts = {"forbid": tuple(forbid), "source": spec.source.uri, "schema": spec.source.schema}
+    manifest = write_manifest(spec.out.uri, "parquet", pa.concat_tables(chunks), **facts)
     assert manifest.num_rows == counts.kept, (manifest.num_rows, counts)
     return counts
 

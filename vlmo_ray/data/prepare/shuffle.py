@@ -186,15 +186,9 @@ def gather(shuffle: Shuffle, pieces: list[int], bucket: int) -> dict:
     # shards of equal size, instead of full ones and a small rest
     total = sum(batch.nbytes for batch in batches)
     shard_bytes = total // max(1, round(total / shuffle.shard_bytes)) + 1
+    cuts = {"rows_per_group": shuffle.rows_per_group, "shard_bytes": shard_bytes}
     name = f"{bucket:05d}-{{:03d}}.parquet"
-    chunks = write_shards(
-        shuffle.out,
-        kept(),
-        name,
-        rows_per_group=shuffle.rows_per_group,
-        shard_bytes=shard_bytes,
-        schema=shuffle.source.schema,
-    )
+    chunks = write_shards(shuffle.out, kept(), name, **cuts, schema=shuffle.source.schema)
     return {"chunks": packed(chunks), "dropped": dropped.counts, "listed": dropped.listed}
 
 
