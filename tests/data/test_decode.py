@@ -27,6 +27,7 @@ from vlmo_ray.data.decode import (
     decode_train_with_mask,
     draw_augmentation,
 )
+from vlmo_ray.data.encoders import Draw
 from vlmo_ray.data.schema import FORBID
 
 SIZE = 32
@@ -57,11 +58,11 @@ def array(image: Image.Image) -> np.ndarray:
 
 
 def train(image: bytes, position=0, *, data=PLAIN, forbid=(), seed=1, step=2) -> np.ndarray:
-    return decode_train(image, SIZE, data, forbid, seed, step, position)
+    return decode_train(image, SIZE, data, forbid, Draw(seed, step, position))
 
 
 def plan(position: int, forbid=(), data=FULL, size=(61, 47), seed=1, step=2):
-    return draw_augmentation(*size, data, forbid, seed, step, position)
+    return draw_augmentation(*size, data, forbid, Draw(seed, step, position))
 
 
 def png(width: int, height: int, depth=8, color=2, rows=b"\0") -> bytes:
@@ -312,7 +313,7 @@ def test_sixteen_bits_keep_the_high_byte():
 
 
 def train_with_mask(image: bytes, mask: bytes, position=0, *, data=FULL, forbid=()) -> tuple[np.ndarray, np.ndarray]:
-    return decode_train_with_mask(image, mask, SIZE, data, forbid, 1, 2, position)
+    return decode_train_with_mask(image, mask, SIZE, data, forbid, Draw(1, 2, position))
 
 
 def inside(wanted: np.ndarray) -> np.ndarray:
