@@ -178,7 +178,7 @@ def test_workers_and_parts_change_nothing(manifest, wanted, num_workers):
 
 
 @pytest.mark.parametrize("start", [1, 5, 7, 11, 13])
-def test_resume_in_the_middle_of_a_group(manifest, wanted, start):
+def test_resume_in_the_middle_of_a_span(manifest, wanted, start):
     assert_equal(batches(manifest, start=start, part_rows=9), wanted[start:])
     assert_equal(batches(manifest, stop=start), wanted[:start])
 

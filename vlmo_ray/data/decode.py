@@ -68,7 +68,7 @@ def decode_train_with_mask(
     width, height = _open(image).size
     labels = _open_mask(mask)
     if labels.size != (width, height):
-        raise DecodeError(f"the image has {(width, height)} pixels and its mask {labels.size}")
+        raise DecodeError(f"the image has {width} x {height} pixels, its mask {labels.width} x {labels.height}")
     drawn = draw_augmentation(width, height, data, forbid, draw)
     labels = labels.resize((size, size), Image.Resampling.NEAREST, box=drawn.box)
     return decode_train(image, size, data, forbid, draw), np.array(_augment(labels, drawn, data))
@@ -243,7 +243,7 @@ def _open_mask(mask: bytes) -> Image.Image:
     """A mask with one channel of 8 bits; of a palette image, the indices."""
     picture = _open(mask)
     if picture.mode not in ("L", "P", "1"):
-        raise DecodeError(f"a mask of mode {picture.mode}, where one channel of 8 bits is wanted")
+        raise DecodeError(f"a mask of mode {picture.mode}; it must have one channel of 8 bits")
     with _reported():
         return Image.fromarray(np.asarray(picture).astype(np.uint8))
 

@@ -31,7 +31,7 @@ from vlmo_ray.errors import UserError
 
 
 def deal(num_slices: int, num_workers: int, rank: int) -> tuple[int, int]:
-    """The slices `[first, last)` of one worker; the shares differ by one slice at most and may be empty."""
+    """The slices `[first, last)` of one worker; shares differ by at most one slice and may be empty."""
     assert 0 <= rank < num_workers
     return rank * num_slices // num_workers, (rank + 1) * num_slices // num_workers
 

@@ -213,7 +213,7 @@ def _problem_of_value(value: Any, field: Field) -> str:
             problems = (problem_of_text(text, f"text in {name}") for text in value)
             return next(filter(None, problems), "") if value else f"there are no {name}"
         case "boxes":
-            return "" if all(map(_is_box, value)) else f"{name} has a value that is no box"
+            return "" if all(map(_is_box, value)) else f"{name} has a value that is not a box"
 
 
 def problem_of_text(text: Any, name: str) -> str:

@@ -39,7 +39,7 @@ class Member:
 
 @dataclass
 class Sample:
-    """The consecutive members of one key: lower-case suffix -> data, and the bytes that they occupy."""
+    """The consecutive members of one key: lower-case suffix -> data, and all their bytes."""
 
     key: str
     offset: int
@@ -79,7 +79,7 @@ def iter_members(read: Callable[[int], bytes], *, whole: bool = True) -> Iterato
             if whole and not zeros:
                 raise TarError(f"the tar has no end mark after {last}: it is cut short")
             return
-        if header.count(0) == _BLOCK:  # end of archive; more may follow where tars were concatenated
+        if header.count(0) == _BLOCK:  # end of archive; more members follow if tars were concatenated
             zeros += _BLOCK
             continue
         start, raw, overrides = offset - _BLOCK - zeros, [bytes(zeros)], {}

@@ -87,7 +87,7 @@ def prepare(
         raise UserError("rows_per_group and shard_bytes must be at least 1, memory at least 1 MiB (1048576)")
     place = _place(opened, out, index)
     units = opened.units()
-    # with the units, because the markers of an unfinished run are those of its units
+    # includes the units, because an unfinished run has markers of its own units
     listing = repr((opened.listing, [(unit.name, unit.bytes) for unit in units]))
     state = {
         "version": 2,  # of the files in the work folder: a newer program must not continue with older ones
@@ -140,7 +140,7 @@ def _place(source: Source, out: str | None, index: bool) -> Store:
         raise UserError("say where to write the data set (only index=True writes beside the source)")
     place, store = Store(out), getattr(source, "store", None)
     if store is not None and f"{place.uri}/".startswith(f"{store.uri}/"):
-        raise UserError(f"{place.uri} lies inside of the source {store.uri}; write to another place")
+        raise UserError(f"{place.uri} is inside the source {store.uri}; write to another place")
     return open_store(out, create=True)
 
 
@@ -162,7 +162,7 @@ def _begin(out: Store, state: dict, index: bool) -> Counts | None:
         out.write(STATE, json.dumps(state, indent=1).encode())
         return None
     try:
-        before: dict[str, Any] = {"schema": PAIRS.to_json()} | dict(json.loads(found))  # older ones do not state it
+        before: dict[str, Any] = {"schema": PAIRS.to_json()} | dict(json.loads(found))  # older ones state none
         counts: dict[str, Any] | None = before.pop("counts", None)
         if counts is not None:  # finished, so the work folder has no files
             before["version"] = state["version"]
@@ -211,7 +211,7 @@ def _index(
 ) -> Counts:
     if compressed := [unit.name for unit in units if unit.name.endswith(("gz", "tgz"))]:
         raise UserError(
-            f"{out.address(compressed[0])} is compressed, so that no part of it can be read alone; "
+            f"{out.address(compressed[0])} is compressed, so a chunk of it cannot be read alone; "
             "unpack it, or rewrite the data set by leaving out `index`"
         )
     run_stage(out, "index", units, functools.partial(_index_unit, source, rows_per_chunk), memory)
