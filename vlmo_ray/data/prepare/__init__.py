@@ -109,7 +109,8 @@ def prepare(
                 assert isinstance(opened, Shards), "`_place` has refused other sources"
                 finished = _index(opened, place, units, rows_per_group, memory, forbid)
             else:
-                buckets = shuffle.num_buckets(sum(unit.bytes for unit in units), memory)
+                # three times, for what the Parquet writer holds and because sizes are estimates
+                buckets = max(1, -(-3 * sum(unit.bytes for unit in units) // memory))
                 spec = shuffle.Shuffle(opened, place, seed, buckets, memory, shard_bytes, rows_per_group, verify)
                 finished = _shuffle(spec, units, forbid)
         place.write(STATE, json.dumps(state | {"counts": asdict(finished)}, indent=1).encode())
@@ -202,10 +203,6 @@ def _shuffle(spec: shuffle.Shuffle, units: list[WorkUnit], forbid: Iterable[str]
     return counts
 
 
-def _index_unit(source: Shards, rows_per_chunk: int, unit: WorkUnit) -> dict:
-    return {"chunks": shuffle.packed(source.chunks(unit, rows_per_chunk))}
-
-
 def _index(
     source: Shards, out: Store, units: list[WorkUnit], rows_per_chunk: int, memory: int, forbid: Iterable[str]
 ) -> Counts:
@@ -214,7 +211,7 @@ def _index(
             f"{out.address(compressed[0])} is compressed, so a chunk of it cannot be read alone; "
             "unpack it, or rewrite the data set by leaving out `index`"
         )
-    run_stage(out, "index", units, functools.partial(_index_unit, source, rows_per_chunk), memory)
+    run_stage(out, "index", units, lambda u: {"chunks": shuffle.packed(source.chunks(u, rows_per_chunk))}, memory)
     format: Format = "parquet" if source.format == "parquet" else "webdataset"
     chunks = pa.concat_tables(_table(format, result["chunks"]) for result in results(out, "index", len(units)))
     manifest = write_manifest(out.uri, format, chunks, forbid=tuple(forbid), source=out.uri, schema=source.schema)
