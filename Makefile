@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-fast soak lint format clean
+.PHONY: demo test test-fast test-all soak lint format clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "vlmo-ray needs Python >= 3.11; set PYTHON=python3.11 (or later)")'
@@ -15,12 +15,17 @@ $(VENV)/.installed: pyproject.toml
 demo: $(VENV)/.installed
 	$(BIN)/python -m vlmo_ray.demo
 
+# every promise at least once
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
 
 # for the inner loop: without Ray clusters and tests that take more than a few seconds
 test-fast: $(VENV)/.installed
-	$(BIN)/python -m pytest -m 'not ray and not slow'
+	$(BIN)/python -m pytest -m 'not ray and not slow and not full and not compile'
+
+# every test there is: further faults on several raylets, larger cases, whole curves, compiled layers
+test-all: $(VENV)/.installed
+	$(BIN)/python -m pytest -m ''
 
 # half an hour of runs with random faults, and a table of the results
 soak: $(VENV)/.installed

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import os
+import string
+import subprocess
+import time
 import uuid
+import zlib
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -13,14 +19,6 @@ from PIL import Image
 # Before any library reads them: few threads on a shared machine, and no person's own S3 keys or Ray cluster.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.pop("RAY_ADDRESS", None)
-
-
-def pytest_collection_modifyitems(config, items):
-    """Tests that compile are left out unless asked for."""
-    asked = "compile" in config.option.markexpr.split()
-    left_out = [] if asked else [item for item in items if item.get_closest_marker("compile")]
-    config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture(scope="session")
@@ -52,7 +50,7 @@ def places(request, tmp_path):
 
 
 @pytest.fixture(scope="session")
-def ray_cluster(s3_server):
+def started_ray(s3_server):
     """Ray on this machine with 2 CPUs; after the S3 server, so that its workers have the AWS variables."""
     import ray
 
@@ -66,6 +64,40 @@ def ray_cluster(s3_server):
     )
     yield
     ray.shutdown()
+
+
+@pytest.fixture
+def ray_cluster(started_ray):
+    """The one Ray cluster of the session; a test leaves both of its CPUs free."""
+    import ray
+
+    yield
+    until = time.monotonic() + 20
+    while (free := ray.available_resources().get("CPU", 0)) < 2:
+        assert time.monotonic() < until, f"{2 - free:g} CPUs are still reserved"
+        gc.collect()  # Ray ends the actors of a dataset that failed when Python has collected its objects
+        time.sleep(0.2)
+
+
+@pytest.fixture
+def vlmo(monkeypatch, capsys) -> Callable[..., subprocess.CompletedProcess]:
+    """The command `vlmo` in this process: `vlmo(*arguments, **environment)` gives its exit code and what it printed."""
+    from vlmo_ray import cli
+
+    def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+        capsys.readouterr()
+        with monkeypatch.context() as patch:
+            patch.setattr("sys.argv", ["vlmo", *arguments])
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            try:
+                cli.main()
+                code = 0
+            except SystemExit as end:
+                code = end.code
+        return subprocess.CompletedProcess(arguments, code, *capsys.readouterr())
+
+    return run
 
 
 def make_image(seed: int, format: str = "JPEG", size: tuple[int, int] = (24, 16)) -> bytes:
@@ -101,14 +133,23 @@ def write_unchecked(uri: str, rows: list[dict], rows_per_group: int, groups_per_
     write_manifest(uri, "parquet", chunk_table(chunks))
 
 
-@pytest.fixture(scope="session")
-def scenes(tmp_path_factory) -> str:
-    """60 scenes of 16 px in chunks of 7; half of the captions' bans on augmentations are lifted, to have some."""
-    from vlmo_ray.data.prepare.shards import write_dataset
+def small_scenes(seed: int, count: int) -> Iterator[dict]:
+    """Scenes of 16 px. Captions have one letter or digit in place of each word: token ids below 1100 are enough."""
     from vlmo_ray.demo.scenes.records import records
 
+    letters = string.ascii_lowercase + string.digits
+    for record in records(seed, count, image_size=16):
+        words = (letters[zlib.crc32(word.encode()) % 36] for word in record["text"].split())
+        yield record | {"text": " ".join(words)}
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory) -> str:
+    """60 small scenes in chunks of 7; half of the captions' bans on augmentations are lifted, to have some."""
+    from vlmo_ray.data.prepare.shards import write_dataset
+
     folder = str(tmp_path_factory.mktemp("scenes"))
-    drawn = enumerate(records(4, 60, image_size=16))
+    drawn = enumerate(small_scenes(4, 60))
     rows = [record | {"forbid": record["forbid"] if i % 2 else []} for i, record in drawn]
     write_dataset(folder, rows, rows_per_group=7, groups_per_shard=3)
     return folder

@@ -1,15 +1,10 @@
-"""A small config that trains on the fixture `scenes` in seconds, and workers in plain processes."""
+"""A small config that trains on `conftest.small_scenes` in seconds, here or in worker processes."""
 
 import dataclasses
-import pickle
 import shutil
-import socket
-import tempfile
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from worker_processes import in_processes
 
 from vlmo_ray.config import ClusterConfig, Config, DataConfig, ModelConfig, OptimConfig, Phase
 from vlmo_ray.data.manifest import load_manifest
@@ -20,8 +15,8 @@ from vlmo_ray.train.loop import Outcome, train
 SMALL = Config(
     name="small",
     model=ModelConfig(
-        width=24, depth=2, num_heads=2, vl_start=1, drop_path=0.1, image_size=16, patch_size=8, max_text_len=12,
-        bias_text_len=12, init_std=0.1,
+        width=24, depth=2, num_heads=2, vl_start=1, drop_path=0.1, image_size=16, patch_size=8, vocab_size=1100,
+        max_text_len=12, bias_text_len=12, init_std=0.1,
     ),
     phases=(Phase(6, 8), Phase(4, 12)),
     slice_size=2,
@@ -46,24 +41,10 @@ def begin_at(run: Path | str, checkpoint: Path) -> Path:
     return Path(run)
 
 
-def _worker(rank, world, port, job, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
-    outcome = train(job, rank=rank, world=world)
-    (Path(folder) / f"{rank}.pickle").write_bytes(pickle.dumps(outcome))
-    dist.barrier()
-    dist.destroy_process_group()
+def _train(rank: int, world: int, job: RunSpec) -> Outcome:
+    return train(job, rank=rank, world=world)
 
 
 def train_on(world: int, job: RunSpec) -> list[Outcome]:
     """Outcomes by rank of `train` in `world` processes."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    with tempfile.TemporaryDirectory() as folder:
-        running = mp.start_processes(
-            _worker, (world, port, job, folder), nprocs=world, join=False, start_method="spawn"
-        )
-        while not running.join():  # raises with the traceback of a worker that failed
-            pass
-        return [pickle.loads((Path(folder) / f"{rank}.pickle").read_bytes()) for rank in range(world)]
+    return in_processes(world, _train, job)

@@ -49,7 +49,12 @@ from vlmo_ray.train.agree import Notice
 from vlmo_ray.train.loop import train
 
 pytestmark = pytest.mark.slow
-raylets = pytest.mark.chaos
+
+
+def raylets(test):
+    """Each takes one to two minutes; `test_chaos_short.py` has the runs that `make test` can afford."""
+    return pytest.mark.chaos(pytest.mark.full(test))
+
 
 STEPS = 100
 CONFIG = config_of(STEPS)

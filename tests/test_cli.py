@@ -1,4 +1,7 @@
-"""The `vlmo` command: every mistake a user can make is one sentence, exit code 2, within seconds, no traceback."""
+"""The `vlmo` command: every mistake a user can make is one sentence, exit code 2, within seconds, no traceback.
+
+Most tests call it in their own process; `test_the_process_itself` starts it as a user does.
+"""
 
 import json
 import os
@@ -11,11 +14,6 @@ import pytest
 from vlmo_ray.data.prepare.shards import write_dataset
 from vlmo_ray.demo.scenes.records import records
 from vlmo_ray.recipes import RECIPES
-
-
-def vlmo(*arguments, **environment) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "vlmo_ray", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | environment)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +30,21 @@ def refused(run: subprocess.CompletedProcess, *words: str) -> None:
     assert sentence.startswith("vlmo: ") and all(word in sentence for word in words), run.stderr
 
 
-def test_recipes_and_show():
+@pytest.mark.slow
+def test_the_process_itself(s3_server, tmp_path):
+    def process(*arguments: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "vlmo_ray", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+    run = process("recipes")
+    assert run.returncode == 0 and "tiny" in run.stdout
+    began = time.monotonic()
+    storage = str(tmp_path / "runs")
+    refused(process("train", "tiny", "--data", "s3://no-such-bucket/x", "--storage", storage), "no-such-bucket")
+    assert time.monotonic() - began < 40  # on a busy machine the imports alone take ten
+
+
+def test_recipes_and_show(vlmo):
     run = vlmo("recipes", COLUMNS="200")
     assert run.returncode == 0 and all(name in run.stdout for name in RECIPES)
     run = vlmo("show", "pretrain_base", "--set", "seed=7", "--set", "optim.peak_lr=1e-4")
@@ -57,16 +69,16 @@ def test_recipes_and_show():
         (["prepare", "table", "/no.csv", "/tmp/never", "--option", "header"], ["'header' has no '='"]),
     ],
 )
-def test_mistakes_without_a_server(arguments, words):
+def test_mistakes_without_a_server(vlmo, arguments, words):
     refused(vlmo(*arguments), *words)
 
 
 @pytest.mark.slow
-def test_mistakes_about_storage(s3_server, bucket, data, tmp_path):
+def test_mistakes_about_storage(vlmo, s3_server, bucket, data, tmp_path):
     def pretrain(uri, *more, **environment):
         began = time.monotonic()
         run = vlmo("train", "tiny", "--data", uri, "--storage", str(tmp_path / "runs"), *more, **environment)
-        assert time.monotonic() - began < 40  # on a busy machine the imports alone take ten
+        assert time.monotonic() - began < 30
         return run
 
     refused(pretrain("s3://no-such-bucket/x"), "no-such-bucket")
@@ -83,7 +95,7 @@ def test_mistakes_about_storage(s3_server, bucket, data, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_more_workers_than_the_cluster_can_have(data, tmp_path):
+def test_more_workers_than_the_cluster_can_have(vlmo, ray_cluster, data, tmp_path):
     run = vlmo(
         "train", "pretrain_base", "--data", data, "--storage", str(tmp_path), CUDA_VISIBLE_DEVICES=""
     )  # fmt: skip

@@ -21,7 +21,7 @@ def test_retrieval_does_not_depend_on_the_number_of_workers(ray_cluster, tmp_pat
     rows = list(retrieval_records(3, 50, image_size=16))
     extra = [rows[0] | {"id": "second caption", "text": "something else"}, rows[1] | {"id": "bad", "text": " "}]
     write_unchecked(data, list(declared(rows + extra)), rows_per_group=8)
-    model = VLMo(dataclasses.replace(SMALL.model, max_text_len=20, bias_text_len=20))
+    model = VLMo(dataclasses.replace(SMALL.model, vocab_size=30522, max_text_len=20, bias_text_len=20))
     init_weights(model, 0)
     held_out = [row["image_id"] for row in rows if row["held_out"]]
     results = [evaluate(model, data, num_workers=n, subset=held_out) for n in (1, 2)]

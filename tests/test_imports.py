@@ -1,11 +1,14 @@
 """Imports run one way, as `docs/design.md` lays down, and importing a module does nothing else."""
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
-PACKAGE = Path(__file__).parent.parent / "vlmo_ray"
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "vlmo_ray"
 BOTTOM = {"errors", "fields", "config", "overrides", "rng", "session"}
 # what each part may import of the package itself
 MAY = {
@@ -73,6 +76,32 @@ def test_the_loop_and_the_launcher_name_no_task():
 def test_data_never_sees_the_model():
     for path in (PACKAGE / "data").rglob("*.py"):
         assert not any(name.startswith("vlmo_ray.model") for name in imports(path)), path
+
+
+IMPORTED_AS = {"pillow": "PIL", "open_clip_torch": "open_clip", "vlmo-ray": "vlmo_ray"}
+# programs and plugins: Ray's dashboard and its job server, what `make lint` runs, and what pytest finds itself
+NOT_IMPORTED = {"ray[default]", "vlmo-ray[demo]", "ruff", "basedpyright", "pytest-timeout"}
+
+
+def unused(requirements: list[str], folders: tuple[str, ...]) -> set[str]:
+    """The packages and extras of `requirements` that no file in `folders` imports."""
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    imported = {name for path in files for name in imports(path)}
+    missing = set()
+    for requirement in requirements:
+        package, extras = re.match(r"([\w.-]+)(?:\[(.*?)\])?", requirement).groups()
+        module = IMPORTED_AS.get(package, package)
+        wanted = {package: module} | {f"{package}[{e}]": f"{module}.{e}" for e in (extras or "").split(",") if e}
+        missing |= {name for name, used in wanted.items() if not any(f"{i}.".startswith(f"{used}.") for i in imported)}
+    return missing - NOT_IMPORTED
+
+
+def test_every_dependency_is_imported():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    assert not unused(project["dependencies"], ("vlmo_ray", "jobs"))
+    assert not unused(extras["test"], ("tests",))
+    assert not unused(extras["benchmark"], ("benchmarks",))
 
 
 def test_light_modules_stay_light():

@@ -243,6 +243,7 @@ def _anonymous_bytes(root: int) -> dict[int, int]:
 
 
 @pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 def test_memory_does_not_grow_with_the_data(tmp_path):
     """240 MB with an allowance of 8 MB: no process grows by more than a fraction of the data."""

@@ -35,10 +35,12 @@ def faults(s3_server, monkeypatch):
         yield faults
 
 
-def test_reads_and_writes_arrive_whole(faults, bucket):
+def test_reads_and_writes_arrive_whole(faults, bucket, monkeypatch):
+    monkeypatch.setattr("vlmo_ray.data.s3._ATTEMPTS", 1)  # so that all retries are those of `Store`,
+    monkeypatch.setattr("vlmo_ray.data.store._LONGEST_WAIT_S", 0.1)  # and come soon
     store = Store(bucket, retry_timeout_s=60)
-    contents = {f"{i:02d}": hashlib.sha256(b"%d" % i).digest() * (1 + 400 * i) for i in range(12)}
-    faults.busy, faults.cut, faults.slow, faults.delay_s = 0.3, 0.2, 0.2, 0.2
+    contents = {f"{i:02d}": hashlib.sha256(b"%d" % i).digest() * (1 + 400 * i) for i in range(8)}
+    faults.busy, faults.cut, faults.slow, faults.delay_s = 0.3, 0.3, 0.2, 0.1
     for name, content in contents.items():
         store.write(name, content)
     assert store.sizes() == {name: len(content) for name, content in contents.items()}
@@ -53,15 +55,15 @@ def test_reads_and_writes_arrive_whole(faults, bucket):
 def test_manifest_and_chunks_are_read_through_an_outage(faults, bucket):
     write_dataset(bucket, records(1, 20, image_size=16), rows_per_group=10)
     faults.away = True
-    threading.Timer(3, lambda: setattr(faults, "away", False)).start()
+    threading.Timer(1.5, lambda: setattr(faults, "away", False)).start()
     began = time.monotonic()
     manifest = load_manifest(bucket, retry_timeout_s=60)
-    assert time.monotonic() - began > 2.5 and faults.struck["away"] > 1
+    assert time.monotonic() - began > 1.4 and faults.struck["away"] > 1
     faults.away, faults.struck["away"] = True, 0
-    threading.Timer(3, lambda: setattr(faults, "away", False)).start()
+    threading.Timer(1.5, lambda: setattr(faults, "away", False)).start()
     began = time.monotonic()
     assert len(read_chunk(Store(bucket, retry_timeout_s=60), manifest.chunk(1), retries=0)) == 10
-    assert time.monotonic() - began > 2.5 and faults.struck["away"] > 1
+    assert time.monotonic() - began > 1.4 and faults.struck["away"] > 1
 
 
 def test_patience_ends_with_the_address(faults, bucket):

@@ -3,13 +3,12 @@
 import dataclasses
 import io
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import small_scenes
 from small_run import SMALL, job, train_on
 
 from vlmo_ray.config import Phase
@@ -17,7 +16,6 @@ from vlmo_ray.data.manifest import chunk_table, write_manifest
 from vlmo_ray.data.prepare.shards import write_shards
 from vlmo_ray.data.read import ShardError
 from vlmo_ray.data.store import Store
-from vlmo_ray.demo.scenes.records import records
 from vlmo_ray.errors import UserError
 from vlmo_ray.runs.audit import audit
 from vlmo_ray.train.agree import Notice
@@ -86,7 +84,7 @@ def rewrite(run: Path, change) -> dict:
         ),
     ],
 )
-def test_what_is_wrong_is_named(run, scenes, change, words):
+def test_what_is_wrong_is_named(vlmo, run, scenes, change, words):
     undo = rewrite(run, change)
     try:
         found = audit(str(run), scenes)
@@ -94,8 +92,7 @@ def test_what_is_wrong_is_named(run, scenes, change, words):
         said = "\n".join(found.sentences())
         assert all(word in said for word in words) and "NOT every pair" in said, said
         if "stranger" in said:
-            command = [sys.executable, "-m", "vlmo_ray", "audit", str(run), "--data", scenes]
-            done = subprocess.run(command, capture_output=True, text=True)
+            done = vlmo("audit", str(run), "--data", scenes)
             assert done.returncode == 1 and "unknown: stranger" in done.stdout, done.stdout + done.stderr
     finally:
         for file, content in undo.items():
@@ -104,7 +101,7 @@ def test_what_is_wrong_is_named(run, scenes, change, words):
 
 def test_masked_pairs_are_named(tmp_path, monkeypatch):
     """A blank caption, a record without an id, and a shard that is away for as long as the run lasts."""
-    rows = list(records(4, 40, image_size=16))
+    rows = list(small_scenes(4, 40))
     rows[3]["text"], rows[5]["id"] = " ", None
     data, run = tmp_path / "data", tmp_path / "run"
     chunks = write_shards(Store(str(data)), rows, "{}.parquet", rows_per_group=7, groups_per_shard=3)
@@ -138,9 +135,8 @@ def test_masked_pairs_are_named(tmp_path, monkeypatch):
         audit(str(run), str(data))
 
 
-def test_the_command_proves_it(run, scenes):
-    command = [sys.executable, "-m", "vlmo_ray", "audit", str(run), "--data", scenes, "--json-output"]
-    done = subprocess.run(command, capture_output=True, text=True)
+def test_the_command_proves_it(vlmo, run, scenes):
+    done = vlmo("audit", str(run), "--data", scenes, "--json-output")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["clean"] is True
 

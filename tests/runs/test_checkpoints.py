@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from small_run import SMALL, begin_at, job, train_on
 
 from vlmo_ray.config import Phase
+from vlmo_ray.data.read import read_chunk
 from vlmo_ray.data.store import Store
 from vlmo_ray.errors import UserError
 from vlmo_ray.runs.audit import audit
@@ -247,10 +248,10 @@ def test_storage_that_fails_slows_a_run_and_changes_nothing(scenes, undisturbed,
         Store(f"{bucket}/data").upload(file, str(file.relative_to(scenes)))
     with faulty_s3(s3_server["AWS_ENDPOINT_URL"]) as (endpoint, faults), contextlib.ExitStack() as stack:
         monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
-        work = job(f"{bucket}/data", f"{bucket}/run", CONFIG)
-        faults.busy, faults.cut, faults.slow, faults.delay_s = 0.15, 0.15, 0.1, 0.5
+        work = job(f"{bucket}/data", f"{bucket}/run", dataclasses.replace(CONFIG, checkpoint_every=5))
+        faults.busy, faults.cut, faults.slow, faults.delay_s = 0.15, 0.15, 0.1, 0.2
         away = threading.Timer(2, lambda: setattr(faults, "away", True))
-        back = threading.Timer(7, lambda: setattr(faults, "away", False))
+        back = threading.Timer(4, lambda: setattr(faults, "away", False))
         for timer in (away, back):
             timer.start()
             stack.callback(timer.cancel)
@@ -290,7 +291,8 @@ def test_storage_that_stays_away_ends_the_run_with_its_address(scenes, s3_server
 
 
 @pytest.mark.slow
-def test_a_masked_shard_is_counted_row_by_row(scenes, tmp_path):
+def test_a_masked_shard_is_counted_row_by_row(scenes, tmp_path, monkeypatch):
+    monkeypatch.setitem(read_chunk.__kwdefaults__, "wait_s", 0.01)  # before the shard is tried again
     broken = tmp_path / "broken"
     shutil.copytree(scenes, broken)
     shard = sorted(path for path in broken.rglob("*.parquet") if path.name != "manifest.parquet")[0]

@@ -96,12 +96,13 @@ def test_another_machines_lease_lapses_unless_it_is_renewed(tmp_path, monkeypatc
         written = holder_in(run)
     elsewhere = written | {"host": "far-away"}
     run.write("lease.json", json.dumps(elsewhere).encode())
-    monkeypatch.setattr(module, "LAPSE_S", 1.0)
+    monkeypatch.setattr(module, "LAPSE_S", 0.3)
+    original = module.time.sleep
+    monkeypatch.setattr(module.time, "sleep", lambda seconds: original(0.05 * seconds))
     with lease(run, pytest.fail):  # nobody renewed it
         pass
 
     run.write("lease.json", json.dumps(elsewhere).encode())
-    original = module.time.sleep
 
     def sleep(seconds):
         original(0.01)

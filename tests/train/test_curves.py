@@ -19,6 +19,7 @@ from vlmo_ray.data.store import Store
 from vlmo_ray.runs.metrics import read_metrics
 
 LONG = dataclasses.replace(SMALL, phases=(Phase(20, 8), Phase(10, 12)), checkpoint_every=10, precision="float64")
+full = pytest.mark.full
 NAMES = ("step", "samples", "loss", "itc", "itc_vl", "itm", "mlm", "grad_norm", "temperature", "negative_similarity")
 
 
@@ -68,7 +69,14 @@ def test_the_noise_is_on():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "world, strategy, micro_batch", [(1, "ddp", 2), (2, "ddp", 4), (3, "ddp", 2), (2, "fsdp", 4), (3, "fsdp", 2)]
+    "world, strategy, micro_batch",
+    [
+        (1, "ddp", 2),
+        (3, "ddp", 2),
+        (2, "fsdp", 4),
+        pytest.param(2, "ddp", 4, marks=full),
+        pytest.param(3, "fsdp", 2, marks=full),
+    ],
 )
 def test_workers_draw_one_curve(scenes, alone, tmp_path, world, strategy, micro_batch):
     """3 workers share 4 slices, later 6: unequal rows and unequal numbers of micro-batches."""
@@ -77,7 +85,9 @@ def test_workers_draw_one_curve(scenes, alone, tmp_path, world, strategy, micro_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world, strategy", [(2, "ddp"), (3, "ddp"), (3, "fsdp")])
+@pytest.mark.parametrize(
+    "world, strategy", [(2, "ddp"), pytest.param(3, "ddp", marks=full), pytest.param(3, "fsdp", marks=full)]
+)
 def test_workers_draw_one_curve_in_float32(scenes, alone, tmp_path, world, strategy):
     run_on(world, scenes, tmp_path, config_of(strategy, precision="float32", micro_batch=2))
     assert_same(tmp_path, alone["float32"], 1e-4, 1e-3)

@@ -7,14 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import write_unchecked
+from conftest import small_scenes, write_unchecked
 from small_run import SMALL, begin_at, job, train_on
 
 import vlmo_ray
 from vlmo_ray.config import OptimConfig
 from vlmo_ray.data.prepare.shards import write_dataset
 from vlmo_ray.data.store import Store
-from vlmo_ray.demo.scenes.records import records
 from vlmo_ray.errors import UserError
 from vlmo_ray.runs.checkpoints import Checkpoints
 from vlmo_ray.runs.load import published
@@ -81,7 +80,7 @@ def test_other_data_or_settings_are_refused(scenes, undisturbed, tmp_path):
     with pytest.raises(UserError, match=r"other settings: seed: 1 -> 2"):
         train(job(scenes, tmp_path / "a", seed=2))
     other = str(tmp_path / "other")
-    write_dataset(other, records(5, 60, image_size=16), rows_per_group=7)
+    write_dataset(other, small_scenes(5, 60), rows_per_group=7)
     with pytest.raises(UserError, match=r"other settings: data: fingerprint .* go on with them by --accept-changes"):
         train(job(other, tmp_path / "b"))
     accepted = dataclasses.replace(job(other, tmp_path / "b", seed=2), accept_changes=True)
@@ -120,7 +119,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimizer(scenes, tmp_path):
 
 
 def damaged(tmp_path, damage) -> str:
-    rows = list(records(4, 40, image_size=16))
+    rows = list(small_scenes(4, 40))
     damage(rows)
     folder = str(tmp_path / "damaged")
     write_unchecked(folder, rows, rows_per_group=7, groups_per_shard=2)

@@ -9,14 +9,12 @@ of images travel.
 
 import dataclasses
 import functools
-import socket
 from dataclasses import dataclass
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
+from worker_processes import in_processes
 
 from vlmo_ray.config import ClusterConfig, Config, ModelConfig, Phase
 from vlmo_ray.data.batch import Batch
@@ -314,21 +312,17 @@ class Trial:
     activation_checkpointing: bool = False
 
 
-def worker(rank, counts, port, trials, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=len(counts))
+def worker(rank, world, counts, trials):
     first = sum(counts[:rank])
     out = []
     for trial in trials:
         task = make_task(trial.dtype, trial.objective)
         cluster = ClusterConfig(strategy=trial.strategy, activation_checkpointing=trial.activation_checkpointing)
-        parallel = parallelize(task, cluster, len(counts), torch.device("cpu"))
+        parallel = parallelize(task, cluster, world, torch.device("cpu"))
         batch = make_batch(**CASES[trial.case]).rows(slice(first, first + counts[rank]))
         figures = gradients(parallel, batch, Workers(counts, rank), STEP, trial.micro_batch)
         out.append(({name: float(value) for name, value in figures.items()}, grads_of(task)))
-    torch.save(out, folder / f"{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    return out
 
 
 def distinct_remote_images(counts, wanted) -> int:
@@ -351,31 +345,30 @@ EVERY_OBJECTIVE = [Trial(4, objective=o, strategy=s) for o in list(OBJECTIVES)[1
     "counts, trials",
     [
         ((6, 6), [Trial(6), Trial(4), Trial(6, strategy="fsdp"), Trial(6, dtype=torch.float32)]),
-        ((5, 7), [Trial(7), Trial(3), Trial(3, strategy="fsdp"), Trial(5, strategy="fsdp"), Trial(6)]),
+        (
+            (5, 7),
+            [
+                Trial(7), Trial(3), Trial(3, strategy="fsdp"), Trial(5, strategy="fsdp"), Trial(6),
+                Trial(3, activation_checkpointing=True), Trial(3, strategy="fsdp", activation_checkpointing=True),
+            ],
+        ),
         ((4, 4, 4), [Trial(4), Trial(3, strategy="fsdp"), *EVERY_CASE]),
         ((8, 4), EVERY_OBJECTIVE),
         ((3, 5, 4), [Trial(2), Trial(2, strategy="fsdp"), Trial(2, "plain", dtype=torch.float32)]),
-        (
+        pytest.param(
             (1, 2, 5, 4),
             [
                 Trial(5), Trial(2), Trial(2, strategy="fsdp"), Trial(2, strategy="fsdp", dtype=torch.float32),
                 Trial(2, activation_checkpointing=True), Trial(2, strategy="fsdp", activation_checkpointing=True),
             ],
+            marks=pytest.mark.full,
         ),
     ],
     ids=lambda value: "-".join(map(str, value)) if isinstance(value, tuple) else "",
 )  # fmt: skip
-def test_several_workers_equal_the_plain_step(counts, trials, tmp_path):
+def test_several_workers_equal_the_plain_step(counts, trials):
     """Rows 4 to 7 are not valid: of (4, 4, 4) the second worker has no valid row."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    running = mp.start_processes(
-        worker, (counts, port, trials, tmp_path), nprocs=len(counts), join=False, start_method="spawn"
-    )
-    while not running.join():  # raises with the traceback of a worker that failed
-        pass
-    results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(len(counts))]
+    results = in_processes(len(counts), worker, counts, trials)
     for i, trial in enumerate(trials):
         wanted, _ = expected(trial.case, trial.objective)
         for rank in range(len(counts)):
