@@ -243,11 +243,13 @@ def _start(
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
 
     from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
 
-    from vlmo_ray.launch.ray_private import trainer_class
+    from vlmo_ray.launch.group import GroupConfig
 
-    trainer = trainer_class()(
+    trainer = TorchTrainer(
         work,
+        torch_config=GroupConfig("nccl" if cluster.gpus_per_worker else "gloo"),  # pyright: ignore[reportArgumentType]  # any BackendConfig will do
         scaling_config=ScalingConfig(
             num_workers=size,
             use_gpu=cluster.gpus_per_worker > 0,

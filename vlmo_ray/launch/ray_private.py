@@ -15,14 +15,3 @@ def largest_cluster() -> Mapping[str, float] | None:
     from ray._private.state import state
 
     return state.get_max_resources_from_cluster_config()
-
-
-def trainer_class() -> type:
-    """Ray Train's trainer without a framework.
-
-    `TorchTrainer` is this with a configuration of torch, for which the controller of every start imports torch: two
-    CPU seconds or more during which no worker starts. `launch/worker.py` makes the process group instead.
-    """
-    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
-
-    return DataParallelTrainer

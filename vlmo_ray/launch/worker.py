@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator
-from typing import cast
 
 import torch
-import torch.distributed as dist
 
 from vlmo_ray.data.store import Store
+from vlmo_ray.launch.group import process_group
 from vlmo_ray.launch.stop import STOP
 from vlmo_ray.runs import lease
 from vlmo_ray.train.agree import Notice
@@ -52,29 +49,6 @@ def work(spec: RunSpec, token: str) -> dict:
             return Notice.PREEMPTED
         return Notice.RESIZE if rank == 0 and run.exists(RESIZE) else Notice.NONE
 
-    with _process_group(rank, world, device):
+    with process_group(rank, world, device):
         outcome = train(spec, rank=rank, world=world, device=device, notice=notice)
     return dataclasses.asdict(outcome) | {"leaving": sorted(leaving)}
-
-
-@contextlib.contextmanager
-def _process_group(rank: int, world: int, device: torch.device) -> Iterator[None]:
-    """The process group of all workers inside the block: NCCL on GPUs, gloo on CPUs; none for a worker alone."""
-    if world == 1:
-        yield
-        return
-    import ray.train.collective
-    import ray.util
-    from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]  # torch documents it there
-
-    store = None
-    if rank == 0:
-        store = TCPStore(ray.util.get_node_ip_address(), 0, world, is_master=True, wait_for_workers=False)
-    place = ray.train.collective.broadcast_from_rank_zero(store and (store.host, store.port))
-    if store is None:
-        store = TCPStore(*cast(tuple[str, int], place), world, is_master=False)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
