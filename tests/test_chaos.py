@@ -3,7 +3,7 @@
 Every scenario runs the product's own command, `vlmo train`, on several raylets of this machine, with its data and
 its run behind a proxy that can fail. The oracle is one undisturbed run in one process: in float64 every step's
 figures and the final weights agree to 1e-9, and the audit is clean. What concerns bytes alone (damaged records,
-checkpoints, a full disk) is tested on the loop, here and in `train/test_checkpoints.py`.
+checkpoints, a full disk) is tested on the loop, here and in `runs/test_checkpoints.py`.
 """
 
 from __future__ import annotations
