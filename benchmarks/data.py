@@ -44,9 +44,9 @@ import numpy as np
 from PIL import Image
 from report import publish, table
 
-from vlmo_ray import rng
 from vlmo_ray.config import DataConfig
 from vlmo_ray.data.decode import decode_train
+from vlmo_ray.data.encoders import Draw
 from vlmo_ray.data.encoders.pairs import MaskedPairs
 from vlmo_ray.data.manifest import load_manifest
 from vlmo_ray.data.order import Order, Schedule
@@ -120,10 +120,10 @@ class Decode:
 
     def __call__(self, image: bytes, text: str | bytes) -> tuple[np.ndarray, ...]:
         self._count += 1
-        pixels = decode_train(image, SIZE, DATA, (), os.getpid(), self._count, 0)
-        ids, mask, word = self._tokenizer.encode(text)
-        generator = rng.generator(os.getpid(), "mlm", self._count, 0)
-        return pixels, ids, mask, *mask_whole_words(ids, word, VOCABULARY, MLM_PROBABILITY, generator)
+        draw = Draw(os.getpid(), self._count, 0)
+        pixels = decode_train(image, SIZE, DATA, (), draw)
+        ids, mask, word = self._tokenizer.encode(text if isinstance(text, str) else text.decode())
+        return pixels, ids, mask, *mask_whole_words(ids, word, VOCABULARY, MLM_PROBABILITY, draw.generator("mlm"))
 
 
 # ---- the candidates: how each writes its data set, and how it yields the number of pairs of each batch ----

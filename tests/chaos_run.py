@@ -50,7 +50,7 @@ def config_of(steps: int) -> Config:
     """All three objectives, in float64, and two phases."""
     first = 2 * steps // 5
     return dataclasses.replace(
-        SMALL, name="tiny", model=dataclasses.replace(SMALL.model, width=8, vocab_size=30522),
+        SMALL, name="tiny", model=dataclasses.replace(SMALL.model, width=8),  # most of a checkpoint is words x width
         phases=(Phase(first, 8), Phase(steps - first, 12)), optim=OptimConfig(peak_lr=1e-3, warmup_steps=5),
         checkpoint_every=EVERY, log_every=5, precision="float64", audit=True,
     )  # fmt: skip
@@ -122,7 +122,7 @@ def settings(config: Config) -> list[str]:
         inner = {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
         flat |= inner
     flat |= {f"cluster.{name}": value for name, value in CLUSTER.items()}
-    silent = ("version", "name", "task.kind", "model.num_answers", "model.init_logit_bias", "init")
+    silent = ("version", "task.kind", "evaluate_every", "name", "model.num_answers", "model.init_logit_bias", "init")
     return [f"--set={k}={json.dumps(v)}" for k, v in flat.items() if k not in silent]
 
 

@@ -27,6 +27,7 @@ from vlmo_ray.data.decode import (
     decode_train_with_mask,
     draw_augmentation,
 )
+from vlmo_ray.data.encoders import Draw
 from vlmo_ray.data.schema import FORBID
 
 SIZE = 32
@@ -57,11 +58,11 @@ def array(image: Image.Image) -> np.ndarray:
 
 
 def train(image: bytes, position=0, *, data=PLAIN, forbid=(), seed=1, step=2) -> np.ndarray:
-    return decode_train(image, SIZE, data, forbid, seed, step, position)
+    return decode_train(image, SIZE, data, forbid, Draw(seed, step, position))
 
 
-def plan(position: int, forbid=(), data=FULL, size=(61, 47), seed=1, step=2):
-    return draw_augmentation(*size, data, forbid, seed, step, position)
+def augmentation(position: int, forbid=(), data=FULL, size=(61, 47), seed=1, step=2):
+    return draw_augmentation(*size, data, forbid, Draw(seed, step, position))
 
 
 def png(width: int, height: int, depth=8, color=2, rows=b"\0") -> bytes:
@@ -117,7 +118,7 @@ def test_an_operation_is_timms(name, sign, timm_operations):
     np.testing.assert_array_equal(np.asarray(out), np.asarray(timm_operations[name](image, sign)))
 
 
-def test_train_is_the_plan_in_pillow_and_timm(timm_operations):
+def test_train_is_the_draw_in_pillow_and_timm(timm_operations):
     """The whole of it, from the documented layout of the draws."""
     image, data = picture(), DataConfig()
     names, used = list(OPERATIONS), Counter()
@@ -152,7 +153,7 @@ def test_a_large_jpeg_decoded_at_a_fraction_looks_the_same():
 
 
 def test_crops_keep_area_and_ratio_and_reach_the_corners():
-    boxes = np.array([plan(p, size=(600, 400)).box for p in range(3000)])
+    boxes = np.array([augmentation(p, size=(600, 400)).box for p in range(3000)])
     left, top, right, bottom = boxes.T
     share = (right - left) * (bottom - top) / (600 * 400)
     ratio = (right - left) / (bottom - top)
@@ -165,7 +166,7 @@ def test_crops_keep_area_and_ratio_and_reach_the_corners():
     ("size", "box"), [((400, 40), (173, 0, 226, 40)), ((40, 400), (0, 173, 40, 226)), ((1, 1), (0, 0, 1, 1))]
 )
 def test_a_crop_of_an_extreme_shape_is_the_centre(size, box):
-    assert plan(0, size=size).box == box
+    assert augmentation(0, size=size).box == box
     assert train(encoded(picture(*size))).shape == (3, SIZE, SIZE)
 
 
@@ -190,7 +191,7 @@ def test_an_image_depends_on_seed_step_and_position_only():
 @given(st.sets(st.sampled_from(FORBID)), st.integers(0, 10**9))
 @settings(derandomize=True, max_examples=100, deadline=None, database=None)
 def test_forbidding_takes_away_and_shifts_nothing(forbid, position):
-    free, bound = plan(position), plan(position, forbid)
+    free, bound = augmentation(position), augmentation(position, forbid)
     assert bound.box == ((0, 0, 61, 47) if "crop" in forbid else free.box)
     assert bound.flip == (free.flip and "flip" not in forbid)
     assert bound.operations == tuple((name, sign) for name, sign in free.operations if KIND[name] not in forbid)
@@ -198,22 +199,24 @@ def test_forbidding_takes_away_and_shifts_nothing(forbid, position):
 
 def test_the_config_takes_away_and_shifts_nothing():
     for position in range(50):
-        free = plan(position)
-        assert plan(position, data=DataConfig(flip=False)) == decode.Augmentation(free.box, False, free.operations)
-        one = plan(position, data=DataConfig(randaugment_ops=1))
+        free = augmentation(position)
+        assert augmentation(position, data=DataConfig(flip=False)) == decode.Augmentation(
+            free.box, False, free.operations
+        )
+        one = augmentation(position, data=DataConfig(randaugment_ops=1))
         assert (one.box, one.flip) == (free.box, free.flip)
         assert one.operations == free.operations[: len(one.operations)]
 
 
 def test_every_operation_occurs_as_often_as_it_should():
-    plans = [plan(p) for p in range(4000)]
-    counts = Counter(name for p in plans for name, _ in p.operations)
-    signs = Counter(sign for p in plans for _, sign in p.operations)
+    drawn = [augmentation(p) for p in range(4000)]
+    counts = Counter(name for p in drawn for name, _ in p.operations)
+    signs = Counter(sign for p in drawn for _, sign in p.operations)
     expected = 4000 * 2 * 0.5 / 10
     assert set(counts) == set(OPERATIONS)
     assert all(abs(n - expected) < 4 * expected**0.5 for n in counts.values()), counts
     assert abs(signs[1.0] - signs[-1.0]) < 4 * (10 * expected) ** 0.5
-    assert abs(sum(p.flip for p in plans) - 2000) < 4 * 1000**0.5
+    assert abs(sum(p.flip for p in drawn) - 2000) < 4 * 1000**0.5
 
 
 def test_forbidden_color_leaves_a_flat_image_its_color():
@@ -312,7 +315,7 @@ def test_sixteen_bits_keep_the_high_byte():
 
 
 def train_with_mask(image: bytes, mask: bytes, position=0, *, data=FULL, forbid=()) -> tuple[np.ndarray, np.ndarray]:
-    return decode_train_with_mask(image, mask, SIZE, data, forbid, 1, 2, position)
+    return decode_train_with_mask(image, mask, SIZE, data, forbid, Draw(1, 2, position))
 
 
 def inside(wanted: np.ndarray) -> np.ndarray:
@@ -340,7 +343,7 @@ def test_a_mask_moves_as_its_image(size, format):
         # a place is half of one off after each of up to three samplings; places are up to 7 values apart
         assert np.abs(pixels[0].astype(int) - moved)[known].max() <= 10
         assert (pixels[:, outside] == 128).all()
-        drawn = plan(position, ["color"], size=size)
+        drawn = augmentation(position, ["color"], size=size)
         used.update(name for name, _ in drawn.operations)
         used["flip" if drawn.flip else "no flip"] += 1
         filled += outside.any()
@@ -368,7 +371,7 @@ def test_masks_of_palettes_and_single_bits_give_their_indices():
 def test_masks_that_do_not_fit_are_refused():
     image = encoded(picture(20, 14))
     for mask, reason in (
-        (encoded(Image.new("L", (14, 20))), r"\(20, 14\) pixels and its mask \(14, 20\)"),
+        (encoded(Image.new("L", (14, 20))), "20 x 14 pixels, its mask 14 x 20"),
         (encoded(Image.new("RGB", (20, 14))), "mode RGB"),
         (encoded(Image.new("L", (20, 14)))[:40], "."),
         (b"", "no image bytes"),

@@ -141,7 +141,7 @@ def test_check_shards(tmp_path):
     path.unlink()
     with pytest.raises(UserError, match=r"00001\.parquet is named in the manifest but does not exist"):
         check_shards(manifest, store)
-    check_shards(manifest, store, sample=2)  # the first and the last
+    check_shards(manifest, store, most=2)  # the first and the last
 
 
 def test_write_dataset_errors(tmp_path):

@@ -32,23 +32,23 @@ def rows_of(order: Order, num_workers: int = 1, start: int = 0, stop: int | None
     found = {}
     step = start
     while step < stop:
-        group = order.span(step)
+        span = order.span(step)
         for rank in range(num_workers):
             share = deal(order.schedule.num_slices(step), num_workers, rank)
-            part = order.slice_rows(group, *share, start=start, stop=stop)
+            part = order.slice_rows(span, *share, start=start, stop=stop)
             assert np.all(np.lexsort((part.position, part.step)) == np.arange(len(part)))
             columns = (part.step, part.position, part.epoch, part.chunk, part.row)
             for t, q, *row in zip(*(c.tolist() for c in columns), strict=True):
                 assert (t, q) not in found
                 found[t, q] = tuple(row)
-        step = group.stop
+        step = span.stop
     return found
 
 
 def slow_order(order: Order) -> dict:
     """The definition, one row at a time."""
     schedule, rows_in_epoch = order.schedule, int(order.chunk_rows.sum())
-    cells, first_row = {}, 0  # (group, epoch) -> the places to fill
+    cells, first_row = {}, 0  # (span, epoch) -> the places to fill
     step = 0
     for phase, (steps, batch) in enumerate(schedule.phases):
         last = phase == len(schedule.phases) - 1
@@ -88,9 +88,9 @@ def test_equals_the_slow_definition_and_holds_every_row_once_per_epoch(order):
     for rows in by_epoch.values():
         assert len(set(rows)) == len(rows)
     for epoch, rows in by_epoch.items():
-        # the last group may hold rows back for steps after the run's end
-        ends_with_group = schedule.total_steps == order.span(schedule.total_steps - 1).stop
-        if ends_with_group and (epoch + 1) * order.num_rows <= len(found):
+        # the last span may hold rows back for steps after the run's end
+        ends_with_span = schedule.total_steps == order.span(schedule.total_steps - 1).stop
+        if ends_with_span and (epoch + 1) * order.num_rows <= len(found):
             assert set(rows) == everything
 
 
@@ -120,7 +120,7 @@ def test_a_run_made_longer_keeps_what_came_before(order):
 @given(orders(), st.integers(1, 4))
 @settings(max_examples=60, deadline=None)
 def test_a_worker_touches_few_chunks(order, num_workers):
-    """Of one group and epoch, a worker's rows are one run of the sequence: only its end chunks are shared."""
+    """Of one span and epoch, a worker's rows are one run of the sequence: only its end chunks are shared."""
     smallest = max(1, int(order.chunk_rows[order.chunk_rows > 0].min()))
     for step in range(order.schedule.total_steps):
         for rank in range(num_workers):
@@ -168,7 +168,7 @@ def test_neighbours_of_one_epoch_are_not_neighbours_of_the_next():
     again = (same[0] & same[1] & pairs).sum() / (same[0] & pairs).sum()
     chance = (batch - 1) / 1023
     assert chance * 0.9 < again < chance * 1.35, (again, chance)
-    # rows next to each other in a file meet in one batch of their group, not in one batch for sure
+    # rows next to each other in a file meet in one batch of their span, not in one batch for sure
     adjacent = np.mean(step_of[0][1:] == step_of[0][:-1])
     assert adjacent < 1.3 / shuffle_steps, adjacent
 
@@ -189,7 +189,7 @@ def test_schedule_counts_and_refuses():
         Order(np.zeros(3, dtype=int), 0, schedule, 2)
 
 
-def test_groups_stop_at_a_phase_but_not_at_the_end_of_the_run():
+def test_spans_stop_at_a_phase_but_not_at_the_end_of_the_run():
     order = Order(np.array([5, 6]), 0, Schedule(((3, 4), (3, 8)), 4), 2)
     assert [order.span(t) for t in range(6)] == [range(0, 2)] * 2 + [range(2, 3)] + [range(3, 5)] * 2 + [range(5, 7)]
 

@@ -24,6 +24,7 @@ from vlmo_ray import rng
 from vlmo_ray.config import DataConfig
 from vlmo_ray.data.batch import Batch
 from vlmo_ray.data.decode import decode_eval, decode_train
+from vlmo_ray.data.encoders import Draw
 from vlmo_ray.data.encoders.pairs import MaskedPairs, Pairs
 from vlmo_ray.data.index import index_parquet
 from vlmo_ray.data.manifest import Manifest, chunk_table, write_manifest
@@ -132,7 +133,7 @@ def test_rows_are_what_order_decoder_and_tokenizer_say(manifest, wanted):
             if i == CORRUPT:
                 assert not batch.valid[q]
                 continue
-            image = decode_train(source["image"], 16, DATA, source["forbid"], 3, step, q)
+            image = decode_train(source["image"], 16, DATA, source["forbid"], Draw(3, step, q))
             ids, mask, word = tokenizer.encode(source["text"])
             masked, labels = mask_whole_words(ids, word, 30522, 0.15, rng.generator(3, "mlm", step, q))
             assert batch.valid[q]
@@ -177,7 +178,7 @@ def test_workers_and_parts_change_nothing(manifest, wanted, num_workers):
 
 
 @pytest.mark.parametrize("start", [1, 5, 7, 11, 13])
-def test_resume_in_the_middle_of_a_group(manifest, wanted, start):
+def test_resume_in_the_middle_of_a_span(manifest, wanted, start):
     assert_equal(batches(manifest, start=start, part_rows=9), wanted[start:])
     assert_equal(batches(manifest, stop=start), wanted[:start])
 

@@ -67,7 +67,7 @@ def test_a_list_of_classes_fixes_their_order(places, tmp_path):
     labels = {r.id: r.values["label"] for unit in source.units() for r in source.records(unit)}
     assert labels["cat/1.jpg"] == 3 and labels["dog/2.jpg"] == 2
     for name, words in {
-        "few": "eel is no class of .*few; add a line",
+        "few": "eel is not a class in .*few; add a line",
         "twice": "'dog' twice",
         "none": "does not exist",
     }.items():

@@ -149,7 +149,7 @@ def test_refusals(ray_cluster, tmp_path):
     put(str(tmp_path / "taken"), {"thesis.txt": b"dear"})
     cases = {
         r"thesis\.txt is in the way": ("webdataset", source, str(tmp_path / "taken"), {}),
-        "lies inside of the source": ("webdataset", source, f"{source}/sub", {}),
+        "is inside the source": ("webdataset", source, f"{source}/sub", {}),
         "'csv' is not a format; choose from folders, karpathy": ("csv", source, out, {}),
         "'split' is not an option of webdataset": ("webdataset", source, out, {"split": "train"}),
         "say where": ("webdataset", source, None, {}),

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from tokenizers import BertWordPieceTokenizer
 
 from vlmo_ray.data import text as module
-from vlmo_ray.data.text import MASK_ID, PAD_ID, TextError, Tokenizer, mask_whole_words, normalise
-from vlmo_ray.errors import UserError
+from vlmo_ray.data.text import MASK_ID, PAD_ID, Tokenizer, mask_whole_words, normalise
+from vlmo_ray.errors import RecordError, UserError
 
 VOCAB = module.importlib.resources.files("vlmo_ray.data") / "vocab" / "bert_base_uncased.txt"
 WORDS = VOCAB.read_text(encoding="utf-8").splitlines()
@@ -50,7 +50,7 @@ def test_ids_are_those_of_tokenizers(caption):
     assume(not any(special in caption for special in SPECIALS))
     want = ORACLE.encode(caption).ids
     if len(want) == 2:
-        with pytest.raises(TextError):
+        with pytest.raises(RecordError):
             TOKENIZER.encode(caption)
         return
     ids, mask, word = TOKENIZER.encode(caption)
@@ -85,7 +85,7 @@ def test_special_tokens_cannot_be_written():
     ],
 )
 def test_what_is_no_text_is_named(caption, reason):
-    with pytest.raises(TextError, match=reason):
+    with pytest.raises(RecordError, match=reason):
         TOKENIZER.encode(caption)
 
 

@@ -87,7 +87,8 @@ def test_a_driver_that_lost_its_run_ends_and_leaves_it_alone(ray_cluster, scenes
     def take_over() -> None:
         while not Checkpoints(Store(str(name.parent))).newest():
             time.sleep(0.1)
-        name.write_text(json.dumps(json.loads(name.read_text()) | {"token": "another", "host": "elsewhere"}))
+        taken = json.dumps(json.loads(name.read_text()) | {"token": "another", "host": "elsewhere"})
+        Store(str(name.parent)).write(name.name, taken.encode())  # whole, as another driver would write it
 
     thief = threading.Thread(target=take_over, daemon=True)
     thief.start()

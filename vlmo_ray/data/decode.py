@@ -1,9 +1,9 @@
 """From encoded images to augmented uint8 arrays of the training size.
 
-Every random number comes from `rng.generator(seed, "augment", step, position)`. All are drawn at once in a fixed layout
-(`draw_augmentation`), so an image is the same on any worker and after any resume, and a forbidden operation does not
-shift the draws of the others. The operations are Pillow's. timm's and torchvision's have the same arithmetic (the tests
-compare with timm's), but they import torch into every data process: 670 MB and 4 s each, against 10 MB for Pillow.
+Every random number comes from the row's `Draw`. All are drawn at once in a fixed layout (`draw_augmentation`), so an
+image is the same on any worker and after any resume, and a forbidden operation does not shift the draws of the others.
+The operations are Pillow's. timm's and torchvision's have the same arithmetic (the tests compare with timm's), but they
+import torch into every data process: 670 MB and 4 s each, against 10 MB for Pillow.
 
 The orientation tag of EXIF is not applied, as in the preparation that the released weights saw.
 """
@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
-from vlmo_ray import rng
 from vlmo_ray.config import DataConfig
 from vlmo_ray.data.encoders import Column, Draw
 from vlmo_ray.data.schema import FORBID, IMAGE_FORMATS, MAX_PIXELS, MAX_SIDE, Record
@@ -42,26 +41,24 @@ class SizeError(DecodeError):
     """The image has too many pixels, or none."""
 
 
-def decode_train(
-    image: bytes, size: int, data: DataConfig, forbid: Collection[str], seed: int, step: int, position: int
-) -> np.ndarray:
+def decode_train(image: bytes, size: int, data: DataConfig, forbid: Collection[str], draw: Draw) -> np.ndarray:
     """An augmented image, uint8 `[3, size, size]`, C-contiguous; the same for the same arguments everywhere.
 
-    Random resized crop, horizontal flip and RandAugment (VLMo section 4.1 with RandAugment of Cubuk et al. 2020, without
-    its colour inversions). `position` is the row in the global batch of `step`. `forbid` names augmentations that would
-    make the caption untrue, from `schema.FORBID`: "crop" (the whole image is resized instead), "flip", "color"
-    (autocontrast, equalize, brightness) and "geometric" (shear, translate, rotate). Sharpness is never forbidden: it
-    changes neither flat areas nor positions.
+    Random resized crop, horizontal flip and RandAugment (VLMo section 4.1 with RandAugment of Cubuk et al. 2020,
+    without its colour inversions). `forbid` names augmentations that would make the caption untrue, from
+    `schema.FORBID`: "crop" (the whole image is resized instead), "flip", "color" (autocontrast, equalize, brightness)
+    and "geometric" (shear, translate, rotate). Sharpness is never forbidden: it changes neither flat areas nor
+    positions.
 
     Raises `DecodeError` if the bytes cannot be used or `forbid` has an unknown name.
     """
     picture = _open(image)
-    drawn = draw_augmentation(*picture.size, data, forbid, seed, step, position)
+    drawn = draw_augmentation(*picture.size, data, forbid, draw)
     return _channels_first(_augment(_square(picture, drawn.box, size, draft=True), drawn, data))
 
 
 def decode_train_with_mask(
-    image: bytes, mask: bytes, size: int, data: DataConfig, forbid: Collection[str], seed: int, step: int, position: int
+    image: bytes, mask: bytes, size: int, data: DataConfig, forbid: Collection[str], draw: Draw
 ) -> tuple[np.ndarray, np.ndarray]:
     """An augmented image as from `decode_train`, and its mask uint8 `[size, size]` under the same draw.
 
@@ -71,11 +68,10 @@ def decode_train_with_mask(
     width, height = _open(image).size
     labels = _open_mask(mask)
     if labels.size != (width, height):
-        raise DecodeError(f"the image has {(width, height)} pixels and its mask {labels.size}")
-    drawn = draw_augmentation(width, height, data, forbid, seed, step, position)
+        raise DecodeError(f"the image has {width} x {height} pixels, its mask {labels.width} x {labels.height}")
+    drawn = draw_augmentation(width, height, data, forbid, draw)
     labels = labels.resize((size, size), Image.Resampling.NEAREST, box=drawn.box)
-    pixels = decode_train(image, size, data, forbid, seed, step, position)
-    return pixels, np.array(_augment(labels, drawn, data))
+    return decode_train(image, size, data, forbid, draw), np.array(_augment(labels, drawn, data))
 
 
 def _augment(out: Image.Image, drawn: Augmentation, data: DataConfig) -> Image.Image:
@@ -96,9 +92,7 @@ def image_column(size: int) -> Column:
 def image_row(record: Record, name: str, size: int, data: DataConfig, draw: Draw | None) -> np.ndarray:
     """The stored image `name` of a record, uint8 `[3, size, size]`: augmented by `draw`, plain without one."""
     image = record.values[name]
-    if draw is None:
-        return decode_eval(image, size)
-    return decode_train(image, size, data, record.forbid, draw.seed, draw.step, draw.position)
+    return decode_eval(image, size) if draw is None else decode_train(image, size, data, record.forbid, draw)
 
 
 def decode_eval(image: bytes, size: int) -> np.ndarray:
@@ -122,9 +116,7 @@ class Augmentation:
     operations: tuple[tuple[str, float], ...]  # names in `OPERATIONS`, in order, each with its sign
 
 
-def draw_augmentation(
-    width: int, height: int, data: DataConfig, forbid: Collection[str], seed: int, step: int, position: int
-) -> Augmentation:
+def draw_augmentation(width: int, height: int, data: DataConfig, forbid: Collection[str], draw: Draw) -> Augmentation:
     """The draws for an image of `width` x `height` pixels.
 
     Layout of the draws: 10 x (area, ratio) of the crop, its left and its top, the flip, then for every RandAugment
@@ -133,7 +125,7 @@ def draw_augmentation(
     if unknown := sorted(set(forbid) - set(FORBID)):
         raise DecodeError(f"forbid has {unknown[0]!r}, which is none of {', '.join(FORBID)}")
     attempts, corner = 2 * _CROP_ATTEMPTS, 2
-    draws = rng.generator(seed, "augment", step, position).random(attempts + corner + 1 + 3 * data.randaugment_ops)
+    draws = draw.generator("augment").random(attempts + corner + 1 + 3 * data.randaugment_ops)
     crop, corner, flip, operations = np.split(draws, np.cumsum([attempts, corner, 1]))
     box = (0, 0, width, height)
     if "crop" not in forbid:
@@ -212,9 +204,9 @@ OPERATIONS: dict[str, Operation] = {
 def _square(picture: Image.Image, box: tuple[int, int, int, int], size: int, draft: bool = False) -> Image.Image:
     """The box of an opened picture as an RGB image of `size` x `size`, bicubic with antialiasing.
 
-    With `draft`, a JPEG is decoded at 1/2, 1/4 or 1/8 of its size as long as the box keeps `size` pixels on either side.
-    Compared with a full decode, pixels of photographs differ by 0.35 of 255 on average and by 8 at most; an image of
-    1000 x 750 pixels takes about half the time, one of 4000 x 3000 a sixth or less.
+    With `draft`, a JPEG is decoded at 1/2, 1/4 or 1/8 of its size as long as the box keeps `size` pixels on either
+    side. Compared with a full decode, pixels of photographs differ by 0.35 of 255 on average and by 8 at most; an image
+    of 1000 x 750 pixels takes about half the time, one of 4000 x 3000 a sixth or less.
     """
     width, height = picture.size
     left, top, right, bottom = box
@@ -251,7 +243,7 @@ def _open_mask(mask: bytes) -> Image.Image:
     """A mask with one channel of 8 bits; of a palette image, the indices."""
     picture = _open(mask)
     if picture.mode not in ("L", "P", "1"):
-        raise DecodeError(f"a mask of mode {picture.mode}, where one channel of 8 bits is wanted")
+        raise DecodeError(f"a mask of mode {picture.mode}; it must have one channel of 8 bits")
     with _reported():
         return Image.fromarray(np.asarray(picture).astype(np.uint8))
 
@@ -276,22 +268,20 @@ def image_problem(image: bytes, verify: bool, *, is_mask: bool = False) -> str:
 
     Reads the header, and with `verify` decodes all pixels. A mask must have a single channel.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
+    problem = "the image header is unreadable"
+    try:
+        with warnings.catch_warnings(action="ignore"):
             picture = _open(image)
-        except SizeError:
-            return "the image size is outside the limits"
-        except DecodeError:
-            return "the image header is unreadable"
-        if is_mask and len(picture.getbands()) != 1:
-            return "the mask has several channels"
-        try:
+            if is_mask and len(picture.getbands()) != 1:
+                return "the mask has several channels"
+            problem = "the image cannot be decoded"
             if verify:
                 with _reported():
                     _to_rgb(picture)
-        except DecodeError:
-            return "the image cannot be decoded"
+    except SizeError:
+        return "the image size is outside the limits"
+    except DecodeError:
+        return problem
     return ""
 
 

@@ -21,7 +21,7 @@ SCHEMA_KEY = b"vlmo.schema"  # in the footer of a Parquet shard
 
 
 def row_group_range(footer: pq.FileMetaData, index: int) -> tuple[int, int]:
-    """Offset and length of the bytes that hold row group `index`: its column chunks lie side by side."""
+    """Offset and length of the bytes that hold row group `index`: its column chunks are adjacent."""
     group, starts, ends = footer.row_group(index), [], []
     for column in map(group.column, range(group.num_columns)):
         start = column.data_page_offset
@@ -68,8 +68,8 @@ def check_stated(footer: pq.FileMetaData, schema: Schema, address: str) -> None:
     for field in schema.fields:
         if field.name in stated and stated.field(field.name) != field:
             raise UserError(
-                f"{address} states the column {field.name!r} as {_brief(stated.field(field.name))}, where "
-                f"{_brief(field)} is wanted; keep the shards of different data sets apart"
+                f"{address} states the column {field.name!r} as {_brief(stated.field(field.name))}, not as "
+                f"{_brief(field)}; keep the shards of different data sets apart"
             )
 
 

@@ -38,7 +38,7 @@ class Chunk:
     bytes: int
     rows: int
     crc: int  # zlib.crc32 of bytes [offset, offset + bytes) of the shard
-    forbid: tuple[str, ...] = ()  # of the data set; united with each record's own
+    forbid: tuple[str, ...] = ()  # of the data set; added to each record's own
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +55,7 @@ class Manifest:
     chunk_rows: np.ndarray  # int32 [C]
     chunk_crc: np.ndarray  # uint32 [C]
     forbid: tuple[str, ...]
-    fingerprint: str  # sha256 over all but the address and the source
+    fingerprint: str  # sha256 of everything but the address and the source
     source: str = ""
     schema: Schema = PAIRS
 
@@ -87,8 +87,6 @@ def _assemble(
     """
     table = table.unify_dictionaries()
     shard = table.column("shard").combine_chunks()
-    if isinstance(shard, pa.ChunkedArray):  # combine_chunks of a column without rows
-        shard = pa.array([], pa.string())
     if not pa.types.is_dictionary(shard.type):
         shard = shard.dictionary_encode()
     columns = {
@@ -129,9 +127,9 @@ def write_manifest(
     """
     check_forbid(forbid)
     store = Store(uri)
-    manifest = _assemble(store.uri, format, chunks, tuple(forbid), source, schema)
-    if not manifest.num_rows:
+    if not chunks.num_rows:
         raise UserError(f"{store.uri}: not one record is left, so there is no data set to write")
+    manifest = _assemble(store.uri, format, chunks, tuple(forbid), source, schema)
     shard = pa.DictionaryArray.from_arrays(manifest.chunk_shard, pa.array(manifest.shards, pa.string()))
     columns = (getattr(manifest, f"chunk_{name}") for name in _COLUMNS)
     facts = {
@@ -191,11 +189,10 @@ def check_forbid(forbid: tuple[str, ...]) -> None:
             raise UserError(f"forbid={name!r} is not an augmentation; choose from {', '.join(FORBID)}")
 
 
-def check_shards(manifest: Manifest, store: Store | None = None, sample: int = 64) -> None:
-    """UserError if one of `sample` evenly spaced shards is missing or cut short."""
+def check_shards(manifest: Manifest, store: Store, most: int = 64) -> None:
+    """UserError if a shard is missing or cut short; checks at most `most` shards, evenly spaced."""
     last = np.flatnonzero(np.diff(manifest.chunk_shard, append=len(manifest.shards)))
-    store = store or Store(manifest.uri)
-    picks = np.unique(np.linspace(0, len(last) - 1, min(sample, len(last))).astype(int))
+    picks = np.unique(np.linspace(0, len(last) - 1, min(most, len(last))).astype(int))
 
     def check(pick: int) -> None:
         chunk = manifest.chunk(last[pick])

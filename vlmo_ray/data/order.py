@@ -31,7 +31,7 @@ from vlmo_ray.errors import UserError
 
 
 def deal(num_slices: int, num_workers: int, rank: int) -> tuple[int, int]:
-    """The slices `[first, last)` of one worker; the shares differ by one slice at most and may be empty."""
+    """The slices `[first, last)` of one worker; shares differ by at most one slice and may be empty."""
     assert 0 <= rank < num_workers
     return rank * num_slices // num_workers, (rank + 1) * num_slices // num_workers
 
@@ -184,13 +184,10 @@ class Order:
         starts = begin + np.arange(len(span), dtype=np.int64) * batch
         lows = np.clip(first_row - starts, 0, batch)
         highs = np.clip(first_row + self.num_rows - starts, 0, batch)
-        step, position = [], []
-        for offset, (a, b) in enumerate(zip(np.maximum(lows, low), np.minimum(highs, high), strict=True)):
-            positions = np.arange(a, b)
-            position.append(positions)
-            step.append(np.full(len(positions), span.start + offset))
-        step, position = np.concatenate(step), np.concatenate(position)
-        streamed = begin + (step - span.start) * batch + position
+        positions = np.arange(low, high)
+        offset, index = np.nonzero((positions >= lows[:, None]) & (positions < highs[:, None]))
+        step, position = span.start + offset, positions[index]
+        streamed = begin + offset * batch + position
         key = rng.uniforms(rng.stream(self.seed, "rows", epoch), streamed, 1)[:, 0]
         order = np.lexsort((key, position // self.schedule.slice_size))
         # the slices before `low` come first in the sequence

@@ -280,13 +280,10 @@ def _dataset(parts: list[Part], reader: Callable[[Part], Columns], **options) ->
         (part,) = block["part"]
         return reader(pickle.loads(part))
 
-    items = [{"part": pickle.dumps(part)} for part in parts]
-    dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-        read,  # pyright: ignore[reportArgumentType]  # with batch_format="numpy", batches are dicts of arrays
-        batch_size=None,
-        batch_format="numpy",
-        **options,
-    )
+    dataset = ray.data.from_items([{"part": pickle.dumps(part)} for part in parts], override_num_blocks=len(parts))
+    # the stubs do not know that with batch_format="numpy" batches are dicts of arrays
+    options |= {"batch_size": None, "batch_format": "numpy"}
+    dataset = dataset.map_batches(read, **options)  # pyright: ignore[reportArgumentType]
     context = dataset.context  # this dataset's own copy
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False

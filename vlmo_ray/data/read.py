@@ -33,7 +33,7 @@ class DamagedShard(ShardError):
 
 
 def chunk_address(store: Store, chunk: Chunk) -> str:
-    """`<shard>#<chunk>`; those of its rows are `<shard>#<chunk>:<row>`."""
+    """`<shard>#<chunk>`. The address of a row is `<shard>#<chunk>:<row>`."""
     return f"{store.address(chunk.shard)}#{chunk.index}"
 
 
@@ -58,7 +58,7 @@ def read_chunk(
     address = chunk_address(store, chunk)
     for attempt in range(retries + 1):
         try:
-            # S3 refuses an offset beyond the end of the shard; then nothing is read
+            # S3 refuses an offset beyond the end of the shard; at the end, it gives no bytes
             data = _take(store, chunk.shard, lambda f: f.read_at(chunk.bytes, min(chunk.offset, f.size())))
             if len(data) < chunk.bytes:
                 raise DamagedShard(f"the shard ends {chunk.bytes - len(data)} bytes before the chunk does")
@@ -110,9 +110,6 @@ class _Range(io.RawIOBase):
         self._data, self._offset, self._size, self._at = data, offset, size, 0
 
     def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
         return True
 
     def tell(self) -> int:

@@ -88,10 +88,6 @@ class Schema:
     def names(self) -> tuple[str, ...]:
         return tuple(field.name for field in self.fields)
 
-    @property
-    def has_image(self) -> bool:
-        return any(field.kind == "image" for field in self.fields)
-
     def __contains__(self, name: str) -> bool:
         return name in self.names
 
@@ -163,7 +159,8 @@ def problem_of(record: Record, schema: Schema, names: Collection[str] | None = N
             value = record.values.get(field.name)
             if problem := _problem_of_value(value, field):
                 return problem
-    if not record.id or (schema.has_image and not record.image_id):
+    has_image = any(field.kind == "image" for field in schema.fields)
+    if not record.id or (has_image and not record.image_id):
         return "there is no id or no image_id"
     if not (is_unicode(record.id) and is_unicode(record.image_id)):
         return "an id is not valid Unicode text"
@@ -216,7 +213,7 @@ def _problem_of_value(value: Any, field: Field) -> str:
             problems = (problem_of_text(text, f"text in {name}") for text in value)
             return next(filter(None, problems), "") if value else f"there are no {name}"
         case "boxes":
-            return "" if all(map(_is_box, value)) else f"{name} has a value that is no box"
+            return "" if all(map(_is_box, value)) else f"{name} has a value that is not a box"
 
 
 def problem_of_text(text: Any, name: str) -> str:

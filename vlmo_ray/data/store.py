@@ -115,7 +115,7 @@ class Store:
                 wait = min(2 * wait, _LONGEST_WAIT_S)
 
     def open_input(self, name: str) -> pa.NativeFile:
-        """The file for reading at random places."""
+        """The file for random access."""
         return self.patiently(name, lambda: self.fs.open_input_file(self.path(name)))
 
     def open_stream(self, name: str) -> pa.NativeFile:
@@ -187,7 +187,7 @@ class Store:
                 shutil.copyfileobj(source, target)
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
-        """Name -> bytes of every file below, in the order of names."""
+        """Name -> bytes of the files whose names begin with `prefix`, in subfolders too, sorted by name."""
         folder = prefix.rpartition("/")[0]
         selector = pafs.FileSelector(self.path(folder), allow_not_found=True, recursive=True)
         infos = self.patiently(prefix, lambda: self.fs.get_file_info(selector))
@@ -197,7 +197,7 @@ class Store:
         return {name: size for name, size in files if name.startswith(prefix) and temporary not in f"/{name}"}
 
     def list(self, prefix: str = "") -> list[str]:
-        """The sorted names that begin with `prefix`, in subfolders too."""
+        """The names of `sizes`."""
         return list(self.sizes(prefix))
 
     def size(self, name: str) -> int | None:
@@ -228,16 +228,16 @@ class Store:
 
 
 def open_store(uri: str, *, create: bool = False, retry_timeout_s: float = 0.0) -> Store:
-    """The store at `uri`, after a check that takes seconds and is not repeated.
+    """The store at `uri`, after a check that takes seconds, whatever `retry_timeout_s` is.
 
-    With `create`, a missing folder is made and an empty prefix is allowed (a bucket is never made); without it, both are
+    With `create`, a missing folder is made and an empty prefix is allowed (a bucket is never made); without, both are
     errors. Raises UserError for a missing bucket, a wrong key or secret, an endpoint that does not answer, a missing
     folder, and an empty prefix.
     """
     store = Store(uri, retry_timeout_s)
     if not store.is_s3:
         if os.path.exists(store.root) and not os.path.isdir(store.root):
-            raise UserError(f"{store.uri} is a file; a folder is wanted")
+            raise UserError(f"{store.uri} is a file; give a folder")
         if create:
             with _explained_folder(store.uri):
                 os.makedirs(store.root, exist_ok=True)

@@ -39,7 +39,7 @@ class Member:
 
 @dataclass
 class Sample:
-    """The consecutive members of one key: lower-case suffix -> data, and the bytes that they occupy."""
+    """The consecutive members of one key: lower-case suffix -> data, and all their bytes."""
 
     key: str
     offset: int
@@ -79,7 +79,7 @@ def iter_members(read: Callable[[int], bytes], *, whole: bool = True) -> Iterato
             if whole and not zeros:
                 raise TarError(f"the tar has no end mark after {last}: it is cut short")
             return
-        if header.count(0) == _BLOCK:  # end of archive; more may follow where tars were concatenated
+        if header.count(0) == _BLOCK:  # end of archive; more members follow if tars were concatenated
             zeros += _BLOCK
             continue
         start, raw, overrides = offset - _BLOCK - zeros, [bytes(zeros)], {}
@@ -166,9 +166,9 @@ def _suffixes(column: Field) -> tuple[str, ...]:
 def record_of(tar_name: str, sample: Sample, schema: Schema, names: Collection[str] | None = None) -> Record:
     """The record of a sample, with the fields `names` (by default all) and a problem if they cannot be read.
 
-    An image or mask is the member `<key>.<field>.<suffix>`, or for the field "image" `<key>.jpg` and the like. The field
-    "text" is the member `.txt`, otherwise `caption` in the JSON. The field "label" is the member `.cls`, otherwise in the
-    JSON by its name, as all other fields are. The JSON may also have `id`, `image_id` and `forbid`.
+    An image or mask is the member `<key>.<field>.<suffix>`, or for the field "image" `<key>.jpg` and the like. "text"
+    is the member `.txt`, otherwise `caption` in the JSON. "label" is the member `.cls`, otherwise in the JSON by its
+    name, as all other fields are. The JSON may also have `id`, `image_id` and `forbid`.
     """
     address = encodable(f"{tar_name}/{sample.key}")
     record, files = Record(address, address, {}), sample.files

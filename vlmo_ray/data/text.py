@@ -19,10 +19,6 @@ FIRST_WORD_ID = 999  # "!"; the ids between MASK_ID and this one are unused
 IGNORED_LABEL = -100
 
 
-class TextError(RecordError):
-    """Why one record has no text that can be trained on."""
-
-
 class Tokenizer:
     """The lower-casing WordPiece tokenizer of BERT base, cut or padded to `max_len`.
 
@@ -46,18 +42,18 @@ class Tokenizer:
         """`(ids, mask, word)`, each `[max_len]`: int32, bool, int16.
 
         `mask` is True at tokens, including [CLS] and [SEP]. `word` is the index of the whole word that a token is a
-        piece of, and -1 at [CLS], [SEP] and padding. A longer text loses its end. Raises `TextError` if the text is not
+        piece of, and -1 at [CLS], [SEP] and padding. A longer text loses its end. Raises RecordError if the text is not
         valid or has no visible character.
 
             >>> Tokenizer(6).encode("Two dalmatians")
             [101, 2048, 17488, 18900, 7066, 102]  [True, ...]  [-1, 0, 1, 1, 1, -1]
         """
         if problem := problem_of_text(text, "text"):
-            raise TextError(problem)
+            raise RecordError(problem)
         encoding = self._words.encode(text, add_special_tokens=False)
         pieces = encoding.ids[: self.max_len - 2]
         if not pieces:
-            raise TextError("the text has no visible character")
+            raise RecordError("the text has no visible character")
         end = len(pieces) + 1
         ids = np.full(self.max_len, PAD_ID, np.int32)
         ids[0], ids[1:end], ids[end] = CLS_ID, pieces, SEP_ID

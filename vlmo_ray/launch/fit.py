@@ -245,8 +245,11 @@ def _start(
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
+    from vlmo_ray.launch.group import GroupConfig
+
     trainer = TorchTrainer(
         work,
+        torch_config=GroupConfig("nccl" if cluster.gpus_per_worker else "gloo"),  # pyright: ignore[reportArgumentType]  # any BackendConfig will do
         scaling_config=ScalingConfig(
             num_workers=size,
             use_gpu=cluster.gpus_per_worker > 0,

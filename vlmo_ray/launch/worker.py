@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import os
 
+import torch
+
 from vlmo_ray.data.store import Store
+from vlmo_ray.launch.group import process_group
 from vlmo_ray.launch.stop import STOP
 from vlmo_ray.runs import lease
 from vlmo_ray.train.agree import Notice
@@ -23,12 +26,13 @@ def work(spec: RunSpec, token: str) -> dict:
     """
     import ray.train
     import ray.train.torch
-    import torch
 
     context = ray.train.get_context()
     rank, world, device = context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device()
     if device.type == "cpu":
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
+    else:
+        torch.cuda.set_device(device)
     print(f"worker {rank} of {world}: process {os.getpid()} on {os.uname().nodename}, {device}", flush=True)
     run = Store(spec.run, spec.config.data.retry_timeout_s)
     leaving: set[str] = set()
@@ -45,5 +49,6 @@ def work(spec: RunSpec, token: str) -> dict:
             return Notice.PREEMPTED
         return Notice.RESIZE if rank == 0 and run.exists(RESIZE) else Notice.NONE
 
-    outcome = train(spec, rank=rank, world=world, device=device, notice=notice)
+    with process_group(rank, world, device):
+        outcome = train(spec, rank=rank, world=world, device=device, notice=notice)
     return dataclasses.asdict(outcome) | {"leaving": sorted(leaving)}

@@ -87,13 +87,13 @@ def prepare(
         raise UserError("rows_per_group and shard_bytes must be at least 1, memory at least 1 MiB (1048576)")
     place = _place(opened, out, index)
     units = opened.units()
-    cut = [(unit.name, unit.bytes) for unit in units]
+    # includes the units, because an unfinished run has markers of its own units
+    listing = repr((opened.listing, [(unit.name, unit.bytes) for unit in units]))
     state = {
         "version": 2,  # of the files in the work folder: a newer program must not continue with older ones
         "format": format,
         "source": opened.uri,
-        # with the units, because the markers of an unfinished run are those of its units
-        "listing": hashlib.sha256(repr((opened.listing, cut)).encode()).hexdigest(),
+        "listing": hashlib.sha256(listing.encode()).hexdigest(),
         "index": index,
         "rows_per_group": rows_per_group,
         "forbid": sorted(forbid),
@@ -109,9 +109,10 @@ def prepare(
                 assert isinstance(opened, Shards), "`_place` has refused other sources"
                 finished = _index(opened, place, units, rows_per_group, memory, forbid)
             else:
-                buckets = shuffle.num_buckets(sum(unit.bytes for unit in units), memory)
+                # three times, for what the Parquet writer holds and because sizes are estimates
+                buckets = max(1, -(-3 * sum(unit.bytes for unit in units) // memory))
                 spec = shuffle.Shuffle(opened, place, seed, buckets, memory, shard_bytes, rows_per_group, verify)
-                finished = _shuffle(spec, units, forbid, state["source"])
+                finished = _shuffle(spec, units, forbid)
         place.write(STATE, json.dumps(state | {"counts": asdict(finished)}, indent=1).encode())
     place.delete_folder(WORK)
     return finished
@@ -140,7 +141,7 @@ def _place(source: Source, out: str | None, index: bool) -> Store:
         raise UserError("say where to write the data set (only index=True writes beside the source)")
     place, store = Store(out), getattr(source, "store", None)
     if store is not None and f"{place.uri}/".startswith(f"{store.uri}/"):
-        raise UserError(f"{place.uri} lies inside of the source {store.uri}; write to another place")
+        raise UserError(f"{place.uri} is inside the source {store.uri}; write to another place")
     return open_store(out, create=True)
 
 
@@ -154,8 +155,7 @@ def _begin(out: Store, state: dict, index: bool) -> Counts | None:
     try:
         found = out.read(STATE)
     except FileNotFoundError:
-        in_the_way = [n for n in out.list() if n == MANIFEST or n.startswith(f"{WORK}/") or not index][:1]
-        if in_the_way:
+        if in_the_way := [n for n in out.list() if n == MANIFEST or n.startswith(f"{WORK}/") or not index]:
             raise UserError(
                 f"{out.address(in_the_way[0])} is in the way, and was not made by this command; "
                 + ("move it" if index else "write to an empty place")
@@ -163,7 +163,7 @@ def _begin(out: Store, state: dict, index: bool) -> Counts | None:
         out.write(STATE, json.dumps(state, indent=1).encode())
         return None
     try:
-        before: dict[str, Any] = {"schema": PAIRS.to_json()} | dict(json.loads(found))  # older ones do not state it
+        before: dict[str, Any] = {"schema": PAIRS.to_json()} | dict(json.loads(found))  # older ones state none
         counts: dict[str, Any] | None = before.pop("counts", None)
         if counts is not None:  # finished, so the work folder has no files
             before["version"] = state["version"]
@@ -177,7 +177,7 @@ def _begin(out: Store, state: dict, index: bool) -> Counts | None:
     return Counts(**counts) if counts is not None and out.exists(MANIFEST) else None
 
 
-def _shuffle(spec: shuffle.Shuffle, units: list[WorkUnit], forbid: Iterable[str], source: str) -> Counts:
+def _shuffle(spec: shuffle.Shuffle, units: list[WorkUnit], forbid: Iterable[str]) -> Counts:
     run_stage(spec.out, "scatter", list(enumerate(units)), functools.partial(shuffle.scatter, spec), spec.memory)
     pieces, chunks, num_read, dropped = [], [], 0, shuffle.Dropped()
     for result in results(spec.out, "scatter", len(units)):
@@ -196,21 +196,11 @@ def _shuffle(spec: shuffle.Shuffle, units: list[WorkUnit], forbid: Iterable[str]
         lines.append(json.dumps({"note": f"{num_dropped - len(lines)} more were dropped and are not listed"}))
     spec.out.write(DROPPED, "".join(f"{line}\n" for line in lines).encode())
     if not counts.kept:
-        raise UserError(f"no record of {source} is left:\n{counts}\nsee {spec.out.address(DROPPED)}")
-    manifest = write_manifest(
-        spec.out.uri,
-        "parquet",
-        pa.concat_tables(chunks),
-        forbid=tuple(forbid),
-        source=source,
-        schema=spec.source.schema,
-    )
+        raise UserError(f"no record of {spec.source.uri} is left:\n{counts}\nsee {spec.out.address(DROPPED)}")
+    facts = {"forbid": tuple(forbid), "source": spec.source.uri, "schema": spec.source.schema}
+    manifest = write_manifest(spec.out.uri, "parquet", pa.concat_tables(chunks), **facts)
     assert manifest.num_rows == counts.kept, (manifest.num_rows, counts)
     return counts
-
-
-def _index_unit(source: Shards, rows_per_chunk: int, unit: WorkUnit) -> dict:
-    return {"chunks": shuffle.packed(source.chunks(unit, rows_per_chunk))}
 
 
 def _index(
@@ -218,10 +208,10 @@ def _index(
 ) -> Counts:
     if compressed := [unit.name for unit in units if unit.name.endswith(("gz", "tgz"))]:
         raise UserError(
-            f"{out.address(compressed[0])} is compressed, so that no part of it can be read alone; "
+            f"{out.address(compressed[0])} is compressed, so a chunk of it cannot be read alone; "
             "unpack it, or rewrite the data set by leaving out `index`"
         )
-    run_stage(out, "index", units, functools.partial(_index_unit, source, rows_per_chunk), memory)
+    run_stage(out, "index", units, lambda u: {"chunks": shuffle.packed(source.chunks(u, rows_per_chunk))}, memory)
     format: Format = "parquet" if source.format == "parquet" else "webdataset"
     chunks = pa.concat_tables(_table(format, result["chunks"]) for result in results(out, "index", len(units)))
     manifest = write_manifest(out.uri, format, chunks, forbid=tuple(forbid), source=out.uri, schema=source.schema)

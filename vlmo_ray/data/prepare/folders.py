@@ -35,9 +35,9 @@ class Folders(Source):
         found = sorted({name.partition("/")[0] for name in sizes if "/" in name})
         classes = _lines(self.classes) if self.classes else found
         if unlisted := [name for name in found if name not in set(classes)]:
-            raise UserError(f"{self.store.address(unlisted[0])} is no class of {self.classes}; add a line")
+            raise UserError(f"{self.store.address(unlisted[0])} is not a class in {self.classes}; add a line")
         if not found:
-            raise UserError(f"{self.uri} holds no folder with files; give one that has a folder a class")
+            raise UserError(f"{self.uri} holds no folder with files; give a folder that has one for each class")
         self.schema = Schema((Field("image", "image"), Field("label", "label", tuple(classes))))
         self.listing = hashlib.sha256(json.dumps([sizes, classes]).encode()).hexdigest()
         number = {name: label for label, name in enumerate(classes)}

@@ -48,8 +48,6 @@ class Karpathy(Source):
             entries = json.loads(data)["images"]
             wanted = self.split.split("+")
             present = sorted({entry["split"] for entry in entries})
-            if unknown := [name for name in wanted if name not in present]:
-                raise UserError(f"{self.uri} has no split {unknown[0]!r}; it has {', '.join(present)}")
             entries = [
                 {
                     "image_id": entry.get("filename") or str(entry["imgid"]),
@@ -62,9 +60,9 @@ class Karpathy(Source):
                 if entry["split"] in wanted
             ]
         except (ValueError, KeyError, TypeError) as error:
-            if isinstance(error, UserError):
-                raise
             raise UserError(f"{self.uri} is not in Karpathy's format: {type(error).__name__} {error}") from error
+        if unknown := [name for name in wanted if name not in present]:
+            raise UserError(f"{self.uri} has no split {unknown[0]!r}; it has {', '.join(present)}")
         mean = mean_image_bytes(self._images, [entry["paths"] for entry in entries])
         self._units = cut_units(name, ((entry, mean * len(entry["captions"])) for entry in entries))
 

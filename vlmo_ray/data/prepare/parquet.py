@@ -16,7 +16,7 @@ from vlmo_ray.data.prepare.source import Shards, WorkUnit, pick_column
 from vlmo_ray.data.schema import Record, Schema
 from vlmo_ray.errors import UserError
 
-_KNOWN = {  # what others call the fields of a pair
+_KNOWN = {  # usual names of the columns of a pair
     "image": ("image", "jpg", "jpeg", "png", "webp", "image_bytes", "img"),
     "text": ("text", "caption", "captions", "sentences", "TEXT", "alt_text", "title"),
 }

@@ -39,26 +39,16 @@ class Shuffle:
     source: Source
     out: Store
     seed: int
-    num_buckets: int
+    num_buckets: int  # so that a bucket fits in `memory`
     memory: int  # bytes of records that a task may hold
     shard_bytes: int
     rows_per_group: int
     verify: bool
 
 
-def num_buckets(source_bytes: int, memory: int) -> int:
-    """So many that a bucket and what the Parquet writer holds fit in `memory`; a rough estimate."""
-    return max(1, -(-source_bytes * 3 // memory))
-
-
 def key_of(seed: int, id: str) -> int:
     """The place of a record in the order: 64 random bits."""
     return int.from_bytes(hashlib.blake2b(f"{seed}/{id}".encode(), digest_size=8).digest(), "little")
-
-
-def bucket_of(key: int, buckets: int) -> int:
-    """Buckets are equal ranges of keys, so that they follow each other in the order."""
-    return key * buckets >> 64
 
 
 @dataclass
@@ -120,17 +110,13 @@ def scatter(shuffle: Shuffle, numbered: tuple[int, WorkUnit]) -> dict:
     return {"read": num_read, "pieces": num_pieces, "dropped": dropped.counts, "listed": dropped.listed}
 
 
-def _piece_schema(schema: Schema) -> pa.Schema:
-    """The stored columns, and where each record is from; a section may hold more than 2 GiB of images."""
-    large = {column.name: pa.large_binary() if column.type == pa.binary() else column.type for column in schema.arrow}
-    return pa.schema(large | {"_address": pa.string(), "_order": pa.int64()})
-
-
 def _write_piece(shuffle: Shuffle, name: str, rows: list[tuple[int, int, Record]]) -> None:
     """One file: the offset of each bucket's section, then the sections, each an Arrow stream or empty."""
     rows.sort(key=lambda row: row[:2])
-    schema = _piece_schema(shuffle.source.schema)
-    bucket = np.array([bucket_of(key, shuffle.num_buckets) for key, _, _ in rows])
+    # the stored columns, with room for more than 2 GiB of images, and where each record is from
+    kinds = {c.name: pa.large_binary() if c.type == pa.binary() else c.type for c in shuffle.source.schema.arrow}
+    schema = pa.schema(kinds | {"_address": pa.string(), "_order": pa.int64()})
+    bucket = np.array([key * shuffle.num_buckets >> 64 for key, _, _ in rows])  # equal ranges of keys
     edges = np.searchsorted(bucket, np.arange(shuffle.num_buckets + 1))
     offsets = np.zeros(shuffle.num_buckets + 1, np.int64)
     with shuffle.out.create(f"{WORK}/pieces/{name}") as file:
@@ -152,21 +138,20 @@ def _write_piece(shuffle: Shuffle, name: str, rows: list[tuple[int, int, Record]
         file.write(offsets.tobytes())
 
 
-def _read_section(shuffle: Shuffle, name: str, bucket: int) -> list[pa.RecordBatch]:
-    with shuffle.out.open_input(f"{WORK}/pieces/{name}") as file:
-        start, end = np.frombuffer(file.read_at(16, 8 * bucket), np.int64).tolist()
-        return list(pa.ipc.open_stream(file.read_at(end - start, start))) if end > start else []
-
-
 def gather(shuffle: Shuffle, pieces: list[int], bucket: int) -> dict:
     """Second pass, one bucket: write its records from all pieces, in order, to its shards `<bucket>-<n>.parquet`.
 
     `pieces` is how many pieces the first pass made of each work unit.
     """
+
+    def section(name: str) -> list[pa.RecordBatch]:
+        with shuffle.out.open_input(f"{WORK}/pieces/{name}") as file:
+            start, end = np.frombuffer(file.read_at(16, 8 * bucket), np.int64).tolist()
+            return list(pa.ipc.open_stream(file.read_at(end - start, start))) if end > start else []
+
     names = [f"{number:07d}-{n}" for number, count in enumerate(pieces) for n in range(count)]
     with ThreadPoolExecutor(4) as pool:
-        sections = pool.map(lambda n: _read_section(shuffle, n, bucket), names)
-        batches = [batch for section in sections for batch in section]
+        batches = [batch for batches in pool.map(section, names) for batch in batches]
     rows = []
     for b, batch in enumerate(batches):
         for i, (id, order) in enumerate(zip(batch["id"].to_pylist(), batch["_order"].to_pylist(), strict=True)):
@@ -186,15 +171,9 @@ def gather(shuffle: Shuffle, pieces: list[int], bucket: int) -> dict:
     # shards of equal size, instead of full ones and a small rest
     total = sum(batch.nbytes for batch in batches)
     shard_bytes = total // max(1, round(total / shuffle.shard_bytes)) + 1
+    cuts = {"rows_per_group": shuffle.rows_per_group, "shard_bytes": shard_bytes}
     name = f"{bucket:05d}-{{:03d}}.parquet"
-    chunks = write_shards(
-        shuffle.out,
-        kept(),
-        name,
-        rows_per_group=shuffle.rows_per_group,
-        shard_bytes=shard_bytes,
-        schema=shuffle.source.schema,
-    )
+    chunks = write_shards(shuffle.out, kept(), name, **cuts, schema=shuffle.source.schema)
     return {"chunks": packed(chunks), "dropped": dropped.counts, "listed": dropped.listed}
 
 

@@ -50,7 +50,7 @@ class Source:
         raise NotImplementedError
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_units": [], "listing": ""}  # large; a task is given its unit
+        return self.__dict__ | {"_units": [], "listing": ""}  # both are large, and a task is given its unit
 
 
 class Shards(Source):
@@ -113,7 +113,7 @@ def pick_column(
 
 
 def name_in(store: Store, path: str) -> str | None:
-    """`path`, relative or absolute, as a name in the store; None if it leads out of it."""
+    """`path`, relative or absolute, as a name in the store; None if it leads out of the store."""
     for prefix in (store.uri, store.root):
         if path.startswith(prefix.rstrip("/") + "/"):
             path = path[len(prefix.rstrip("/")) + 1 :]
@@ -144,9 +144,9 @@ def read_images(store: Store, paths: Iterable[str | tuple[str, ...]]) -> Iterato
             yield from pool.map(read, some)
 
 
-def mean_image_bytes(store: Store, paths: list[str | tuple[str, ...]], sample: int = 64) -> int:
-    """The mean size of up to `sample` of the images, evenly spaced; at least 1."""
-    picks = paths[:: max(1, len(paths) // sample)]
+def mean_image_bytes(store: Store, paths: Sequence[str | tuple[str, ...]]) -> int:
+    """The mean size of some 64 of the images, evenly spaced; at least 1."""
+    picks = paths[:: max(1, len(paths) // 64)]
 
     def size(path: str | tuple[str, ...]) -> int | None:
         names = [name_in(store, p) for p in ((path,) if isinstance(path, str) else path)]
@@ -156,7 +156,7 @@ def mean_image_bytes(store: Store, paths: list[str | tuple[str, ...]], sample: i
         found = [s for s in pool.map(size, picks) if s is not None]
     if not found:
         raise UserError(
-            f"none of {len(picks)} images looked for is in {store.uri}, e.g. {picks[0] if picks else '-'!r}; "
+            f"none of {len(picks)} images that were tried is in {store.uri}, e.g. {picks[0] if picks else '-'!r}; "
             "name the image folder with images=..."
         )
     return max(1, sum(found) // len(found))

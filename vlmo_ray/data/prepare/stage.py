@@ -41,19 +41,15 @@ def run_stage(out: Store, stage: str, units: list, work: Callable[[Any], dict], 
         i, unit = pickle.loads(item)
         try:
             out.write(f"{WORK}/{stage}/{_marker(i)}", json.dumps(work(unit)).encode())
-        except (UserError, OSError) as error:  # as data, since Ray turns exceptions into others
-            return {"error": [str(error)]}  # an OSError here: the disk is full, or a piece has been deleted
+        except (UserError, OSError) as error:  # as data, because Ray wraps exceptions
+            return {"error": [str(error)]}  # an OSError here means a full disk or a deleted piece
         return {"error": [""]}
 
     items = [{"unit": pickle.dumps(item)} for item in left]
     dataset = ray.data.from_items(items, override_num_blocks=min(len(items), _MAX_BLOCKS))
-    dataset.context.enable_progress_bars = dataset.context.enable_progress_bars and len(items) > 8
-    dataset = dataset.map_batches(
-        do,  # pyright: ignore[reportArgumentType]  # by default, batches are dicts of arrays
-        batch_size=1,
-        num_cpus=1,
-        memory=need,
-    )
+    dataset.context.enable_progress_bars &= len(items) > 8
+    # the stubs do not know that by default batches are dicts of arrays
+    dataset = dataset.map_batches(do, batch_size=1, num_cpus=1, memory=need)  # pyright: ignore[reportArgumentType]
     for row in dataset.iter_rows():  # in the order in which tasks end
         if row["error"]:
             raise UserError(row["error"])

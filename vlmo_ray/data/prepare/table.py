@@ -26,7 +26,7 @@ from vlmo_ray.errors import UserError
 
 _IMAGE_COLUMNS = ("filepath", "path", "image", "image_path", "filename", "file_name", "file")
 _TEXT_COLUMNS = ("caption", "text", "title", "sentence")
-_SAMPLE_ROWS = 4096
+_SIZED_ROWS = 4096
 
 
 class _Lines:
@@ -79,7 +79,7 @@ class Table(Source):
 
     def _scan(self) -> list[WorkUnit]:
         """Read the table once, to cut it between rows and for `listing`; sets the column numbers."""
-        starts, first, sample = array("q"), [], []  # the offset of each row, the header, some image paths
+        starts, first, paths = array("q"), [], []  # the offset of each row, the header, the first image paths
         with io.BufferedReader(self._store.open_stream(self._name)) as file:
             lines = _Lines(iter(file))
             reader = csv.reader(lines, **self._dialect)
@@ -92,15 +92,15 @@ class Table(Source):
                 for row in reader:
                     starts.append(start)
                     start = lines.offset
-                    if len(row) > self._image and len(sample) < _SAMPLE_ROWS:
-                        sample.append(row[self._image].removeprefix("\ufeff"))
+                    if len(row) > self._image and len(paths) < _SIZED_ROWS:
+                        paths.append(row[self._image].removeprefix("\ufeff"))
             except csv.Error as error:
                 raise UserError(
                     f"{self.uri}, after row {len(starts)}: {error}; if a quotation mark in a caption has no "
                     "partner, use quoting=False"
                 ) from error
         self.listing, num_rows = lines.digest.hexdigest(), len(starts)
-        mean = mean_image_bytes(self._images, sample)
+        mean = mean_image_bytes(self._images, paths)
         cuts = [*range(0, num_rows, max(1, UNIT_BYTES // mean)), num_rows]
         starts.append(lines.offset)
         return [

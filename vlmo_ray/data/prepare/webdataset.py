@@ -1,4 +1,4 @@
-"""WebDataset tars, those that img2dataset writes included."""
+"""WebDataset tars, also those of img2dataset."""
 
 from __future__ import annotations
 
