@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import socket
 import subprocess
 import sys
 import time
@@ -63,14 +65,22 @@ def main() -> None:
     from ray._raylet import GcsClient
     from ray.cluster_utils import Cluster
     from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+    from ray.util import get_node_ip_address
 
     def say(answer: Any) -> None:
         print(f"> {json.dumps(answer)}", flush=True)
 
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    # for Ray Train's cleaner, which else asks the newest cluster of this machine whether a controller lives
+    os.environ["RAY_ADDRESS"] = f"{get_node_ip_address()}:{port}"
     # with the dashboard: Ray Train asks it whether a killed driver's controller lives
     head = {"num_cpus": 0, "object_store_memory": 80 << 20, "include_dashboard": True, "dashboard_port": 0}
+    head["gcs_server_port"] = port
     cluster = Cluster(initialize_head=True, head_node_args=head)
     running = {}
+    assert cluster.address == os.environ["RAY_ADDRESS"]
     say(cluster.address)
     for line in sys.stdin:
         name, *arguments = json.loads(line)

@@ -50,7 +50,7 @@ def config_of(steps: int) -> Config:
     """All three objectives, in float64, and two phases."""
     first = 2 * steps // 5
     return dataclasses.replace(
-        SMALL, name="tiny", model=dataclasses.replace(SMALL.model, width=8),  # most of a checkpoint is words x width
+        SMALL, name="tiny", model=dataclasses.replace(SMALL.model, width=8, vocab_size=30522),
         phases=(Phase(first, 8), Phase(steps - first, 12)), optim=OptimConfig(peak_lr=1e-3, warmup_steps=5),
         checkpoint_every=EVERY, log_every=5, precision="float64", audit=True,
     )  # fmt: skip
