@@ -43,6 +43,7 @@ CLUSTER = {
     "resize_interval_s": 3, "notice_every": 2,
 }  # fmt: skip
 RESIZED = "workers save and start again"  # what the driver prints when there is room for more
+STARTING = "Attempting to start training worker group"  # what Ray Train logs at every start
 FIGURES = ("step", "samples", "loss", "itc", "itc_vl", "itm", "mlm", "grad_norm")
 
 
@@ -87,9 +88,10 @@ class Place:
 
 
 @contextlib.contextmanager
-def chaos_place(endpoint: str, bucket: str, steps: int, **changes) -> Iterator[Place]:
+def chaos_place(endpoint: str, bucket: str, steps: int, lost_after_s: int = 3, **changes) -> Iterator[Place]:
     """A place without nodes yet, whose data and runs are under `bucket` of the S3 server at `endpoint`.
 
+    A node that does not answer for `lost_after_s` counts as lost, which by default takes Ray some 15 s.
     The AWS variables of this process must be set for that server.
     """
     config = dataclasses.replace(config_of(steps), **changes)
@@ -103,10 +105,9 @@ def chaos_place(endpoint: str, bucket: str, steps: int, **changes) -> Iterator[P
             "RAY_prestart_worker_first_driver": "0",  # no idle processes for CPUs that are not there
             # a node of many CPUs keeps the processes that rest between two windows; with 2 CPUs Ray ends them after 1 s
             "RAY_idle_worker_killing_time_threshold_ms": "600000",
-            # a lost node is noticed after 3 s; by default it takes some 15
             "RAY_health_check_period_ms": "1000",
             "RAY_health_check_timeout_ms": "1000",
-            "RAY_health_check_failure_threshold": "3",
+            "RAY_health_check_failure_threshold": str(lost_after_s),
         }
         with nodes(environment) as cluster:
             environment["RAY_ADDRESS"] = cluster.address
@@ -197,11 +198,11 @@ class Command:
 
     def rest_until_resized(self) -> None:
         """The workers do nothing until the driver has noticed new nodes; the run might be over by then."""
-        workers, noticed = self.workers(), self.output.count(RESIZED)
+        workers = self.workers()
         for pid in workers:
             os.kill(pid, signal.SIGSTOP)
         try:
-            self.wait_for(lambda: self.output.count(RESIZED) > noticed, "a resize")
+            self.wait_for(lambda: self.output.rfind(RESIZED) > self.output.rfind(STARTING), "a resize")
         finally:
             for pid in workers:
                 os.kill(pid, signal.SIGCONT)

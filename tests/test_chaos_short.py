@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import time
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.chaos]
 
 @pytest.fixture(scope="module")
 def place(s3_server) -> Iterator[Place]:
-    with chaos_place(s3_server["AWS_ENDPOINT_URL"], "s3://vlmo/chaos-short", STEPS) as here:
+    with chaos_place(s3_server["AWS_ENDPOINT_URL"], "s3://vlmo/chaos-short", STEPS, lost_after_s=20) as here:
         yield here
 
 
@@ -38,7 +37,7 @@ def test_a_worker_is_killed_a_node_added_and_a_node_drained(place, command):
     reached = command.reach(EVERY)
     killed = command.workers()
     os.kill(killed[-1], signal.SIGKILL)
-    command.wait_for(lambda: command.workers() != killed, "a new start")
+    command.wait_for(lambda: set(command.workers()).isdisjoint(killed), "a new start")
     place.want_nodes(3)
     while len(command.workers()) < 3:
         command.rest_until_resized()
@@ -75,5 +74,4 @@ def test_storage_fails(place, command):
         place.faults.away = False
     assert min(struck[kind] for kind in ("busy", "slow", "cut", "away")) > 0, struck
     command.finish()
-    assert command.repeated() == []
-    assert not re.search("the workers failed", command.output)
+    assert command.repeated() == [], command.output[-6000:]
