@@ -148,6 +148,8 @@ class OptimConfig:
     eps: float = setting(1e-8, at_least=0)
     clip_norm: float = setting(0.0, at_least=0)  # the largest norm of the whole gradient; 0: no clipping
     average_decay: float = setting(0.0, at_least=0, below=1)  # of the moving average of the weights; 0: no average
+    # How many steps in a row may be left out because loss or gradient are not finite, before the run stops.
+    skip_nonfinite: int = setting(0, at_least=0, resume="free")
 
 
 @dataclass(frozen=True)
@@ -172,7 +174,7 @@ class ClusterConfig:
     # Recomputes each layer in the backward: less memory, a third more FLOPs.
     activation_checkpointing: bool = False
     compile: bool = False  # torch.compile of each layer
-    max_failures: int = setting(8, at_least=-1)  # -1: no limit
+    max_failures: int = setting(8, at_least=-1)  # without a checkpoint in between; -1: no limit
     start_timeout_s: float = setting(10.0, at_least=0)
     resize_interval_s: float = setting(60.0, at_least=0)
     notice_every: int = setting(5, at_least=1)  # steps between checks for a preemption notice or a stop request

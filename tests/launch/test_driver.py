@@ -12,6 +12,7 @@ from collections.abc import Callable
 import pytest
 from ray.exceptions import ActorDiedError, RayTaskError
 from ray.train import ControllerError, PreemptionError, PreemptionInfo, WorkerGroupError
+from small_run import SMALL
 
 from vlmo_ray.config import ClusterConfig
 from vlmo_ray.data.store import open_store
@@ -21,6 +22,9 @@ from vlmo_ray.launch.fit import _Driver, first_user_error
 from vlmo_ray.launch.resources import Node, Share
 from vlmo_ray.launch.stop import Stop
 from vlmo_ray.launch.worker import RESIZE
+from vlmo_ray.runs.checkpoint import STATE, _sealed
+from vlmo_ray.runs.checkpoints import name_of
+from vlmo_ray.runs.state import TrainState
 
 CLUSTER = ClusterConfig(1, 3, gpus_per_worker=0, start_timeout_s=0.2, resize_interval_s=0.1, max_failures=2)
 DONE = {"step": 10, "stopped": "", "again": False, "leaving": []}
@@ -29,7 +33,7 @@ DONE = {"step": 10, "stopped": "", "again": False, "leaving": []}
 class World:
     """A cluster of nodes of one CPU, a worker each; and a script of runs: what each returns, raises or waits for."""
 
-    def __init__(self, tmp_path, monkeypatch, *script, nodes: str = "ab", **changes):
+    def __init__(self, tmp_path, monkeypatch, *script, nodes: str = "ab", slices=(6,), **changes):
         self.nodes, self.broken = set(nodes), set()  # `broken`: listed, but nothing can be started there
         self.run, self.started, self.claimed = open_store(str(tmp_path), create=True), [], 0
         self.script = list(script)
@@ -37,7 +41,7 @@ class World:
         monkeypatch.setattr(launch, "living_nodes", lambda leaving: [Node(1)] * len(self.nodes - leaving))
         self.stop = Stop(self.run)
         cluster = ClusterConfig(**(vars(CLUSTER) | changes))
-        self.driver = _Driver(cluster, Share(1.0, 1, 3), False, self.run, self.stop, self.start)
+        self.driver = _Driver(cluster, Share(1.0, 1, 3), False, self.run, self.stop, self.start, slices)
 
     # ---- as Claims ----
 
@@ -95,6 +99,53 @@ def test_failures_are_counted_over_the_run(tmp_path, monkeypatch, problem):
     world = World(tmp_path, monkeypatch, problem, again("saved"), problem, problem)
     with pytest.raises(type(problem)):
         world.driver.train()
+
+
+def checkpoint(run, step: int):
+    """A scene: the run gets a checkpoint, and then its workers are lost."""
+
+    def scene() -> dict:
+        state = TrainState.of(step, SMALL, "data", [(0, "attempt")])
+        run.write(f"{name_of(step)}/{STATE}", _sealed(state.state_dict() | {"files": {}}).encode())
+        raise WorkerGroupError("", {0: ActorDiedError()})
+
+    return scene
+
+
+def test_a_new_checkpoint_starts_the_count_anew(tmp_path, monkeypatch):
+    run = open_store(str(tmp_path), create=True)
+    lost = [WorkerGroupError("", {0: ActorDiedError()})] * 2
+    world = World(tmp_path, monkeypatch, *lost, checkpoint(run, 4), *lost[:1], checkpoint(run, 8), *lost[:1], DONE)
+    assert world.driver.train() == DONE and len(world.started) == 7
+    world = World(tmp_path, monkeypatch, *lost, *lost)  # of the same step as the newest checkpoint
+    with pytest.raises(WorkerGroupError):
+        world.driver.train()
+    assert len(world.started) == 3
+
+
+@pytest.mark.parametrize("allowed", [-1, 50])
+def test_an_error_that_comes_back_is_given_up_whatever_the_budget(tmp_path, monkeypatch, allowed, capsys):
+    same = [WorkerGroupError("", {1: RuntimeError(f"out of memory: {i} MB")}) for i in range(4)]
+    lost = [WorkerGroupError("", {0: ActorDiedError()})] * 9  # spot nodes may well be lost in a row
+    world = World(tmp_path, monkeypatch, *lost, *same, max_failures=allowed)
+    with pytest.raises(WorkerGroupError):
+        world.driver.train()
+    assert len(world.started) == 9 + 3
+    assert "3 times with the same error" in capsys.readouterr().out
+
+
+def test_workers_are_left_alone_where_more_would_save_no_time(tmp_path, monkeypatch):
+    """Of 3 slices, 2 workers do 2 and 1; a third makes the largest share smaller, but not of 4 slices."""
+
+    def for_a_while() -> dict:
+        world.nodes |= {"c"}
+        time.sleep(1.5)
+        return again("saved") if world.run.exists(RESIZE) else DONE
+
+    world = World(tmp_path, monkeypatch, for_a_while, slices=(4,))
+    assert world.driver.train() == DONE and world.started == [2] and world.claimed == 0
+    world = World(tmp_path, monkeypatch, for_a_while, DONE, slices=(4, 3))
+    assert world.driver.train() == DONE and world.started == [2, 3]
 
 
 def test_what_the_user_can_mend_ends_the_run_at_once(tmp_path, monkeypatch):

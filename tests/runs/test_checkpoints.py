@@ -6,7 +6,9 @@ Every disturbed run ends as the undisturbed one.
 import contextlib
 import dataclasses
 import errno
+import io
 import json
+import pickle
 import shutil
 import threading
 import time
@@ -18,13 +20,14 @@ import torch
 from faulty_s3 import faulty_s3
 from safetensors.torch import load_file
 from small_run import SMALL, begin_at, job, train_on
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
 from vlmo_ray.config import Phase
 from vlmo_ray.data.read import read_chunk
 from vlmo_ray.data.store import Store
 from vlmo_ray.errors import UserError
 from vlmo_ray.runs.audit import audit
-from vlmo_ray.runs.checkpoint import STATE, _sealed, parse_state
+from vlmo_ray.runs.checkpoint import STATE, _sealed, measured, parse_state
 from vlmo_ray.runs.checkpoints import Checkpoints
 from vlmo_ray.runs.load import load
 from vlmo_ray.runs.metrics import read_metrics
@@ -305,3 +308,81 @@ def test_a_masked_shard_is_counted_row_by_row(scenes, tmp_path, monkeypatch):
     assert sum(m["masked_rows"] for m in metrics) > 0 and all(np.isfinite(m["loss"]) for m in metrics)
     found = audit(str(tmp_path / "run"), str(broken))
     assert found.clean and sum(len(epoch.masked) for epoch in found.epochs) == sum(m["masked_rows"] for m in metrics)
+
+
+class Planted:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.write_text, (self.path, "run"))
+
+
+def seal(checkpoint: Path, change=lambda raw: None) -> None:
+    """Gives a checkpoint a new `train_state.json`, with the sizes and checksums of its files as they are."""
+    raw = json.loads((checkpoint / STATE).read_text())
+    raw.pop("crc32")
+    folder = checkpoint / raw["attempts"][-1][1]
+    raw["files"] = {file.name: measured(file) for file in folder.iterdir()}
+    change(raw)
+    (checkpoint / STATE).write_text(_sealed(raw))
+
+
+def newest(run: Path) -> Path:
+    return sorted(run.glob("checkpoint-*"))[-1]
+
+
+def test_a_planted_pickle_is_not_run(half, scenes, tmp_path):
+    checkpoint = newest(half)
+    [metadata] = checkpoint.rglob(".metadata")
+    metadata.write_bytes(pickle.dumps(Planted(tmp_path / "planted")))
+    seal(checkpoint)
+    for use in (lambda: train(job(scenes, half, CONFIG)), lambda: load(str(half))):
+        with pytest.raises(Exception, match="which no checkpoint of tensors has"):
+            use()
+    assert not (tmp_path / "planted").exists()
+
+
+def test_an_entry_of_bytes_is_not_unpickled(half, scenes, tmp_path):
+    """dcp would unpickle an entry whose metadata calls it bytes."""
+    checkpoint = newest(half)
+    [path] = checkpoint.rglob(".metadata")
+    metadata = pickle.loads(path.read_bytes())
+    name = next(iter(metadata.state_dict_metadata))
+    metadata.state_dict_metadata[name] = BytesStorageMetadata()
+    place = metadata.storage_data.pop(next(i for i in metadata.storage_data if i.fqn == name))
+    data = io.BytesIO()
+    torch.save(Planted(tmp_path / "planted"), data)
+    (path.parent / "planted.distcp").write_bytes(data.getvalue())
+    metadata.storage_data[MetadataIndex(name)] = type(place)("planted.distcp", 0, len(data.getvalue()))
+    path.write_bytes(pickle.dumps(metadata))
+    seal(checkpoint)
+    with pytest.raises(Exception, match="Missing key"):
+        train(job(scenes, half, CONFIG))
+    assert not (tmp_path / "planted").exists()
+
+
+@pytest.mark.parametrize("name", ["../../planted", "/etc/passwd", "..", ""])
+def test_a_planted_path_is_refused(half, scenes, capsys, name):
+    checkpoint = newest(half)
+    before = sorted(half.glob("checkpoint-*"))[-2]
+    seal(checkpoint, lambda raw: raw["files"].update({name: (3, 0)}))
+    (half / "planted").write_text("abc")
+    assert train(job(scenes, half, CONFIG)).step == 10
+    printed = capsys.readouterr().out
+    assert f"it names {name!r}, which is no name of a file" in printed
+    assert f"resumed at step {int(before.name.rpartition('-')[2])}" in printed
+
+
+def test_a_place_outside_of_the_checkpoint_is_refused(half, scenes, tmp_path):
+    checkpoint = newest(half)
+    [path] = checkpoint.rglob(".metadata")
+    metadata = pickle.loads(path.read_bytes())
+    index, place = next(iter(metadata.storage_data.items()))
+    metadata.storage_data[index] = dataclasses.replace(place, relative_path="../../elsewhere")
+    path.write_bytes(pickle.dumps(metadata))
+    seal(checkpoint)
+    with pytest.raises(Exception, match="a file outside of the checkpoint"):
+        train(job(scenes, half, CONFIG))

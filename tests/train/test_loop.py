@@ -1,6 +1,8 @@
 """The loop without Ray: resuming, any number of workers, bad records, broken shards, losses that are not finite."""
 
 import dataclasses
+import json
+import re
 import shutil
 from pathlib import Path
 
@@ -19,6 +21,8 @@ from vlmo_ray.runs.checkpoints import Checkpoints
 from vlmo_ray.runs.load import published
 from vlmo_ray.runs.metrics import read_metrics
 from vlmo_ray.train.loop import train
+from vlmo_ray.train.optim import build_optimizer
+from vlmo_ray.train.step import gradients as real_gradients
 
 
 def curve(run) -> np.ndarray:
@@ -116,6 +120,57 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimizer(scenes, tmp_path):
     outcome = train(job(scenes, tmp_path, config))
     assert outcome.step == 1 and "step 1: loss and grad_norm not finite" in outcome.stopped
     assert [m["step"] for m in read_metrics(Store(str(tmp_path)))[0]] == [1]
+    assert outcome.stopped.endswith("; the 1 steps before it are saved")
+    assert Checkpoints(Store(str(tmp_path))).newest().step == 1
+
+
+def broken_at(steps: set[int]):
+    """`gradients`, whose loss and gradients are NaN in these steps."""
+
+    def gradients(parallel, batch, workers, step, *rest):
+        figures = real_gradients(parallel, batch, workers, step, *rest)
+        if step in steps:
+            figures["loss"] = figures["loss"] * torch.nan
+            for parameter in parallel.task.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.fill_(torch.nan)
+        return figures
+
+    return gradients
+
+
+def test_so_many_steps_in_a_row_that_are_not_finite_are_skipped(scenes, undisturbed, tmp_path, monkeypatch, capsys):
+    config = dataclasses.replace(SMALL, optim=dataclasses.replace(SMALL.optim, skip_nonfinite=2))
+    monkeypatch.setattr("vlmo_ray.train.loop.gradients", broken_at({8, 9}))
+    assert train(job(scenes, tmp_path / "two", config)).step == 10
+    # the weights are those of the last step that was done
+    found = curve(tmp_path / "two")
+    np.testing.assert_array_equal(found[:8], curve(undisturbed)[:8])
+    assert np.isnan(found[8:]).any(axis=1).all()
+    assert "(2 steps skipped)" in capsys.readouterr().out
+    monkeypatch.setattr("vlmo_ray.train.loop.gradients", broken_at({3, 5, 6, 7}))
+    outcome = train(job(scenes, tmp_path / "three", config))
+    assert outcome.step == 7 and "step 7: loss and grad_norm not finite" in outcome.stopped
+    assert Checkpoints(Store(str(tmp_path / "three"))).newest().step == 7
+
+
+def test_settings_of_the_optimizer_come_from_the_config(scenes, undisturbed, tmp_path, monkeypatch):
+    """Not from the checkpoint, which holds its state alone."""
+    begin_at(tmp_path, undisturbed / "checkpoint-00000004")
+    changed = OptimConfig(peak_lr=1e-3, warmup_steps=2, weight_decay=0.3, beta1=0.5, beta2=0.7, eps=1e-3)
+    seen = []
+
+    def spied(task, config):
+        seen.append(build_optimizer(task, config))
+        return seen[-1]
+
+    monkeypatch.setattr("vlmo_ray.train.loop.build_optimizer", spied)
+    spec = dataclasses.replace(job(scenes, tmp_path, optim=changed), accept_changes=True)
+    assert train(spec).step == 10
+    groups = seen[0].param_groups
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.3}
+    assert all(group["betas"] == (0.5, 0.7) and group["eps"] == 1e-3 for group in groups)
+    assert not np.allclose(curve(tmp_path), curve(undisturbed)[4:], rtol=1e-4)
 
 
 def damaged(tmp_path, damage) -> str:
@@ -137,7 +192,14 @@ def test_bad_records_are_masked_counted_and_named(tmp_path, capsys):
     assert 4 <= sum(m["masked_rows"] for m in metrics) <= 6
     assert all(np.isfinite(m["loss"]) for m in metrics)
     printed = capsys.readouterr().out
-    assert "#0:3" in printed and "#1:4" in printed and "masked a row" in printed
+    assert re.search(r"worker 0 masked \d rows, the last \S+#[01]:[34]: \d x ", printed)
+    assert "there is no text" in printed and "not an image" in printed
+    run = Store(str(tmp_path / "run"))
+    listed = [json.loads(line) for name in run.list("masked/") for line in run.read(name).splitlines()]
+    assert len(listed) == sum(m["masked_rows"] for m in metrics)
+    assert {row["problem"].partition(": ")[0].partition("#")[2] for row in listed} == {"0:3", "1:4"}
+    steps = [row["step"] for row in listed]
+    assert steps == sorted(steps) and steps[0] >= 0 and steps[-1] < 10
 
 
 @pytest.mark.slow
@@ -149,7 +211,11 @@ def test_a_broken_shard_stops_all_workers_with_its_address(tmp_path):
     shard.write_bytes(data)
     outcomes = train_on(2, job(folder, tmp_path / "run"))
     assert outcomes[0] == outcomes[1]
-    assert outcomes[0].step < 10 and shard.name in outcomes[0].stopped
+    step, stopped = outcomes[0].step, outcomes[0].stopped
+    assert 0 < step < 10 and shard.name in stopped and stopped.startswith(f"step {step}: ")
+    # the good steps before it are kept
+    assert stopped.endswith(f"; the {step} steps before it are saved")
+    assert Checkpoints(Store(str(tmp_path / "run"))).newest().step == step
 
 
 def test_a_run_starts_from_other_weights(scenes, undisturbed, tmp_path):

@@ -188,13 +188,30 @@ class Store:
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
         """Name -> bytes of the files whose names begin with `prefix`, in subfolders too, sorted by name."""
-        folder = prefix.rpartition("/")[0]
-        selector = pafs.FileSelector(self.path(folder), allow_not_found=True, recursive=True)
-        infos = self.patiently(prefix, lambda: self.fs.get_file_info(selector))
+        found = self.patiently(prefix, lambda: dict(self._listed(prefix)))
+        return {name: found[name] for name in sorted(found) if f"/{_TEMPORARY}" not in f"/{name}"}
+
+    def _listed(self, prefix: str) -> Iterator[tuple[str, int]]:
+        """Name and bytes of the files under a prefix; nothing else is looked at."""
         cut = len(self.root.rstrip("/")) + 1
-        files = sorted((i.path[cut:], i.size) for i in infos if i.type == pafs.FileType.File)
-        temporary = f"/{_TEMPORARY}"
-        return {name: size for name, size in files if name.startswith(prefix) and temporary not in f"/{name}"}
+        if self.is_s3:
+            bucket, key = self._bucket_key(prefix) if prefix else self._bucket_key("")
+            start = key if prefix or not key else f"{key}/"
+            for page in s3.client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=start):
+                for entry in page.get("Contents", ()):
+                    if not entry["Key"].endswith("/"):  # a mark that some programs put in place of a folder
+                        yield f"{bucket}/{entry['Key']}"[cut:], entry["Size"]
+            return
+        folder, _, first = prefix.rpartition("/")
+        top = Path(self.path(folder))
+        if not top.is_dir():
+            return
+        for entry in top.iterdir():
+            if not entry.name.startswith(first):
+                continue
+            inner = pafs.FileSelector(str(entry), allow_not_found=True, recursive=True)
+            infos = self.fs.get_file_info(inner) if entry.is_dir() else [self.fs.get_file_info(str(entry))]
+            yield from ((info.path[cut:], info.size) for info in infos if info.type == pafs.FileType.File)
 
     def list(self, prefix: str = "") -> list[str]:
         """The names of `sizes`."""

@@ -10,9 +10,10 @@ import concurrent.futures
 import contextlib
 import functools
 import os
+import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from vlmo_ray.config import ClusterConfig, Config, check
@@ -82,7 +83,8 @@ def fit(
         )
         with scratch() as folder:
             start = functools.partial(_start, functools.partial(work, spec, token), cluster, each, name, folder)
-            outcome = _Driver(cluster, each, autoscaling, run, stop, start).train()
+            slices = [phase.global_batch // config.slice_size for phase in config.phases]
+            outcome = _Driver(cluster, each, autoscaling, run, stop, start, slices).train()
     if outcome is None:
         raise UserError(
             f"run {name!r} ended on request while it had no workers; the same command goes on from its newest "
@@ -106,6 +108,9 @@ def schedule_rows(config: Config) -> int:
     return sum(phase.steps * phase.global_batch for phase in config.phases)
 
 
+_SAME_ERROR = 3  # failures with one error, without a new checkpoint in between, after which a run is given up
+
+
 class _Driver:
     """Keeps a run going: as many workers as have room, started again whenever they end before the run does."""
 
@@ -117,12 +122,15 @@ class _Driver:
         run: Store,
         stop: Stop,
         start: Callable[[int], concurrent.futures.Future],
+        slices: Sequence[int],
     ):
         self._cluster, self._each, self._autoscaling = cluster, each, autoscaling
         self._run, self._stop, self._start = run, stop, start
+        self._slices = slices  # of a global batch, in each phase
         self._claims = Claims(each.cpus, cluster.gpus_per_worker)
         self._leaving: set[str] = set()  # ids of nodes with a notice
-        self._failures = 0
+        self._problems: list[str] = []  # of the failures since the checkpoint of step `_failed_at`
+        self._failed_at = -1
 
     def train(self) -> dict | None:
         """What `work` returned when the run ended for good; None if asked to end while it had no workers."""
@@ -152,14 +160,8 @@ class _Driver:
         except (TrainingFailedError, RayActorError) as error:  # the latter: the controller itself was lost
             if found := first_user_error(error):
                 raise found from error
-            self._failures += 1
-            if self._failures > self._cluster.max_failures:
+            if not self._may_fail(_recurring(error)):
                 raise
-            print(
-                f"the workers failed, {self._failures} of {self._cluster.max_failures} times that "
-                "cluster.max_failures allows; starting again",
-                flush=True,
-            )
             return None
         finally:
             if resizing:
@@ -168,6 +170,29 @@ class _Driver:
         if outcome["again"]:
             print(f"the workers ended at {outcome['stopped']}", flush=True)
         return outcome
+
+    def _may_fail(self, problem: str) -> bool:
+        """Counts a failure with the error `problem` ("" for lost workers); whether the run is to be started again.
+
+        A newer checkpoint than at the last failure starts the count anew. An error that came back `_SAME_ERROR` times
+        without one will always come back.
+        """
+        state = Checkpoints(self._run).newest()
+        if state is not None and state.step > self._failed_at:
+            self._failed_at, self._problems = state.step, []
+        self._problems.append(problem)
+        allowed, failures = self._cluster.max_failures, len(self._problems)
+        if problem and self._problems.count(problem) >= _SAME_ERROR:
+            print(f"the workers failed {_SAME_ERROR} times with the same error since the newest checkpoint", flush=True)
+            return False
+        if 0 <= allowed < failures:
+            return False
+        print(
+            f"the workers failed, {failures} of {allowed if allowed >= 0 else 'any number of'} times that "
+            "cluster.max_failures allows without a new checkpoint; starting again",
+            flush=True,
+        )
+        return True
 
     def _wait_for_room(self) -> int | None:
         """How many workers to start now; None if asked to end before `min_workers` have room."""
@@ -213,12 +238,19 @@ class _Driver:
                     print(f"room for {more} more workers: the {size} workers save and start again", flush=True)
         return resizing
 
+    def _speeds_up(self, size: int, larger: int) -> bool:
+        """Whether with `larger` workers the one with the most slices of a batch has fewer: the others wait for it."""
+        return any(-(-slices // larger) < -(-slices // size) for slices in self._slices)
+
     def _more_room(self, size: int) -> int:
-        """How many more than `size` workers have room, at most `max_workers` together."""
+        """How many more than `size` workers have room, at most `max_workers` together; 0 if they save no time."""
         limit = self._cluster.max_workers if self._autoscaling else self._counted_room()
-        self._claims.want(max(0, limit - size))
-        if self._claims.wait(1.0):
-            return self._claims.standing()
+        useful = self._speeds_up(size, limit)
+        self._claims.want(max(0, limit - size) if useful else 0)
+        if useful and self._claims.wait(1.0):
+            more = self._claims.standing()
+            if self._speeds_up(size, size + more):
+                return more
         if not self._autoscaling:
             self._claims.want(0)
         return 0
@@ -273,6 +305,17 @@ def _start(
     # Outside the main thread Ray Train leaves Ctrl-C to us. A daemon, so that a second signal can end the process.
     threading.Thread(target=fit, name="ray-train", daemon=True).start()
     return future
+
+
+def _recurring(error: Exception) -> str:
+    """The first worker's own exception without its numbers, to tell whether it comes back; "" for lost workers."""
+    from ray.exceptions import RayActorError
+
+    for failure in getattr(error, "worker_failures", {}).values():
+        if not isinstance(failure, RayActorError):
+            lines = [line for line in str(failure).splitlines() if line.strip()]
+            return re.sub(r"\d+", "#", f"{type(failure).__name__}: {lines[-1] if lines else ''}")
+    return ""
 
 
 def first_user_error(error: Exception) -> UserError | None:

@@ -110,7 +110,7 @@ def pretrain_1b() -> Config:
         large,
         name="pretrain_1b",
         phases=(Phase(steps=200_000, global_batch=16_384), Phase(steps=100_000, global_batch=32_768)),
-        slice_size=64,
+        slice_size=16,
         micro_batch=128,
         checkpoint_every=250,
         cluster=ClusterConfig(

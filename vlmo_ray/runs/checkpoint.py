@@ -6,7 +6,10 @@ size and checksum, and has a checksum of its own, so a missing or changed file i
 
 from __future__ import annotations
 
+import io
 import json
+import pickle
+import re
 import shutil
 import zlib
 from pathlib import Path
@@ -18,6 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from vlmo_ray.errors import UserError
 from vlmo_ray.runs.state import TrainState
@@ -25,6 +29,61 @@ from vlmo_ray.runs.state import TrainState
 STATE = "train_state.json"
 
 Files = dict[str, tuple[int, int]]  # name -> bytes, CRC-32
+
+
+# All that the metadata of a checkpoint of tensors consists of.
+_TYPES = {
+    "torch.distributed.checkpoint.metadata": (
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    ),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo", "_StoragePrefix"),
+    "torch": ("Size", "float16", "bfloat16", "float32", "float64", "int64", "uint8", "bool", "strided"),
+    "torch.serialization": ("_get_layout",),
+    "pathlib": ("PosixPath",),
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    """Reads the metadata of a checkpoint, which PyTorch stores as a pickle, without running what else a pickle may."""
+
+    def find_class(self, module_name: str, global_name: str) -> Any:
+        if global_name not in _TYPES.get(module_name, ()):
+            raise UserError(f"its metadata names {module_name}.{global_name}, which no checkpoint of tensors has")
+        return super().find_class(module_name, global_name)
+
+
+class _Reader(FileSystemReader):
+    """Reads only tensors, from files beside the metadata."""
+
+    def read_metadata(self, *args: Any, **options: Any) -> Metadata:
+        path = Path(self.path) / ".metadata"
+        try:
+            metadata = _Unpickler(io.BytesIO(path.read_bytes())).load()
+            stored = metadata.storage_data.values()
+            if not all(_is_name(place.relative_path) for place in stored):
+                raise UserError("its metadata names a file outside of the checkpoint")
+            # an entry of bytes would be unpickled; those in checkpoints of older versions are of no use
+            entries = metadata.state_dict_metadata.items()
+            tensors = {name: kind for name, kind in entries if isinstance(kind, TensorStorageMetadata)}
+            metadata.state_dict_metadata = tensors
+        except (UserError, OSError, pickle.UnpicklingError, AttributeError, EOFError, TypeError, ValueError) as error:
+            raise UserError(f"the checkpoint in {path.parent} is not read: {error}") from error
+        if getattr(metadata, "storage_meta", None) is None:
+            metadata.storage_meta = StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+def _is_name(name: Any) -> bool:
+    """Whether a stored name is one of a file in a folder, and leads nowhere else."""
+    return isinstance(name, str) and re.fullmatch(r"[\w.-]+", name) is not None and name.strip(".") != ""
 
 
 class SaveError(UserError):
@@ -129,7 +188,10 @@ def parse_state(text: str | bytes) -> tuple[TrainState, Files]:
     if raw.pop("crc32") != _crc(raw):
         raise ValueError("its checksum does not match")
     files = {name: (size, crc) for name, (size, crc) in raw.pop("files").items()}
-    return TrainState.load_state_dict(raw), files
+    state = TrainState.load_state_dict(raw)
+    if wrong := [name for name in (*files, *(name for _, name in state.attempts)) if not _is_name(name)]:
+        raise ValueError(f"it names {wrong[0]!r}, which is no name of a file")
+    return state, files
 
 
 def read_state(folder: Path) -> TrainState:
@@ -150,23 +212,32 @@ def load(
     _start_moments(optimizer)
     averaged = bool(_averaged(folder))
     content = _everything(task, optimizer, average if averaged else None)
-    state_dict_loader.load(content, checkpoint_id=folder, no_dist=not dist.is_initialized())
+    _fill(content, folder, no_dist=not dist.is_initialized())
     for name, parameter in task.named_parameters():
         if average is not None and not averaged and name in average:
             average[name].copy_(parameter.detach())
     return read_state(folder)
 
 
+def _fill(content: dict[str, Any], folder: Path, no_dist: bool) -> None:
+    """Fills the tensors of `content` in place. Raises UserError, on all workers, if the checkpoint lacks one."""
+    try:
+        state_dict_loader.load(content, storage_reader=_Reader(folder), no_dist=no_dist)
+    except CheckpointException as error:
+        reasons = "; ".join(str(reason) for reason, _ in error.failures.values())
+        raise UserError(f"the checkpoint in {folder} cannot be loaded: {reasons}") from error
+
+
 def load_weights(folder: Path, task: nn.Module) -> None:
     """Fills only the weights, in a single process, for evaluation and export: their average if there is one."""
-    state_dict_loader.load({"model": weights_of(task)}, checkpoint_id=folder, no_dist=True)
+    _fill({"model": weights_of(task)}, folder, no_dist=True)
     if known := _averaged(folder):
         named = ((stored_name(name), parameter.detach()) for name, parameter in task.named_parameters())
         averages = {name: tensor for name, tensor in named if name in known}
-        state_dict_loader.load({"average": averages}, checkpoint_id=folder, no_dist=True)
+        _fill({"average": averages}, folder, no_dist=True)
 
 
 def _averaged(folder: Path) -> set[str]:
     """Stored names of the weights whose average the checkpoint holds."""
-    names = FileSystemReader(folder).read_metadata().state_dict_metadata
+    names = _Reader(folder).read_metadata().state_dict_metadata
     return {name.removeprefix("average.") for name in names if name.startswith("average.")}

@@ -65,7 +65,7 @@ def publish(run: Store, model: VLMo, weights: dict[str, Tensor], config: Config,
     with tempfile.TemporaryDirectory(prefix="vlmo-model-") as folder:
         folders.save_model(model, folder, {name: t for name, t in weights.items() if name not in own})
         for file in sorted(Path(folder).iterdir(), key=lambda file: file.suffix == ".json"):
-            run.write(f"{_MODEL}/{file.name}", file.read_bytes())
+            run.upload(file, f"{_MODEL}/{file.name}")
     if newest := Checkpoints(run).newest():
         run.write(_SOURCE, _address(newest))
 

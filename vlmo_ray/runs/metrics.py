@@ -45,14 +45,18 @@ class Meters:
             self._print(step)
 
     def _print(self, step: int) -> None:
-        mean = {k: sum(f[k] for f in self.recent) / len(self.recent) for k in self.recent[0]}
+        # a step that was skipped has no finite loss
+        counted = [figures for figures in self.recent if math.isfinite(figures["loss"])] or self.recent
+        mean = {k: sum(f[k] for f in counted) / len(counted) for k in counted[0]}
+        skipped = len(self.recent) - len(counted)
         left = mean["step_s"] * (self.total_steps - step)
         terms = "  ".join(f"{name} {mean[name]:.3f}" for name in self.shown)
         masked = sum(f["masked_rows"] for f in self.recent)
         print(
             f"step {step}/{self.total_steps}  loss {mean['loss']:.3f}  {terms}  "
             f"{mean['samples_per_s']:.0f} samples/s  data wait {mean['data_wait']:.0%}  {_clock(left)} left"
-            + (f"  ({masked:.0f} rows masked)" if masked else ""),
+            + (f"  ({masked:.0f} rows masked)" if masked else "")
+            + (f"  ({skipped} steps skipped)" if skipped else ""),
             flush=True,
         )
         self.recent.clear()

@@ -104,3 +104,18 @@ def _fixed_point(features: np.ndarray) -> np.ndarray:
     longest = float(np.sqrt((features**2).sum(axis=1).max()))
     exponent = math.frexp(longest)[1]  # longest < 2^exponent
     return np.rint(np.ldexp(features, 26 - exponent))
+
+
+def auc(positive: np.ndarray, negative: np.ndarray) -> float:
+    """The chance that a positive score `[P]` is above a negative one `[N]`; equal ones count half (Mann-Whitney)."""
+    below = np.searchsorted(np.sort(negative), positive, side="left")
+    not_above = np.searchsorted(np.sort(negative), positive, side="right")
+    return float((below + not_above).sum() / (2 * len(positive) * len(negative)))
+
+
+def auc_error(value: float, num_positive: int, num_negative: int) -> float:
+    """The standard error of `auc` (Hanley and McNeil 1982, "The meaning and use of the area under a ROC curve")."""
+    two_positive, two_negative = value / (2 - value), 2 * value**2 / (1 + value)
+    variance = value * (1 - value)
+    variance += (num_positive - 1) * (two_positive - value**2) + (num_negative - 1) * (two_negative - value**2)
+    return math.sqrt(variance / (num_positive * num_negative))

@@ -21,6 +21,7 @@ class Notice(enum.IntEnum):
     RESIZE = 1  # there is room for more workers: save, end, and be started again
     PREEMPTED = 2  # a node is about to go: save, end, and be started again without it
     STOP = 3  # save and end
+    UNREADABLE = 4  # the next rows cannot be had: save what is done, and end
 
 
 class Agreement:
@@ -44,9 +45,11 @@ class Agreement:
     def reach(self, where: str, told: Notice = Notice.NONE) -> tuple[str, Notice]:
         """(sentence, notice), equal on all workers, which must all call.
 
-        The sentence is "`where`: problem" of the first worker that has one, "" if none has.
+        The sentence is "`where`: problem" of the first worker that has one, "" if none has. Afterwards no worker has a
+        problem: all know of it.
         """
         sentence = f"{where}: {self.problem}" if self.problem else ""
+        self.problem = ""
         if self._world == 1:
             return sentence, told
         both = torch.tensor([bool(sentence), told], dtype=torch.int32, device=self._device)

@@ -25,6 +25,7 @@ from vlmo_ray.runs import checkpoint, evaluations
 from vlmo_ray.runs.audit import Consumed
 from vlmo_ray.runs.checkpoints import Checkpoints
 from vlmo_ray.runs.load import describe, publish
+from vlmo_ray.runs.masked import Masked
 from vlmo_ray.runs.metrics import Meters
 from vlmo_ray.runs.scratch import scratch
 from vlmo_ray.runs.state import TrainState
@@ -81,17 +82,20 @@ def train(
         schedule, start = schedule_of(config), run.done
         batches = stream_of(spec, run.manifest, run.task, start, rank, world)
         stack.callback(batches.close)
-        stream = iter(batches)
+        stream, skipped = iter(batches), 0  # steps in a row without an update
 
         for step in range(start, config.total_steps):
             began = time.monotonic()
             looks = step % config.cluster.notice_every == 0
             told = (looks and agreement.attempt(notice)) or Notice.NONE
-            batch = agreement.attempt(lambda: (run.checkpoints.check(), next(stream))[1])
+            agreement.attempt(run.checkpoints.check)
+            batch = None
+            if not agreement.problem and (batch := agreement.attempt(next, stream)) is None:
+                told = Notice.UNREADABLE
             waited = time.monotonic() - began
             stopped, told = agreement.reach(f"step {step}", told)
             if stopped:
-                return Outcome(step, stopped)
+                return Outcome(step, run.save_before(stopped) if told is Notice.UNREADABLE else stopped)
             if told:
                 stopped = run.save_and_wait()
                 return Outcome(step, stopped or f"step {step}: {_SENTENCES[told]}", told is not Notice.STOP)
@@ -101,9 +105,14 @@ def train(
                 run.parallel, batch, _workers(schedule, step, world, rank), step, config.micro_batch, run.bf16
             )
             figures["grad_norm"] = total_norm(run.task)
-            if stopped := _not_finite(figures, step):
-                return Outcome(step, stopped)
-            run.update(step, float(figures["grad_norm"]))
+            if problem := _not_finite(figures, step):
+                skipped += 1
+                if skipped > config.optim.skip_nonfinite:
+                    return Outcome(step, run.save_before(problem))
+                run.skip(step, problem)
+            else:
+                skipped = 0
+                run.update(step, float(figures["grad_norm"]))
             run.write_down(step, batch, figures, schedule, time.monotonic() - began, waited)
             if config.evaluate_every and run.done % config.evaluate_every == 0:
                 run.evaluate()
@@ -148,6 +157,7 @@ class _Run:
             stack.callback(_flush, self.meters)
         self.attempts: list[tuple[int, str]] = []
         self.consumed: Consumed | None = None
+        self.masked = Masked("", rank)
         self.done = self.saved = 0  # steps
         self.uploading = False
 
@@ -165,6 +175,7 @@ class _Run:
                 self.done = self.saved = state.step
                 self.attempts = state.attempts
         self.attempts.append((self.done, attempt))
+        self.masked = Masked(attempt, self.rank)
         if self.config.audit:
             self.consumed = Consumed(attempt)
         if self.rank == 0:
@@ -198,6 +209,13 @@ class _Run:
             self.average.update()
         self.done = step + 1
 
+    def skip(self, step: int, problem: str) -> None:
+        """A step without an update: the same on all workers, as they see the same figures."""
+        if self.rank == 0:
+            print(f"{problem}; skipped (optim.skip_nonfinite={self.config.optim.skip_nonfinite})", flush=True)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.done = step + 1
+
     def write_down(
         self, step: int, batch: Batch, figures: dict[str, Tensor], schedule: Schedule, took_s: float, waited_s: float
     ) -> None:
@@ -215,8 +233,9 @@ class _Run:
             place = {"step": self.done, "samples": schedule.rows_before(self.done), "lr": lr_at(step, self.config)}
             values = {name: float(value) for name, value in figures.items()}
             self.agreement.attempt(self.meters.add, place | values | speed)
-        for problem in filter(None, batch.problems):
-            print(f"masked a row: {problem}", flush=True)
+        self.masked.add(step, batch.problems)
+        if self.done % self.config.log_every == 0:
+            self.masked.tell()
 
     def evaluate(self) -> None:
         """Scores the weights, or their average where there is one; rank 0 keeps the result in the run."""
@@ -256,7 +275,8 @@ class _Run:
             if self.rank == 0 and self.done < self.config.total_steps:
                 print(f"{error}; the run goes on, and tries again at the next checkpoint", flush=True)
             return str(error)
-        self.checkpoints.upload(folder, state, self.consumed and self.consumed.take())
+        more = self.masked.take() | (self.consumed.take() if self.consumed else {})
+        self.checkpoints.upload(folder, state, more)
         self.saved, self.uploading = self.done, True
         return ""
 
@@ -267,6 +287,12 @@ class _Run:
         self.agreement.attempt(self.checkpoints.wait)
         self.uploading = False
         return self.agreement.stops(f"step {self.done}")
+
+    def save_before(self, sentence: str) -> str:
+        """Saves the steps that are done before the run stops for the reason `sentence`; what became of both."""
+        failed = self.save_and_wait() if self.done else ""
+        done = f"the {self.done} steps before it are " + ("not saved: " + failed if failed else "saved")
+        return f"{sentence}; {done}" if self.done else sentence
 
     def publish(self) -> None:
         """Writes the final weights: their average where there is one."""
@@ -300,5 +326,5 @@ def _not_finite(figures: dict[str, Tensor], step: int) -> str:
         return ""
     return (
         f"step {step}: {' and '.join(bad)} not finite ({values}); the weights are those of the step before. "
-        "Lower optim.peak_lr or look at the rows of this step"
+        "Lower optim.peak_lr, look at the rows of this step, or allow some such steps by optim.skip_nonfinite"
     )

@@ -61,7 +61,10 @@ class Pairs(Encoder):
 
 @dataclass(frozen=True)
 class MaskedPairs(Pairs):
-    """`Pairs` with mlm_ids, mlm_labels int32 `[T]`: text_ids with words masked, and the true ids there."""
+    """`Pairs` with mlm_ids, mlm_labels int32 `[T]`: text_ids with words masked, and the true ids there.
+
+    In an evaluation the masked words are a function of the record's id.
+    """
 
     vocab_size: int
     mlm_probability: float
@@ -73,7 +76,7 @@ class MaskedPairs(Pairs):
         return {**super().columns, "mlm_ids": text, "mlm_labels": labels}
 
     def __call__(self, record: Record, draw: Draw | None) -> Row:
-        assert draw is not None, "words are masked in training only; evaluate with Pairs"
         row, word = self._pair(record, draw)
-        masked = mask_whole_words(row["text_ids"], word, self.vocab_size, self.mlm_probability, draw.generator("mlm"))
+        words = (draw or Draw(0, 0, rng.hash_text(record.id))).generator("mlm")
+        masked = mask_whole_words(row["text_ids"], word, self.vocab_size, self.mlm_probability, words)
         return row | dict(zip(("mlm_ids", "mlm_labels"), masked, strict=True))
