@@ -89,7 +89,7 @@ def train(
             looks = step % config.cluster.notice_every == 0
             told = (looks and agreement.attempt(notice)) or Notice.NONE
             agreement.attempt(run.checkpoints.check)
-            batch = None
+            batch: Batch | None = None
             if not agreement.problem and (batch := agreement.attempt(next, stream)) is None:
                 told = Notice.UNREADABLE
             waited = time.monotonic() - began
