@@ -33,16 +33,17 @@ class _Recipe:
 
     kind: str
     model: ModelConfig
+    data: Schema  # of the data set
     config: Config | None  # of the run that trained the task; None: an evaluation of any model
-    schema: Schema | None
+    schema: Schema | None  # that the run was trained on
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def build(self, model: VLMo) -> tuple[Evaluation, torch.nn.Module]:
         """The evaluation, and the module that holds all its weights."""
         if self.config is None or self.schema is None:
-            return build_evaluation(self.kind, model, **self.options), model
+            return build_evaluation(self.kind, model, self.data, **self.options), model
         task = build_task(model, self.config, self.schema)
-        return task.evaluation(), task
+        return task.evaluation(self.data), task
 
 
 class _Actor:
@@ -87,11 +88,13 @@ def evaluate(
     trained = loaded.config.task.kind if loaded.config else ""
     kind = task or trained or DEFAULT
     own = kind == trained and loaded.schema is not None and not options
-    recipe = _Recipe(kind, loaded.model.config, loaded.config if own else None, loaded.schema if own else None, options)
+    manifest = load_manifest(data)
+    run = (loaded.config, loaded.schema) if own else (None, None)
+    recipe = _Recipe(kind, loaded.model.config, manifest.schema, *run, options)
     evaluation, module = recipe.build(loaded.model)
     if own:
         loaded.fill(module)
-    sources = Sources((load_manifest(data),))
+    sources = Sources((manifest,))
     reader = Reader(sources.places, evaluation.encoder())
     cpus, gpus = (ray.cluster_resources().get(resource, 0) for resource in ("CPU", "GPU"))
     on_gpu = gpus >= 1

@@ -1,4 +1,7 @@
-"""Results of evaluations, which a run keeps in `evaluations/<step>-<hash of the data set's URI>.json`."""
+"""Results of evaluations, which a run keeps in `evaluations/<step>-<hash of the data set's URI>.json`.
+
+Predictions are in a Parquet file of the same name: id, prediction, score and, where it is known, truth.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,12 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from rich.table import Table
 
 from vlmo_ray.data.store import Store
@@ -28,6 +33,7 @@ class Result:
     data: str  # URI of the data set
     num_rows: int  # that were scored
     problems: tuple[str, ...] = ()  # address and reason of rows that were left out
+    predictions: pa.Table | None = field(default=None, compare=False, repr=False)
 
     def __getitem__(self, name: str) -> float:
         return self.scores[name].value
@@ -39,6 +45,7 @@ def scored(evaluation: Evaluation, blocks: Iterable[Columns], data: str) -> Resu
     Raises UserError if no row is valid.
     """
     problems: list[str] = []
+    predicted: list[pa.Table] = []
     num_valid = 0
 
     def valid_rows() -> Iterator[Columns]:
@@ -48,19 +55,27 @@ def scored(evaluation: Evaluation, blocks: Iterable[Columns], data: str) -> Resu
             problems.extend(block["problem"][~valid])
             num_valid += int(valid.sum())
             if valid.any():
-                yield {name: column[valid] for name, column in block.items() if name != "problem"}
+                rows = {name: column[valid] for name, column in block.items() if name != "problem"}
+                if found := evaluation.predictions(rows):
+                    predicted.append(pa.table(found))
+                yield rows
         if not num_valid:
             why = f"no row of {data} can be read; the first: {problems[0]}" if problems else f"{data} has no rows"
             raise UserError(why)
 
-    return Result(evaluation.score(valid_rows()), data, num_valid, tuple(problems))
+    scores = evaluation.score(valid_rows())
+    return Result(scores, data, num_valid, tuple(problems), pa.concat_tables(predicted) if predicted else None)
 
 
 def keep(run: Store, step: int, result: Result) -> None:
     """Writes a result into the run. It replaces an earlier one of the same data set and step."""
-    name = hashlib.sha256(result.data.encode()).hexdigest()[:8]
-    content = {"step": step} | dataclasses.asdict(result)
-    run.write(f"{_FOLDER}/{step:08d}-{name}.json", json.dumps(content, indent=1, default=np.generic.item).encode())
+    name = f"{_FOLDER}/{step:08d}-{hashlib.sha256(result.data.encode()).hexdigest()[:8]}"
+    if result.predictions is not None:
+        with run.create(f"{name}.parquet") as file:
+            pq.write_table(result.predictions, file, compression="zstd")
+    content = {"step": step} | dataclasses.asdict(dataclasses.replace(result, predictions=None))
+    del content["predictions"]
+    run.write(f"{name}.json", json.dumps(content, indent=1, default=np.generic.item).encode())
 
 
 def keep_in_run(path: str, result: Result) -> None:
@@ -76,6 +91,8 @@ def read_evaluations(run: Store) -> list[tuple[int, Result]]:
     """(step, result) of every evaluation that the run keeps, in the order of steps."""
     found = []
     for name in run.list(f"{_FOLDER}/"):
+        if not name.endswith(".json"):
+            continue
         content = json.loads(run.read(name))
         scores = {key: Score(**score) for key, score in content["scores"].items()}
         result = Result(scores, content["data"], content["num_rows"], tuple(content["problems"]))

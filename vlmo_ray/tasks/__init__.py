@@ -28,8 +28,11 @@ def build_task(model: VLMo, config: Config, schema: Schema) -> Task:
     return found(model, config, schema)
 
 
-def build_evaluation(kind: str, model: VLMo, **options: Any) -> Evaluation:
-    """The evaluation called `kind` of any model that has the heads for it. Raises UserError for other names."""
+def build_evaluation(kind: str, model: VLMo, schema: Schema, **options: Any) -> Evaluation:
+    """The evaluation called `kind`, on data of this schema, of any model that has the heads for it.
+
+    Raises UserError for other names.
+    """
     if kind not in kinds():
         raise UserError(f"there is no task {kind!r}; known: {', '.join(kinds())}")
     found = _defined(kind, ZeroShot)
@@ -37,7 +40,7 @@ def build_evaluation(kind: str, model: VLMo, **options: Any) -> Evaluation:
         raise UserError(
             f"{kind} needs weights that were trained for it: evaluate a run of a {kind} recipe with --task {kind}"
         )
-    return found(model, **options)
+    return found(model, schema, **options)
 
 
 T = TypeVar("T")

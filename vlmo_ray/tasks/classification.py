@@ -66,7 +66,7 @@ class Classification(Task):
     def flops_per_row(self) -> float:
         return 3.0 * pass_flops(self.model.config, 0, image=True)
 
-    def evaluation(self) -> TopK:
+    def evaluation(self, schema: Schema) -> TopK:
         return TopK(self)
 
 

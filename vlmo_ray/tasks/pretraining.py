@@ -99,8 +99,8 @@ class Pretraining(GlobalTask):
             config.image_size, config.max_text_len, self.data, config.vocab_size, self.settings.mlm_probability
         )
 
-    def evaluation(self) -> Retrieval:
-        return Retrieval(self.model)
+    def evaluation(self, schema: Schema) -> Retrieval:
+        return Retrieval(self.model, schema)
 
     def flops_per_row(self) -> float:
         return step_flops(self.model.config, self.model.config.max_text_len)

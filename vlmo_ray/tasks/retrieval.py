@@ -11,6 +11,7 @@ from vlmo_ray import rng
 from vlmo_ray.config import DataConfig
 from vlmo_ray.data.batch import Batch
 from vlmo_ray.data.encoders.pairs import Pairs
+from vlmo_ray.data.schema import PAIRS, Schema
 from vlmo_ray.errors import UserError
 from vlmo_ray.model.vlmo import VLMo
 from vlmo_ray.tasks.metrics import chance_recall, recall_at_k
@@ -24,7 +25,7 @@ class Retrieval(ZeroShot):
     images (`image_id`); their queries are then also scored alone, as `subset_...`, over the same candidates.
     """
 
-    def __init__(self, model: VLMo, subset: Collection[str] = ()):
+    def __init__(self, model: VLMo, schema: Schema = PAIRS, subset: Collection[str] = ()):
         if model.itc is None:
             raise UserError("this model has no contrastive head ('itc'), which retrieval needs; load a pre-trained one")
         self.model, self.head = model, model.itc

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmo_ray import rng
-from vlmo_ray.config import Config
+from vlmo_ray.config import HEADS, Config, ModelConfig
 from vlmo_ray.data.batch import Batch
 from vlmo_ray.data.encoders import Encoder
 from vlmo_ray.data.schema import Schema
@@ -83,7 +83,10 @@ class Score:
 
 
 class Evaluation:
-    """Rows of a data set -> scores. The result depends neither on workers nor on how rows are cut into batches."""
+    """Rows of a data set -> scores. The result depends neither on workers nor on how rows are cut into batches.
+
+    An evaluation is made for one schema, that of the data set.
+    """
 
     def encoder(self) -> Encoder:
         """Called with `draw` None."""
@@ -97,11 +100,15 @@ class Evaluation:
         """The metrics. `blocks` holds the valid rows only, in the order of the data set, chunk by chunk."""
         raise NotImplementedError
 
+    def predictions(self, block: Columns) -> Columns:
+        """What was predicted for each valid row: id, prediction, score and, where it is known, truth; {} if nothing."""
+        return {}
+
 
 class ZeroShot(Evaluation):
     """An evaluation of any model that has the heads for it, whatever it was trained for."""
 
-    def __init__(self, model: VLMo, **options: Any):
+    def __init__(self, model: VLMo, schema: Schema, **options: Any):
         raise NotImplementedError
 
 
@@ -157,8 +164,8 @@ class Task(nn.Module):
         """Floating point operations of forward and backward, the backward counted as twice the forward."""
         raise NotImplementedError
 
-    def evaluation(self) -> Evaluation:
-        """How this task is measured."""
+    def evaluation(self, schema: Schema) -> Evaluation:
+        """How this task is measured on data of this schema."""
         raise NotImplementedError
 
     def noise(self, name: str, position: Tensor, step: int) -> rng.Noise | None:
@@ -227,6 +234,30 @@ def layer_rate(name: str, depth: int, decay: float) -> float:
         return 1.0
     _, inside, rest = name.partition("model.layers.")
     return decay ** (depth - int(rest.split(".")[0]) if inside else depth + 1)
+
+
+def in_pair_pass(name: str, config: ModelConfig) -> bool:
+    """Whether a fused pair passes through the parameter `name`: not the heads but the pooler, and in the top layers
+    only the vision-language experts."""
+    if not name.startswith("model.") or name.removeprefix("model.").split(".")[0] in HEADS:
+        return False
+    _, inside, rest = name.partition("model.layers.")
+    layer, *parts = rest.split(".")
+    return not (inside and int(layer) >= config.vl_start and parts[0] == "experts" and parts[1] != "vl")
+
+
+def pooled(
+    model: VLMo, batch: Batch, noise: rng.Noise | None = None, image: Tensor | None = None, image_slot: int = 1
+) -> Tensor:
+    """The pooled [T_CLS] [B,D] of the pairs of a batch; `image` uint8 `[B,3,H,W]` replaces the column of that name."""
+    shown = pixels(model, batch.image if image is None else image)
+    pair = model.encode(image=shown, text=batch.text_ids, text_mask=batch.text_mask, noise=noise, image_slot=image_slot)
+    return given(model.pooler)(given(pair.text)[:, 0])
+
+
+def share(values: np.ndarray, chance: float | None = None) -> Score:
+    """The mean of bools, or of numbers from 0 to 1."""
+    return Score(float(values.mean(dtype=np.float64)), chance, len(values))
 
 
 def joined(blocks: Iterable[Columns]) -> Columns:

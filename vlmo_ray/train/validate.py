@@ -17,7 +17,7 @@ from vlmo_ray.data.manifest import load_manifest
 from vlmo_ray.data.order import deal
 from vlmo_ray.data.reader import Reader, Sources, whole_chunk
 from vlmo_ray.runs.evaluations import Result, scored
-from vlmo_ray.tasks.task import Columns
+from vlmo_ray.tasks.task import Columns, Evaluation
 from vlmo_ray.train.agree import Agreement
 from vlmo_ray.train.parallel import Parallel
 
@@ -39,17 +39,17 @@ def validate(
     Every worker must call. `tasks` chunks are read at once, by threads of this process. A worker's problem is kept by
     `agreement`, and is agreed on before the next step.
     """
-    evaluation = parallel.task.evaluation()
 
-    def open_data() -> tuple[Sources, Reader]:
-        sources = Sources((load_manifest(data, retry_timeout_s),))
-        return sources, Reader(sources.places, evaluation.encoder(), retry_timeout_s=retry_timeout_s)
+    def open_data() -> tuple[Sources, Evaluation, Reader]:
+        manifest = load_manifest(data, retry_timeout_s)
+        sources, evaluation = Sources((manifest,)), parallel.task.evaluation(manifest.schema)
+        return sources, evaluation, Reader(sources.places, evaluation.encoder(), retry_timeout_s=retry_timeout_s)
 
     opened = agreement.attempt(open_data)
     if agreement.stops("evaluation"):
         return None
     assert opened is not None
-    sources, reader = opened
+    sources, evaluation, reader = opened
     first, last = deal(sources.num_chunks, world, rank)
     chunks = list(range(first, last))
     if parallel.sharded:
