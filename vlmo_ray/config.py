@@ -87,7 +87,7 @@ MODEL_SIZES: dict[str, ModelConfig] = {
     "large": ModelConfig(width=1024, depth=24, num_heads=16, vl_start=21),
     "tiny": ModelConfig(
         width=96, depth=4, num_heads=4, vl_start=3, image_size=32, patch_size=8, max_text_len=24,
-        bias_text_len=24, layer_scale=None, drop_path=0.0, init_std=0.06,
+        bias_text_len=24, layer_scale=None, drop_path=0.0, init_std=96**-0.5,
     ),
 }  # fmt: skip
 

@@ -13,7 +13,7 @@ from conftest import small_scenes, write_unchecked
 from small_run import SMALL, begin_at, job, train_on
 
 import vlmo_ray
-from vlmo_ray.config import OptimConfig
+from vlmo_ray.config import HEADS, OptimConfig, Phase
 from vlmo_ray.data.prepare.shards import write_dataset
 from vlmo_ray.data.store import Store
 from vlmo_ray.errors import UserError
@@ -230,3 +230,11 @@ def test_a_start_that_cannot_be_stops_all_workers(scenes, tmp_path):
     outcomes = train_on(2, job(scenes, tmp_path, init="/no/such/weights.pt"))
     assert outcomes[0] == outcomes[1]
     assert outcomes[0].stopped.startswith("the start: ") and "/no/such/weights.pt" in outcomes[0].stopped
+
+
+@pytest.mark.slow
+def test_heads_of_other_tasks_are_left_alone(scenes, tmp_path):
+    """DDP would wait for their gradients in the second step."""
+    model = dataclasses.replace(SMALL.model, heads=HEADS, num_answers=5)
+    config = dataclasses.replace(SMALL, model=model, phases=(Phase(3, 8),))
+    assert [outcome.step for outcome in train_on(2, job(scenes, tmp_path, config))] == [3, 3]

@@ -2,14 +2,18 @@
 
 import itertools
 import json
+import threading
+import time
 
 import pytest
 import torch
 
 from vlmo_ray.config import MODEL_SIZES
 from vlmo_ray.data.store import open_store
+from vlmo_ray.errors import UserError
 from vlmo_ray.model.vlmo import VLMo
 from vlmo_ray.recipes import recipe
+from vlmo_ray.runs import metrics as metrics_module
 from vlmo_ray.runs.metrics import Meters, read_metrics
 from vlmo_ray.tasks.pretraining import Pretraining
 from vlmo_ray.train.optim import build_optimizer, decays, lr_at
@@ -47,12 +51,13 @@ def test_meters_write_segments_and_a_repeated_step_counts_once(tmp_path, capsys)
     for step in (1, 2, 3):
         first.add(FIGURES | {"step": step, "masked_rows": 0.0})
         if step == 2:
-            first.close_segment()
-    first.flush()
+            for name, content in first.close_segment()().items():
+                store.write(name, content)
+    first.close()
     second = Meters(store, 6, 2, ("itc", "itm", "mlm"))
     for step in (3, 4, 5, 6):
         second.add(FIGURES | {"step": step, "loss": 2.0, "masked_rows": 1.0})
-    second.flush()
+    second.close()
     metrics, repeated = read_metrics(store)
     assert [(m["step"], m["loss"]) for m in metrics] == [(1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0), (5, 2.0), (6, 2.0)]
     assert repeated == [3]
@@ -60,3 +65,44 @@ def test_meters_write_segments_and_a_repeated_step_counts_once(tmp_path, capsys)
     assert [line.split()[1] for line in printed] == ["2/6", "4/6", "6/6"]
     assert "0:02 left" in printed[1] and "(2 rows masked)" in printed[1] and "masked" not in printed[0]
     assert all(json.loads(line) for name in store.list("metrics/") for line in store.read(name).splitlines())
+
+
+class Blocked(threading.Event):
+    """A store that answers only once it is set; `written` are the writes by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.written: list[str] = []
+
+    def write(self, name: str, content: bytes) -> None:
+        assert self.wait(30)
+        self.written.append(name)
+
+
+def test_slow_storage_holds_up_no_step(monkeypatch):
+    monkeypatch.setattr(metrics_module, "_FLUSH_S", 0.0)
+    monkeypatch.setattr(metrics_module, "_SEGMENT_STEPS", 4)
+    store = Blocked()
+    meters = Meters(store, 10, 100)
+    for step in range(1, 11):  # would wait for ever
+        meters.add(FIGURES | {"step": step, "masked_rows": 0.0})
+    settled = meters.close_segment()
+    threading.Timer(0.2, store.set).start()
+    assert settled()  # waits for the write under way, lest it overwrite a closed segment
+    assert store.is_set()
+    meters.close()
+    assert len({name for name in store.written if name.startswith("metrics/")}) == 2  # 4 and 4 steps; 2 are `settled`
+
+
+def test_a_failed_write_is_told(monkeypatch):
+    monkeypatch.setattr(metrics_module, "_FLUSH_S", 0.0)
+
+    class Away:
+        def write(self, name: str, content: bytes) -> None:
+            raise UserError("s3://bucket/run: it is away")
+
+    meters = Meters(Away(), 10, 100)
+    with pytest.raises(UserError, match="it is away"):
+        for step in range(1, 100):
+            meters.add(FIGURES | {"step": step, "masked_rows": 0.0})
+            time.sleep(0.01)

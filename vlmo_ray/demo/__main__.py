@@ -2,8 +2,8 @@
 
 A SeaweedFS server on this machine holds the bucket. The demo writes scenes of coloured shapes into it as shards,
 pre-trains a small VLMo with all three objectives by `vlmo train` on two elastic CPU workers, kills one of them on the
-way, and measures zero-shot retrieval on unseen scenes. `demo-out/` keeps the scores as JSON, the curves as a picture,
-the log and the bucket.
+way, and measures zero-shot retrieval and matching on unseen scenes. `demo-out/` keeps the scores as JSON, the curves as
+a picture, the log and the bucket.
 """
 
 from __future__ import annotations
@@ -38,8 +38,10 @@ from vlmo_ray.session import ray_session
 
 OUT = Path("demo-out")
 TRAIN, EVAL, RUNS = "s3://demo/scenes-train", "s3://demo/scenes-eval", "s3://demo/runs"
-NUM_SCENES, NUM_UNSEEN = 20_000, 200
+PAIRS = "s3://demo/scenes-pairs"  # more unseen ones, so that matching has a small standard error
+NUM_SCENES, NUM_UNSEEN, NUM_PAIRS = 20_000, 200, 500
 LEAST_R1 = 0.05  # ten times chance
+LEAST_AUC = 0.85  # of matching against random negatives
 SEED = 1
 
 _WORKER = re.compile(r"worker (\d+) of (\d+): process (\d+)")
@@ -78,8 +80,9 @@ def _write_data(console: Console) -> None:
     console.rule(f"{NUM_SCENES:,} scenes for training, {NUM_UNSEEN} unseen ones for evaluation")
     scenes = records(SEED, NUM_SCENES, "train", image_size=size)
     write_dataset(TRAIN, track(scenes, "drawing and uploading", NUM_SCENES, console=console), source="scenes")
-    unseen = declared(retrieval_records(SEED, NUM_UNSEEN, image_size=size))
-    write_dataset(EVAL, unseen, source="scenes")
+    for uri, count in ((EVAL, NUM_UNSEEN), (PAIRS, NUM_PAIRS)):
+        unseen = declared(retrieval_records(SEED, count, image_size=size))
+        write_dataset(uri, unseen, source="scenes")
 
 
 def _pretrain(console: Console) -> Story:
@@ -129,11 +132,13 @@ def _report(console: Console, story: Story, began: float) -> int:
     held_out = [record["image_id"] for record in unseen if record["held_out"]]
     with ray_session():
         result = evaluate(f"{RUNS}/demo", EVAL, "retrieval", subset=held_out)
+        matching = evaluate(f"{RUNS}/demo", PAIRS, "matching")
     metrics, repeated = read_metrics(open_store(f"{RUNS}/demo"))
     last, planned = int(metrics[-1]["step"]), recipe("demo").total_steps
     _draw(metrics, repeated, OUT / "losses.png")
 
     console.print(table(result, "retrieval among unseen scenes"))
+    console.print(table(matching, "matching on unseen scenes"))
     run = Table("the run", "")
     run.add_row("killed worker, process id", str(story.killed_pid))
     run.add_row("resumed at step", str(story.resumed_step))
@@ -146,6 +151,7 @@ def _report(console: Console, story: Story, began: float) -> int:
     console.print(run)
     summary = {
         "scores": {name: dataclasses.asdict(score) for name, score in result.scores.items()},
+        "matching": {name: dataclasses.asdict(score) for name, score in matching.scores.items()},
         "killed_pid": story.killed_pid,
         "repeated_steps": repeated,
         "last_step": last,
@@ -166,6 +172,10 @@ def _report(console: Console, story: Story, began: float) -> int:
         for name in ("text_retrieval_r@1", "image_retrieval_r@1")
         if result[name] < LEAST_R1
     ]
+    if matching["auc_random"] < LEAST_AUC:
+        failures.append(f"matching has an AUC of {matching['auc_random']:.2f} on random negatives, not {LEAST_AUC}")
+    if (mined := matching["auc_mined"]) <= 0.5 + 2 * matching["auc_mined_standard_error"]:
+        failures.append(f"matching has an AUC of {mined:.2f} on mined negatives, which may be chance")
     for failure in failures:
         console.print(f"[bold red]The demo failed:[/] {failure}")
     return 1 if failures else 0

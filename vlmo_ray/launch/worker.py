@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import threading
+import time
 
 import torch
 
 from vlmo_ray.data.store import Store
+from vlmo_ray.errors import UserError
 from vlmo_ray.launch.group import process_group
 from vlmo_ray.launch.stop import STOP
 from vlmo_ray.runs import lease
@@ -15,7 +18,35 @@ from vlmo_ray.train.agree import Notice
 from vlmo_ray.train.build import RunSpec
 from vlmo_ray.train.loop import train
 
+_LOOK_S = 1.0  # between two looks at the marks
 RESIZE = "resize"  # an object in the run's store: its workers save and end, and the driver starts more of them
+
+
+class Marks:
+    """What the driver asks of the workers through the run's store. A thread looks, so slow storage delays no step."""
+
+    def __init__(self, run: Store, token: str):
+        self._run, self._token = run, token
+        self._told, self._problem = Notice.NONE, ""
+        threading.Thread(target=self._look, name="marks", daemon=True).start()
+
+    def check(self) -> Notice:
+        """What is asked. Raises UserError if the run is another driver's by now, or its storage stays away."""
+        if self._problem:
+            raise UserError(self._problem)
+        return self._told
+
+    def _look(self) -> None:
+        try:
+            while self._told is not Notice.STOP:
+                lease.check(self._run, self._token)
+                if self._run.exists(STOP):
+                    self._told = Notice.STOP
+                elif self._run.exists(RESIZE):
+                    self._told = Notice.RESIZE
+                time.sleep(_LOOK_S)
+        except UserError as error:
+            self._problem = str(error)
 
 
 def work(spec: RunSpec, token: str) -> dict:
@@ -34,20 +65,15 @@ def work(spec: RunSpec, token: str) -> dict:
     else:
         torch.cuda.set_device(device)
     print(f"worker {rank} of {world}: process {os.getpid()} on {os.uname().nodename}, {device}", flush=True)
-    run = Store(spec.run, spec.config.data.retry_timeout_s)
+    marks = Marks(Store(spec.run, spec.config.data.retry_timeout_s), token) if rank == 0 else None
     leaving: set[str] = set()
 
     def notice() -> Notice:
         # a barrier: every worker calls, and all get the same
         if (info := ray.train.get_preemption_info()) is not None:
             leaving.update(info.preempted_node_ids)
-        if rank == 0:
-            lease.check(run, token)
-            if run.exists(STOP):
-                return Notice.STOP
-        if leaving:
-            return Notice.PREEMPTED
-        return Notice.RESIZE if rank == 0 and run.exists(RESIZE) else Notice.NONE
+        marked = marks.check() if marks else Notice.NONE
+        return max(marked, Notice.PREEMPTED if leaving else Notice.NONE)
 
     with process_group(rank, world, device):
         outcome = train(spec, rank=rank, world=world, device=device, notice=notice)

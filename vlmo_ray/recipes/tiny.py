@@ -21,7 +21,7 @@ def tiny() -> Config:
     """A few steps of a tiny model that run every component: `vlmo train tiny --data FOLDER`."""
     return Config(
         name="tiny",
-        model=from_scratch(MODEL_SIZES["tiny"]),
+        model=MODEL_SIZES["tiny"],
         phases=(Phase(steps=60, global_batch=32),),
         slice_size=8,
         micro_batch=16,
@@ -43,7 +43,7 @@ def demo() -> Config:
         slice_size=24,
         micro_batch=48,
         data=DataConfig(shuffle_steps=16),
-        optim=OptimConfig(peak_lr=1e-3, warmup_steps=30),
+        optim=OptimConfig(peak_lr=2e-3, warmup_steps=30),
         checkpoint_every=50,
         log_every=10,
     )
@@ -54,7 +54,7 @@ def pretrain_1b_tiny() -> Config:
     return replace(
         pretrain_1b(),
         name="pretrain_1b_tiny",
-        model=from_scratch(MODEL_SIZES["tiny"]),
+        model=MODEL_SIZES["tiny"],
         phases=(Phase(steps=24, global_batch=16), Phase(steps=12, global_batch=32)),
         slice_size=8,
         micro_batch=8,

@@ -10,7 +10,7 @@ reading. A damaged checkpoint is reported and set aside, and the one before it i
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,14 +41,14 @@ class Checkpoints:
     _pending: list[Future] = field(default_factory=list, repr=False)
     _begun: bool = False
 
-    def upload(self, folder: Path, state: TrainState, more: dict[str, bytes] | None = None) -> None:
-        """Uploads `more` files of the run, then this worker's files of the checkpoint; removes `folder`.
+    def upload(self, folder: Path, state: TrainState, more: Callable[[], dict[str, bytes]] = dict) -> None:
+        """Uploads the files of the run that `more` gives, then this worker's files of the checkpoint; removes `folder`.
 
         Returns at once, or when the previous upload has ended: at most one runs at a time. Errors of an upload are
         raised by `check` and `wait`, never here, where only one worker would learn of them.
         """
         wait(self._pending)
-        self._pending.append(self._pool.submit(self._upload, folder, state, more or {}))
+        self._pending.append(self._pool.submit(self._upload, folder, state, more))
 
     def wait(self) -> None:
         """Waits for the current upload; raises the errors of that and of earlier ones."""
@@ -66,9 +66,9 @@ class Checkpoints:
         """Ends the upload thread after the current upload."""
         self._pool.shutdown()
 
-    def _upload(self, folder: Path, state: TrainState, more: dict[str, bytes]) -> None:
+    def _upload(self, folder: Path, state: TrainState, more: Callable[[], dict[str, bytes]]) -> None:
         try:
-            for name, content in more.items():
+            for name, content in more().items():
                 self.run.write(name, content)
             for file in sorted(folder.iterdir(), key=lambda file: file.name == STATE):
                 inner = "" if file.name == STATE else f"{state.attempt}/"

@@ -1,8 +1,8 @@
 """Metrics of a run: one JSON line per step, TensorBoard events, and lines on the console.
 
 Object storage cannot append, so the log consists of segments, `metrics/<start in ns>.jsonl`. One process writes each of
-them as a whole and closes it at its checkpoints; `read_metrics` joins them. A step that was repeated after a failure is
-in two segments, and the later one counts.
+them as a whole, in a thread, and closes it at its checkpoints or when it is long; `read_metrics` joins them. A step
+that was repeated after a failure is in two segments, and the later one counts.
 """
 
 from __future__ import annotations
@@ -11,21 +11,28 @@ import io
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 from vlmo_ray.data.store import Store
 
 _FLUSH_S = 5.0  # seconds between rewrites of an open segment
+_SEGMENT_STEPS = 500  # of a segment, some 300 kB
 
 
 class Meters:
-    """Collects the metrics of each step on rank 0. `store` is that of the run."""
+    """Collects the metrics of each step on rank 0. `store` is that of the run.
+
+    Writes happen in one thread, so slow storage holds up no step. Their errors are raised by the next call.
+    """
 
     def __init__(self, store: Store, total_steps: int, log_every: int, shown: Sequence[str] = ()):
         self.store, self.total_steps, self.log_every = store, total_steps, log_every
         self.shown = shown  # metrics on the console line, beside the loss
         self.recent: list[dict[str, float]] = []
+        self._writer = ThreadPoolExecutor(1, "metrics")
+        self._writing: Future[None] | None = None
         self._open()
 
     def _open(self) -> None:
@@ -38,11 +45,14 @@ class Meters:
         step = int(figures["step"])
         self.figures.append((time.time(), figures))
         self.recent.append(figures)
-        printed = step % self.log_every == 0 or step == self.total_steps
-        if printed or time.monotonic() - self.flushed > _FLUSH_S:
-            self.flush()  # before printing, so every printed step is in the log
-        if printed:
+        if step % self.log_every == 0 or step == self.total_steps:
             self._print(step)
+        self._raise()
+        if len(self.figures) >= _SEGMENT_STEPS:
+            self._writing = self._writer.submit(self._write, self.close_segment())
+        elif self._writing is None and time.monotonic() - self.flushed > _FLUSH_S:
+            self._writing = self._writer.submit(self._write, self._segment())
+            self.flushed = time.monotonic()
 
     def _print(self, step: int) -> None:
         # a step that was skipped has no finite loss
@@ -61,18 +71,47 @@ class Meters:
         )
         self.recent.clear()
 
-    def flush(self) -> None:
-        """Writes the open segment and its events to the run."""
-        if self.figures:
-            lines = [json.dumps(figures) for _, figures in self.figures]
-            self.store.write(f"metrics/{self.start}.jsonl", ("\n".join(lines) + "\n").encode())
-            self.store.write(f"tensorboard/events.out.tfevents.{self.start}", _events(self.figures))
-        self.flushed = time.monotonic()
+    def _raise(self) -> None:
+        """Raises the error of a write that has ended."""
+        if self._writing is not None and self._writing.done():
+            ended, self._writing = self._writing, None
+            ended.result()
 
-    def close_segment(self) -> None:
-        """Called at a checkpoint: closes the open segment, which is not written again."""
-        self.flush()
+    def _segment(self) -> Callable[[], dict[str, bytes]]:
+        """Makes the files of the open segment as it is now: name -> content."""
+        start, figures = self.start, list(self.figures)
+        return lambda: _files(start, figures)
+
+    def _write(self, files: Callable[[], dict[str, bytes]]) -> None:
+        for name, content in files().items():
+            self.store.write(name, content)
+
+    def close_segment(self) -> Callable[[], dict[str, bytes]]:
+        """Closes the open segment; the caller has to write the files that the result gives when it is called.
+
+        That call waits for a write of the same segment that is under way, which would overwrite the files.
+        """
+        files, writing = self._segment(), self._writing
         self._open()
+
+        def settled() -> dict[str, bytes]:
+            if writing is not None:
+                wait([writing])
+            return files()
+
+        return settled
+
+    def close(self) -> None:
+        """Writes what is left, and ends the thread."""
+        self._writer.submit(self._write, self.close_segment()).result()
+        self._writer.shutdown()
+
+
+def _files(start: int, figures: list[tuple[float, dict[str, float]]]) -> dict[str, bytes]:
+    if not figures:
+        return {}
+    lines = "".join(json.dumps(values) + "\n" for _, values in figures)
+    return {f"metrics/{start}.jsonl": lines.encode(), f"tensorboard/events.out.tfevents.{start}": _events(figures)}
 
 
 def _events(figures: list[tuple[float, dict[str, float]]]) -> bytes:

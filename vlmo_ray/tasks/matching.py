@@ -12,6 +12,7 @@ from torch import Tensor
 from vlmo_ray.config import DataConfig
 from vlmo_ray.data.batch import Batch
 from vlmo_ray.data.encoders.pairs import MaskedPairs
+from vlmo_ray.data.schema import PAIRS, Schema
 from vlmo_ray.errors import UserError
 from vlmo_ray.model.vlmo import VLMo
 from vlmo_ray.objectives.matching import hard_negatives
@@ -40,13 +41,13 @@ class Matching(ZeroShot):
     image of another pair.
     """
 
-    def __init__(self, model: VLMo, top: int = 10):
+    def __init__(self, model: VLMo, schema: Schema = PAIRS, top: int = 10):
         if missing := [head for head in ("itc", "itm", "mlm") if head not in model.config.heads]:
             raise UserError(
                 f"this model has no head {missing[0]!r}, which the task matching needs; load a pre-trained one"
             )
         self.model, self.top = model, top
-        self._features = Retrieval(model)
+        self._features = Retrieval(model, schema)
 
     def encoder(self) -> MaskedPairs:
         config = self.model.config

@@ -99,6 +99,10 @@ class Pretraining(GlobalTask):
             config.image_size, config.max_text_len, self.data, config.vocab_size, self.settings.mlm_probability
         )
 
+    def trainable(self, name: str) -> bool:
+        """Not the heads of other tasks, which no term reaches."""
+        return not name.startswith(("model.vqa.", "model.nlvr2."))
+
     def evaluation(self, schema: Schema) -> Retrieval:
         return Retrieval(self.model, schema)
 

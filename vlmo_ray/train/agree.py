@@ -45,11 +45,9 @@ class Agreement:
     def reach(self, where: str, told: Notice = Notice.NONE) -> tuple[str, Notice]:
         """(sentence, notice), equal on all workers, which must all call.
 
-        The sentence is "`where`: problem" of the first worker that has one, "" if none has. Afterwards no worker has a
-        problem: all know of it.
+        The sentence is "`where`: problem" of the first worker that has one, "" if none has.
         """
         sentence = f"{where}: {self.problem}" if self.problem else ""
-        self.problem = ""
         if self._world == 1:
             return sentence, told
         both = torch.tensor([bool(sentence), told], dtype=torch.int32, device=self._device)

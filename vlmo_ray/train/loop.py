@@ -263,8 +263,6 @@ class _Run:
 
         The run goes on without a checkpoint that could not be written, and tries again at the next one.
         """
-        if self.meters is not None:
-            self.agreement.attempt(self.meters.close_segment)
         folder = self.local / f"checkpoint-{uuid.uuid4().hex}"
         state = TrainState.of(self.done, self.config, self.manifest.fingerprint, self.attempts)
         try:
@@ -275,8 +273,9 @@ class _Run:
             if self.rank == 0 and self.done < self.config.total_steps:
                 print(f"{error}; the run goes on, and tries again at the next checkpoint", flush=True)
             return str(error)
-        more = self.masked.take() | (self.consumed.take() if self.consumed else {})
-        self.checkpoints.upload(folder, state, more)
+        rows = self.masked.take() | (self.consumed.take() if self.consumed else {})
+        segment = self.meters.close_segment() if self.meters else dict
+        self.checkpoints.upload(folder, state, lambda: segment() | rows)
         self.saved, self.uploading = self.done, True
         return ""
 
@@ -290,6 +289,7 @@ class _Run:
 
     def save_before(self, sentence: str) -> str:
         """Saves the steps that are done before the run stops for the reason `sentence`; what became of both."""
+        self.agreement.problem = ""  # all know of it
         failed = self.save_and_wait() if self.done else ""
         done = f"the {self.done} steps before it are " + ("not saved: " + failed if failed else "saved")
         return f"{sentence}; {done}" if self.done else sentence
@@ -309,7 +309,7 @@ class _Run:
 def _flush(meters: Meters) -> None:
     """At the end, where how the run ended is already agreed on."""
     flushing = Agreement()
-    flushing.attempt(meters.flush)
+    flushing.attempt(meters.close)
     if flushing.problem:
         print(f"the last figures are not in the log: {flushing.problem}", flush=True)
 
