@@ -79,7 +79,7 @@ def prepare(
         name, equals, value = text.partition("=")
         if not equals:
             raise UserError(f"--option {text!r} has no '='; write --option name=value, for example split=val")
-        options[name] = {"true": True, "false": False}.get(value, int(value) if value.isdigit() else value)
+        options[name] = value
     counts = run(
         format,
         source,

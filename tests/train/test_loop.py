@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import small_scenes, write_unchecked
 from small_run import SMALL, begin_at, job, train_on
+from worker_processes import in_processes
 
 import vlmo_ray
 from vlmo_ray.config import HEADS, OptimConfig, Phase
@@ -238,3 +239,31 @@ def test_heads_of_other_tasks_are_left_alone(scenes, tmp_path):
     model = dataclasses.replace(SMALL.model, heads=HEADS, num_answers=5)
     config = dataclasses.replace(SMALL, model=model, phases=(Phase(3, 8),))
     assert [outcome.step for outcome in train_on(2, job(scenes, tmp_path, config))] == [3, 3]
+
+
+def test_a_run_goes_on_when_the_weights_it_started_from_are_gone(scenes, undisturbed, tmp_path):
+    weights_file = tmp_path / "start"
+    shutil.copytree(undisturbed / "model", weights_file)
+    spec = job(scenes, tmp_path / "run", init=str(weights_file))
+    assert train(spec).step == 10
+    for name in ("checkpoint-00000008", "checkpoint-00000010", "model"):
+        shutil.rmtree(tmp_path / "run" / name)
+    wanted = curve(tmp_path / "run")
+    shutil.rmtree(weights_file)
+    assert train(spec).step == 10
+    np.testing.assert_array_equal(curve(tmp_path / "run"), wanted)
+
+
+def _train_on_one_node(rank: int, world: int, spec) -> tuple[int, int]:
+    """(step, number of downloads) of a worker of a single node."""
+    calls = []
+    fetch = Checkpoints.fetch
+    Checkpoints.fetch = lambda self, *given: (calls.append(given), fetch(self, *given))[1]
+    return train(spec, rank=rank, world=world, local_rank=rank).step, len(calls)
+
+
+@pytest.mark.slow
+def test_a_node_downloads_a_checkpoint_once(scenes, undisturbed, tmp_path):
+    begin_at(tmp_path, undisturbed / "checkpoint-00000004")
+    assert in_processes(2, _train_on_one_node, job(scenes, tmp_path)) == [(10, 1), (10, 0)]
+    np.testing.assert_allclose(curve(tmp_path), curve(undisturbed)[4:], rtol=1e-4)

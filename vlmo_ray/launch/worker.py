@@ -76,5 +76,5 @@ def work(spec: RunSpec, token: str) -> dict:
         return max(marked, Notice.PREEMPTED if leaving else Notice.NONE)
 
     with process_group(rank, world, device):
-        outcome = train(spec, rank=rank, world=world, device=device, notice=notice)
+        outcome = train(spec, rank=rank, world=world, local_rank=context.get_local_rank(), device=device, notice=notice)
     return dataclasses.asdict(outcome) | {"leaving": sorted(leaving)}

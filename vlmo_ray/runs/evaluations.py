@@ -103,7 +103,7 @@ def read_evaluations(run: Store) -> list[tuple[int, Result]]:
 def line(result: Result) -> str:
     """The first four metrics in one line for the console."""
     shown = list(result.scores.items())[:4]
-    return "  ".join(f"{name} {_cell(score.value)}" for name, score in shown)
+    return "  ".join(f"{name} {_cell(score.value, score)}" for name, score in shown)
 
 
 def table(result: Result, title: str) -> Table:
@@ -112,10 +112,10 @@ def table(result: Result, title: str) -> Table:
     for head in ("chance", "reached", "count"):
         out.add_column(head, justify="right")
     for name, score in result.scores.items():
-        chance = "" if score.chance is None else _cell(score.chance)
-        out.add_row(name, chance, _cell(score.value), f"{score.count:,}")
+        chance = "" if score.chance is None else _cell(score.chance, score)
+        out.add_row(name, chance, _cell(score.value, score), f"{score.count:,}")
     return out
 
 
-def _cell(value: float) -> str:
-    return f"{value:.1%}" if 0 <= value <= 1 else f"{value:.4g}"
+def _cell(value: float, score: Score) -> str:
+    return f"{value:.1%}" if score.is_share else f"{value:.4g}"

@@ -162,7 +162,10 @@ class Matching(ZeroShot):
                 words += len(logits)
             losses.append(total / words)
         right, wrong = losses
-        return {"masked_words": Score(right, None, words), "masked_words_gain": Score(wrong - right, 0.0, words)}
+        return {
+            "masked_words": Score(right, None, words, is_share=False),
+            "masked_words_gain": Score(wrong - right, 0.0, words, is_share=False),
+        }
 
 
 def _first_of_each(keys: Tensor) -> Tensor:

@@ -80,6 +80,7 @@ class Score:
     value: float
     chance: float | None  # what guessing would give; None where that says nothing
     count: int  # rows, queries or pixels that it is the mean of
+    is_share: bool = True  # from 0 to 1, and printed as a percentage
 
 
 class Evaluation:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from vlmo_ray.config import Config
 from vlmo_ray.data.manifest import Manifest, load_manifest
@@ -36,24 +37,39 @@ class RunSpec:
     accept_changes: bool = False  # of data and settings, since the run's newest checkpoint
 
 
-def build_model(config: Config) -> VLMo:
-    """The model at its starting point: random from the seed, or the weights named by `config.init`."""
-    model = VLMo(config.model)
+class _Uninitialised(TorchFunctionMode):
+    """Inside, modules are built without the random numbers of PyTorch's own initialisation."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return (kwargs or {}).get("tensor", args[0] if args else None)
+        return func(*args, **(kwargs or {}))
+
+
+def build_model(config: Config, start: bool = True) -> VLMo:
+    """The model at its starting point: random from the seed, or the weights named by `config.init`.
+
+    Without `start` its weights are whatever was in memory, to be filled from a checkpoint.
+    """
+    with _Uninitialised():
+        model = VLMo(config.model)
+    if not start:
+        return model
     init_weights(model, config.seed)
     if config.init:
-        start = load(config.init, allow_missing=True)
-        fitted = fit_state(start.state_dict(), start.config, config.model)
+        given = load(config.init, allow_missing=True)
+        fitted = fit_state(given.state_dict(), given.config, config.model)
         model.load_state_dict(fitted.state, strict=False)
     return model
 
 
-def begin(spec: RunSpec) -> tuple[Manifest, Task]:
-    """The data set and the task at its starting point. Raises UserError if either cannot be had."""
+def begin(spec: RunSpec, start: bool = True) -> tuple[Manifest, Task]:
+    """The data set and the task, at its starting point if `start`. Raises UserError if either cannot be had."""
     config = spec.config
     manifest = load_manifest(spec.data, config.data.retry_timeout_s)
     if manifest.fingerprint != spec.fingerprint:
         raise UserError(f"the data set at {spec.data} changed while the run was starting; start it again")
-    return manifest, build_task(build_model(config), config, manifest.schema)
+    return manifest, build_task(build_model(config, start), config, manifest.schema)
 
 
 def schedule_of(config: Config) -> Schedule:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 import shutil
-import tempfile
 import time
 import uuid
 from collections.abc import Callable
@@ -59,26 +58,37 @@ def train(
     *,
     rank: int = 0,
     world: int = 1,
+    local_rank: int = 0,
     device: torch.device | str = "cpu",
     notice: Callable[[], Notice] = lambda: Notice.NONE,
 ) -> Outcome:
     """Trains from the run's newest good checkpoint, or the start, to the last step of the config.
 
-    A process group of `world` workers must exist if world > 1. Errors of one worker (unreadable data, say) stop
+    A process group of `world` workers must exist if world > 1, in which those of a node have consecutive ranks; the one
+    with `local_rank` 0 fetches checkpoints for them. Errors of one worker (unreadable data, say) stop
     all workers at the same step: the sentence is in the returned `Outcome`. `notice` is asked every
     `cluster.notice_every` steps, on every worker.
     """
     config, device = spec.config, torch.device(device)
     torch.set_float32_matmul_precision("high")
     agreement = Agreement(world, device)
-    begun = agreement.attempt(begin, spec)
-    if stopped := agreement.stops("the start"):
-        return Outcome(0, stopped)
-    assert begun is not None
     with contextlib.ExitStack() as stack:
-        run = _Run(spec, *begun, rank, world, device, agreement, stack)
-        if stopped := run.resume():
-            return Outcome(0, f"the start: {stopped}")
+        store = Store(spec.run, config.data.retry_timeout_s)
+        checkpoints = Checkpoints(store, config.keep_checkpoints, config.keep_every, keeper=rank == 0)
+        stack.callback(checkpoints.close)
+        local = stack.enter_context(scratch())
+        fetched, attempt, stopped = _fetch(checkpoints, local / "newest", agreement, rank, world, local_rank)
+        if stopped:
+            return Outcome(0, stopped)
+        begun = agreement.attempt(begin, spec, fetched is None)
+        if stopped := agreement.stops("the start"):
+            return Outcome(0, stopped)
+        assert begun is not None
+        run = _Run(spec, *begun, rank, world, device, agreement, stack, checkpoints, local)
+        run.resume(fetched, attempt)
+        if world > 1:
+            dist.barrier()  # the others on the node may still be reading
+        shutil.rmtree(local / "newest", ignore_errors=True)
         schedule, start = schedule_of(config), run.done
         batches = stream_of(spec, run.manifest, run.task, start, rank, world)
         stack.callback(batches.close)
@@ -90,7 +100,7 @@ def train(
             told = (looks and agreement.attempt(notice)) or Notice.NONE
             agreement.attempt(run.checkpoints.check)
             batch: Batch | None = None
-            if not agreement.problem and (batch := agreement.attempt(next, stream)) is None:
+            if not agreement.problem and (batch := agreement.attempt(lambda: next(stream))) is None:
                 told = Notice.UNREADABLE
             waited = time.monotonic() - began
             stopped, told = agreement.reach(f"step {step}", told)
@@ -138,6 +148,8 @@ class _Run:
         device: torch.device,
         agreement: Agreement,
         stack: contextlib.ExitStack,
+        checkpoints: Checkpoints,
+        local: Path,
     ):
         config = spec.config
         self.spec, self.config, self.manifest = spec, config, manifest
@@ -148,10 +160,7 @@ class _Run:
         self.optimizer = build_optimizer(self.task, config)
         decay = config.optim.average_decay
         self.average = WeightAverage(self.task, decay) if decay else None
-        self.store = Store(spec.run, config.data.retry_timeout_s)
-        self.checkpoints = Checkpoints(self.store, config.keep_checkpoints, config.keep_every, keeper=rank == 0)
-        self.local = stack.enter_context(scratch())
-        stack.callback(self.checkpoints.close)
+        self.store, self.checkpoints, self.local = checkpoints.run, checkpoints, local
         self.meters = Meters(self.store, config.total_steps, config.log_every, task.shown) if rank == 0 else None
         if self.meters is not None:
             stack.callback(_flush, self.meters)
@@ -161,42 +170,23 @@ class _Run:
         self.done = self.saved = 0  # steps
         self.uploading = False
 
-    def resume(self) -> str:
-        """Takes the run's newest good checkpoint, if there is one; or the sentence that says why not."""
-        with tempfile.TemporaryDirectory(dir=self.local) as folder:
-            name, attempt, stopped = self._fetch(Path(folder))
-            if stopped:
-                return stopped
-            if name:
-                found = checkpoint.read_state(Path(folder))
-                found.continue_with(self.config, self.manifest.fingerprint, self.spec.accept_changes)
-                averaged = self.average.tensors if self.average else None
-                state = checkpoint.load(Path(folder), self.task, self.optimizer, averaged)
-                self.done = self.saved = state.step
-                self.attempts = state.attempts
+    def resume(self, fetched: Path | None, attempt: str) -> None:
+        """Takes the checkpoint in the folder `fetched`, if there is one. Raises UserError if it does not fit."""
+        if fetched is not None:
+            found = checkpoint.read_state(fetched)
+            found.continue_with(self.config, self.manifest.fingerprint, self.spec.accept_changes)
+            averaged = self.average.tensors if self.average else None
+            state = checkpoint.load(fetched, self.task, self.optimizer, averaged)
+            self.done = self.saved = state.step
+            self.attempts = state.attempts
         self.attempts.append((self.done, attempt))
         self.masked = Masked(attempt, self.rank)
         if self.config.audit:
             self.consumed = Consumed(attempt)
         if self.rank == 0:
-            if name:
+            if fetched is not None:
                 print(f"resumed at step {self.done} on {self.world} workers", flush=True)
             self.agreement.attempt(describe, self.store, self.config, self.manifest.schema)
-        return ""
-
-    def _fetch(self, folder: Path) -> tuple[str, str, str]:
-        """(name, attempt, problem): the checkpoint that rank 0 found good, on every worker; a new attempt's name."""
-        name = self.agreement.attempt(self.checkpoints.fetch_newest, folder) if self.rank == 0 else ""
-        if stopped := self.agreement.stops("its checkpoints"):
-            return "", "", stopped
-        chosen = [name, uuid.uuid4().hex[:12]]
-        if self.world > 1:
-            dist.broadcast_object_list(chosen, 0)
-            if chosen[0] and self.rank:
-                self.agreement.attempt(self.checkpoints.fetch_named, chosen[0], folder)
-            if stopped := self.agreement.stops("its checkpoints"):
-                return "", "", stopped
-        return chosen[0] or "", chosen[1] or "", ""
 
     def update(self, step: int, grad_norm: float) -> None:
         """One optimizer step."""
@@ -304,6 +294,30 @@ class _Run:
             self.agreement.attempt(self.checkpoints.retire)
             arguments = self.store, self.task.model, weights, self.config, self.manifest.schema
             self.agreement.attempt(publish, *arguments)
+
+
+def _fetch(
+    checkpoints: Checkpoints, folder: Path, agreement: Agreement, rank: int, world: int, local_rank: int
+) -> tuple[Path | None, str, str]:
+    """(folder, attempt, problem): where the newest good checkpoint is on this node, and the name of a new attempt.
+
+    Rank 0 looks for it and fetches it into `folder`; then the first worker of every other node fetches the same.
+    """
+    name = agreement.attempt(checkpoints.fetch_newest, folder) if rank == 0 else ""
+    if stopped := agreement.stops("the start: its checkpoints"):
+        return None, "", stopped
+    chosen = [name or "", uuid.uuid4().hex[:12]]
+    if world == 1:
+        return (folder if name else None), chosen[1], ""
+    dist.broadcast_object_list(chosen, 0)
+    if chosen[0] and rank and local_rank == 0:
+        agreement.attempt(checkpoints.fetch_named, chosen[0], folder)
+    if stopped := agreement.stops("the start: its checkpoints"):
+        return None, "", stopped
+    places: list[Path | None] = [None] * world
+    dist.all_gather_object(places, folder if local_rank == 0 else None)
+    nearest = next(place for place in reversed(places[: rank + 1]) if place is not None)
+    return (nearest if chosen[0] else None), chosen[1], ""
 
 
 def _flush(meters: Meters) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import hashlib
 import importlib
 import inspect
 import json
 import pkgutil
+import re
+import typing
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -121,11 +124,34 @@ def prepare(
 def _open_source(format: str, uri: str, options: dict) -> Source:
     if format not in FORMATS:
         raise UserError(f"{format!r} is not a format; choose from {', '.join(sorted(FORMATS))}")
-    known = list(inspect.signature(FORMATS[format]).parameters)[1:]
+    known = {name: kind for name, kind in typing.get_type_hints(FORMATS[format]).items() if name in _options(format)}
     for name in options:
         if name not in known:
-            raise UserError(f"{name!r} is not an option of {format}; it has {', '.join(known) or 'none'}")
-    return FORMATS[format](uri, **options)
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known) or 'none'}"
+            raise UserError(f"{name!r} is not an option of {format}; {hint}")
+    return FORMATS[format](uri, **{name: _typed(name, value, known[name]) for name, value in options.items()})
+
+
+def _options(format: str) -> list[str]:
+    return list(inspect.signature(FORMATS[format]).parameters)[1:]
+
+
+def _typed(name: str, value: Any, kind: Any) -> Any:
+    """The value of an option, given as text or as it is, in the type that the format's class declares."""
+    kinds = typing.get_args(kind) or (kind,)
+    if value is None and type(None) in kinds:
+        return None
+    text = str(value).strip()
+    if bool in kinds:
+        if (found := {"true": True, "false": False, "yes": True, "no": False}.get(text.lower())) is None:
+            raise UserError(f"{name}={text!r} must be true or false")
+        return found
+    if kinds == (int,):
+        if not re.fullmatch(r"-?\d+", text):
+            raise UserError(f"{name}={text!r} must be a whole number")
+        return int(text)
+    return str(value)
 
 
 def _place(source: Source, out: str | None, index: bool) -> Store:
