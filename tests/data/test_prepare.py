@@ -117,7 +117,7 @@ def test_parquet(ray_cluster, places, tmp_path):
         pq.write_table(pa.table(columns), file, row_group_size=2)
         put(source, {name: file.getvalue()})
     counts = prepare("parquet", source, out)
-    assert counts == Counts(7, 5, {"there is no text": 1, "there is no image": 1})
+    assert counts == Counts(8, 5, {"there is no text": 2, "there is no image": 1})
     read = {r.id: r for r in read_all(out)}
     assert {k: (r.values["text"], pictures.index(r.values["image"])) for k, r in read.items()} == {
         "hf.parquet:0#0": ("a", 0),

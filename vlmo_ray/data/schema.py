@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -222,7 +223,15 @@ def problem_of_text(text: Any, name: str) -> str:
         return f"there is no {name}"
     if not isinstance(text, str):
         return f"the {name} is not a string"
-    return "" if is_unicode(text) else f"the {name} is not valid Unicode"
+    if not is_unicode(text):
+        return f"the {name} is not valid Unicode"
+    return "" if any(map(_is_visible, text)) else f"there is no {name}"
+
+
+def _is_visible(character: str) -> bool:
+    """Whether the tokenizer keeps it: it leaves out spaces, control and format characters, and lone accents."""
+    category = unicodedata.category(character)
+    return category[0] not in "CZ" and category != "Mn" and character != "\N{REPLACEMENT CHARACTER}"
 
 
 def _problem_of_answer(answer: Any, field: Field) -> str:

@@ -10,7 +10,7 @@ import json
 import pkgutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pyarrow as pa
 
@@ -26,6 +26,7 @@ from vlmo_ray.session import ray_session
 
 __all__ = ["FORMATS", "Counts", "prepare", "write_dataset"]
 
+_EXAMPLES = {True: "false", False: "'name'"}  # of options, by whether they are switches
 STATE, DROPPED = "prepare.json", "dropped.jsonl"
 
 
@@ -90,7 +91,7 @@ def prepare(
     # includes the units, because an unfinished run has markers of its own units
     listing = repr((opened.listing, [(unit.name, unit.bytes) for unit in units]))
     state = {
-        "version": 2,  # of the files in the work folder: a newer program must not continue with older ones
+        "version": 3,  # of the files in the work folder: a newer program must not continue with older ones
         "format": format,
         "source": opened.uri,
         "listing": hashlib.sha256(listing.encode()).hexdigest(),
@@ -98,7 +99,7 @@ def prepare(
         "rows_per_group": rows_per_group,
         "forbid": sorted(forbid),
         "schema": opened.schema.to_json(),
-        "options": {name: str(value) for name, value in options.items()},
+        "options": {name: str(getattr(opened, name)) for name in options},
     }
     if not index:
         state |= {"seed": seed, "memory": memory, "shard_bytes": shard_bytes, "verify": verify}
@@ -125,7 +126,20 @@ def _open_source(format: str, uri: str, options: dict) -> Source:
     for name in options:
         if name not in known:
             raise UserError(f"{name!r} is not an option of {format}; it has {', '.join(known) or 'none'}")
-    return FORMATS[format](uri, **options)
+    types = get_type_hints(FORMATS[format])
+    return FORMATS[format](uri, **{name: _typed(name, value, types[name]) for name, value in options.items()})
+
+
+def _typed(name: str, value: Any, type_: Any) -> Any:
+    """An option as the type that the format's class declares; text, as from the command line, is converted."""
+    types = set(get_args(type_) or (type_,))
+    if bool in types and isinstance(value, str):
+        word = value.lower()
+        value = word in ("true", "yes", "1") if word in ("true", "yes", "1", "false", "no", "0") else value
+    if type(value) not in types:
+        wanted = "true or false" if bool in types else "a text or a number" if int in types else "a text"
+        raise UserError(f"{name}={value!r} is not {wanted}; write for example {name}={_EXAMPLES[bool in types]}")
+    return value
 
 
 def _place(source: Source, out: str | None, index: bool) -> Store:

@@ -122,6 +122,12 @@ def name_in(store: Store, path: str) -> str | None:
     return None if name.startswith(("/", "..")) or name == "." or "://" in path else name
 
 
+def is_too_long(name: str) -> bool:
+    """Whether file systems refuse the name, or a folder in it, for its length."""
+    encoded = name.encode("utf-8", "surrogateescape")
+    return len(encoded) > 1024 or any(len(part) > 255 for part in encoded.split(b"/"))
+
+
 def read_images(store: Store, paths: Iterable[str | tuple[str, ...]]) -> Iterator[tuple[bytes | None, str]]:
     """Image bytes and problem of each path, in order, read several at a time; a tuple gives alternatives."""
 
@@ -132,6 +138,8 @@ def read_images(store: Store, paths: Iterable[str | tuple[str, ...]]) -> Iterato
                 return None, "the image path is not UTF-8"
             if name is None:
                 return None, "the image path leads out of the image folder"
+            if is_too_long(name):
+                return None, "the image path is longer than a file name may be"
             try:
                 return store.read(name), ""
             except FileNotFoundError:
@@ -150,7 +158,7 @@ def mean_image_bytes(store: Store, paths: Sequence[str | tuple[str, ...]]) -> in
 
     def size(path: str | tuple[str, ...]) -> int | None:
         names = [name_in(store, p) for p in ((path,) if isinstance(path, str) else path)]
-        return next((s for s in (store.size(n) for n in names if n) if s is not None), None)
+        return next((s for s in (store.size(n) for n in names if n and not is_too_long(n)) if s is not None), None)
 
     with ThreadPoolExecutor(8) as pool:
         found = [s for s in pool.map(size, picks) if s is not None]

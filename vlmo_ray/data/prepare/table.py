@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import hashlib
 import io
 import itertools
+import logging
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,25 +29,29 @@ from vlmo_ray.errors import UserError
 _IMAGE_COLUMNS = ("filepath", "path", "image", "image_path", "filename", "file_name", "file")
 _TEXT_COLUMNS = ("caption", "text", "title", "sentence")
 _SIZED_ROWS = 4096
+_DELIMITERS = ("\t", ",", ";", "|")
+_HEAD_BYTES = 1 << 16  # in which the delimiter is found
+logger = logging.getLogger(__name__)
 
 
 class _Lines:
     """The lines of a binary file as text; `offset` is the first byte after the lines so far.
 
     csv.reader asks for one line at a time, so after each row `offset` is where the next row begins, even if there are
-    line breaks inside quotes.
+    line breaks inside quotes. A byte order mark at the beginning of the file is left out.
     """
 
-    def __init__(self, lines: Iterator[bytes]) -> None:
-        self._lines, self.offset, self.digest = lines, 0, hashlib.sha256()
+    def __init__(self, lines: Iterator[bytes], offset: int = 0) -> None:
+        self._lines, self.offset, self.digest = lines, offset, hashlib.sha256()
 
     def __iter__(self) -> _Lines:
         return self
 
     def __next__(self) -> str:
-        line = next(self._lines)
+        line, at_start = next(self._lines), self.offset == 0
         self.offset += len(line)
         self.digest.update(line)
+        line = line.removeprefix(codecs.BOM_UTF8) if at_start else line
         return line.decode("utf-8", "surrogateescape").replace("\0", "\N{REPLACEMENT CHARACTER}")
 
 
@@ -54,8 +60,10 @@ class Table(Source):
     """One pair per row; `image_id` is the path, the id `<table>:<row>`, counted from 0 after the header.
 
     Columns are named, or numbered from 0 if the table has no header (`header=False`). Paths are relative to `images`,
-    by default the table's folder; absolute ones must lie below it. `quoting=False` gives quotation marks no meaning.
-    Tabs separate columns in `.tsv` and `.txt` tables, commas in others.
+    by default the table's folder; absolute ones must lie below it. A tab, comma, semicolon or pipe separates columns:
+    `delimiter`, by default the first of them in the header, or in a table without one the first that all rows have.
+    With `quoting`, by default unless tabs separate columns, a cell in quotation marks may have delimiters and line
+    breaks in it; a quotation mark without a partner is a UserError.
     """
 
     format: ClassVar[str] = "table"
@@ -64,41 +72,79 @@ class Table(Source):
     image_column: str | int | None = None
     text_column: str | int | None = None
     header: bool = True
-    quoting: bool = True
+    quoting: bool | None = None
+    delimiter: str | None = None
     images: str | None = None
 
     def __post_init__(self) -> None:
         self._store, self._name = open_file(self.uri)
         self.uri = self._store.address(self._name)
         self._images = open_store(self.images or self._store.uri)
-        self._dialect = {
-            "delimiter": "\t" if self._name.endswith((".tsv", ".txt")) else ",",
-            "quoting": csv.QUOTE_MINIMAL if self.quoting else csv.QUOTE_NONE,
-        }
+        self._dialect = self._dialect_of(self._store.read(self._name, 0, _HEAD_BYTES))
         self._units = self._scan()
+
+    def _dialect_of(self, head: bytes) -> dict:
+        """The arguments of `csv.reader`, from what was given and the first bytes of the table."""
+        if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or head.count(0) * 4 > len(head) > 0:
+            raise UserError(f"{self.uri} is UTF-16; convert it: iconv -f UTF-16 -t UTF-8 {self._name} > NEW")
+        if self.delimiter is not None:
+            delimiter = {"\\t": "\t", "tab": "\t"}.get(self.delimiter, self.delimiter)
+            if delimiter not in _DELIMITERS:
+                raise UserError(f"delimiter={self.delimiter!r} is none of tab, ',', ';' and '|'")
+            return self._reading(delimiter)
+        whole = len(head) < _HEAD_BYTES
+        lines = [line for line in head.splitlines(keepends=True) if line.strip()]
+        lines = lines if whole or len(lines) == 1 else lines[:-1]
+        found = {}  # the length of the first cell, by delimiter
+        for delimiter in _DELIMITERS:
+            try:
+                reader = csv.reader(_Lines(iter(lines)), **self._reading(delimiter) | {"strict": False})
+                rows = list(itertools.islice(reader, 1 if self.header else 20))
+            except csv.Error:  # `_scan` reports it, with its row
+                continue
+            if rows and all(len(row) > 1 for row in rows):
+                found[delimiter] = len(rows[0][0])
+        default = "\t" if self._name.lower().endswith((".tsv", ".txt")) else ","
+        return self._reading(min(found, key=found.__getitem__) if found else default)
+
+    def _reading(self, delimiter: str) -> dict:
+        quoting = delimiter != "\t" if self.quoting is None else self.quoting
+        return {
+            "delimiter": delimiter,
+            "quoting": csv.QUOTE_MINIMAL if quoting else csv.QUOTE_NONE,
+            "strict": True,  # text after a closing quotation mark, or none to the end, shows one without a partner
+        }
 
     def _scan(self) -> list[WorkUnit]:
         """Read the table once, to cut it between rows and for `listing`; sets the column numbers."""
         starts, first, paths = array("q"), [], []  # the offset of each row, the header, the first image paths
+        spanning = array("q")  # rows of several lines
         with io.BufferedReader(self._store.open_stream(self._name)) as file:
             lines = _Lines(iter(file))
             reader = csv.reader(lines, **self._dialect)
             try:
                 if self.header:
-                    first = [name.removeprefix("\ufeff") for name in next(reader, [])]
+                    first = next(reader, [])
                 self._image = self._column("image", self.image_column, first, _IMAGE_COLUMNS, 0)
                 self._text = self._column("text", self.text_column, first, _TEXT_COLUMNS, 1)
-                start = lines.offset
+                start, line = lines.offset, reader.line_num
                 for row in reader:
+                    if reader.line_num > line + 1:
+                        spanning.append(len(starts))
                     starts.append(start)
-                    start = lines.offset
+                    start, line = lines.offset, reader.line_num
                     if len(row) > self._image and len(paths) < _SIZED_ROWS:
-                        paths.append(row[self._image].removeprefix("\ufeff"))
+                        paths.append(row[self._image])
             except csv.Error as error:
                 raise UserError(
                     f"{self.uri}, after row {len(starts)}: {error}; if a quotation mark in a caption has no "
                     "partner, use quoting=False"
                 ) from error
+        if spanning:
+            logger.warning(
+                f"{self.uri}: {len(spanning)} rows have a line break inside quotation marks, the first is row "
+                f"{spanning[0]}; if these are several rows each, use quoting=False"
+            )
         self.listing, num_rows = lines.digest.hexdigest(), len(starts)
         mean = mean_image_bytes(self._images, paths)
         cuts = [*range(0, num_rows, max(1, UNIT_BYTES // mean)), num_rows]
@@ -126,9 +172,7 @@ class Table(Source):
     def records(self, unit: WorkUnit) -> Iterator[Record]:
         start, stop, first_row = unit.content
         data = self._store.read(self._name, start, stop - start)
-        rows = list(csv.reader(_Lines(iter(io.BytesIO(data))), **self._dialect))
-        if first_row == 0 and rows and rows[0]:
-            rows[0][0] = rows[0][0].removeprefix("\ufeff")
+        rows = list(csv.reader(_Lines(iter(io.BytesIO(data)), start), **self._dialect))
         need = max(self._image, self._text)
         images = read_images(self._images, (row[self._image] if len(row) > need else "." for row in rows))
         for number, (row, (image, problem)) in enumerate(zip(rows, images, strict=True), first_row):
