@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import bz2
 import codecs
+import io
+import tarfile
 
 import pytest
 from conftest import make_image
-from sources import put
+from sources import put, tar_of
 
 from vlmo_ray.data.prepare import _open_source
 from vlmo_ray.data.prepare.parquet import Parquet
-from vlmo_ray.data.schema import PAIRS, problem_of_text
+from vlmo_ray.data.schema import PAIRS, problem_of, problem_of_text
 from vlmo_ray.data.store import open_store
 from vlmo_ray.errors import UserError
 
@@ -114,3 +117,49 @@ def test_an_output_below_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(UserError, match="file"):
         open_store(str(tmp_path / "file" / "out"), create=True)
+
+
+def _tar_records(folder, data: bytes, name: str = "a.tar") -> list[str]:
+    """The captions of a tar, or why a record of it is dropped."""
+    put(str(folder), {name: data})
+    source = _open_source("webdataset", str(folder), {})
+    records = [record for unit in source.units() for record in source.records(unit)]
+    return [problem_of(record, PAIRS) or record.values["text"] for record in records]
+
+
+_PAIR = [("1.jpg", make_image(1)), ("1.txt", b"one")]
+
+
+@pytest.mark.parametrize(
+    "members, expected",
+    [
+        ([("1.gif", make_image(1, "GIF")), ("1.json", b'{"caption": "g"}')], ["g"]),
+        ([("1.BMP", make_image(1, "BMP")), ("1.json", b'{"caption": "b"}')], ["b"]),
+        ([("1.mp4", b"film"), ("1.json", b'{"caption": "f"}')], ["there is no image"]),
+        ([*_PAIR, *_PAIR], ["one", "the key is there twice in a row"]),
+        ([("1.jpg", b"x"), ("1.json", b'{"caption": ["a", "b"]}')], ["the text is not a string"]),
+        ([_PAIR[0], ("._1.jpg", b"mac"), ("__MACOSX/._1.jpg", b"mac"), _PAIR[1]], ["one"]),
+        (
+            [("i.2024.01.jpg", b"x"), ("i.2024.02.jpg", b"x")],
+            ["the name has further dots, and a key ends at the first"] * 2,
+        ),
+        ([("1.json", b"{}")], []),
+    ],
+)
+def test_members_of_tars_are_read_or_counted(tmp_path, members, expected):
+    assert _tar_records(tmp_path, tar_of(members)) == expected
+
+
+@pytest.mark.parametrize("kind", [tarfile.LNKTYPE, tarfile.SYMTYPE])
+def test_links_in_tars_are_counted(tmp_path, kind):
+    file = io.BytesIO(tar_of(_PAIR))
+    with tarfile.open(fileobj=file, mode="a") as tar:
+        info = tarfile.TarInfo("2.jpg")
+        info.type, info.linkname = kind, "1.jpg"
+        tar.addfile(info)
+    assert _tar_records(tmp_path, file.getvalue()) == ["one", "a member is a link, which has no data in the tar"]
+
+
+def test_packed_tars_and_upper_case_names(tmp_path):
+    assert _tar_records(tmp_path, tar_of(_PAIR), "A.TAR") == ["one"]
+    assert _tar_records(tmp_path, bz2.compress(tar_of(_PAIR)), "b.tar.bz2") == ["one", "one"]

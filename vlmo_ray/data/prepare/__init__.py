@@ -220,7 +220,7 @@ def _shuffle(spec: shuffle.Shuffle, units: list[WorkUnit], forbid: Iterable[str]
 def _index(
     source: Shards, out: Store, units: list[WorkUnit], rows_per_chunk: int, memory: int, forbid: Iterable[str]
 ) -> Counts:
-    if compressed := [unit.name for unit in units if unit.name.endswith(("gz", "tgz"))]:
+    if compressed := [unit.name for unit in units if unit.name.lower().endswith(("gz", "bz2"))]:
         raise UserError(
             f"{out.address(compressed[0])} is compressed, so a chunk of it cannot be read alone; "
             "unpack it, or rewrite the data set by leaving out `index`"

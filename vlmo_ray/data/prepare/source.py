@@ -60,14 +60,16 @@ class Shards(Source):
 
     def _list(self, suffixes: tuple[str, ...], what: str) -> None:
         """Find the files at `uri`, itself one of them or a folder, that end in one of `suffixes`."""
-        if self.uri.endswith(suffixes):
+        if self.uri.lower().endswith(suffixes):
             self.store, name = open_file(self.uri)
             self.uri = self.store.address(name)
             sizes = {name: self.store.size(name) or 0}
         else:
             self.store = open_store(self.uri)
             self.uri = self.store.uri
-            sizes = {n: size for n, size in self.store.sizes().items() if n.endswith(suffixes) and n != MANIFEST}
+            sizes = {
+                n: size for n, size in self.store.sizes().items() if n.lower().endswith(suffixes) and n != MANIFEST
+            }
         if not sizes:
             raise UserError(f"{self.uri} holds no {what} ({', '.join(suffixes)})")
         self.listing = json.dumps(sizes)
