@@ -11,7 +11,7 @@ import logging
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from vlmo_ray.data.prepare.source import (
     UNIT_BYTES,
@@ -83,7 +83,7 @@ class Table(Source):
         self._dialect = self._dialect_of(self._store.read(self._name, 0, _HEAD_BYTES))
         self._units = self._scan()
 
-    def _dialect_of(self, head: bytes) -> dict:
+    def _dialect_of(self, head: bytes) -> dict[str, Any]:
         """The arguments of `csv.reader`, from what was given and the first bytes of the table."""
         if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or head.count(0) * 4 > len(head) > 0:
             raise UserError(f"{self.uri} is UTF-16; convert it: iconv -f UTF-16 -t UTF-8 {self._name} > NEW")
@@ -98,7 +98,8 @@ class Table(Source):
         found = {}  # the length of the first cell, by delimiter
         for delimiter in _DELIMITERS:
             try:
-                reader = csv.reader(_Lines(iter(lines)), **self._reading(delimiter) | {"strict": False})
+                loose: dict[str, Any] = self._reading(delimiter) | {"strict": False}
+                reader = csv.reader(_Lines(iter(lines)), **loose)
                 rows = list(itertools.islice(reader, 1 if self.header else 20))
             except csv.Error:  # `_scan` reports it, with its row
                 continue
@@ -107,7 +108,7 @@ class Table(Source):
         default = "\t" if self._name.lower().endswith((".tsv", ".txt")) else ","
         return self._reading(min(found, key=found.__getitem__) if found else default)
 
-    def _reading(self, delimiter: str) -> dict:
+    def _reading(self, delimiter: str) -> dict[str, Any]:
         quoting = delimiter != "\t" if self.quoting is None else self.quoting
         return {
             "delimiter": delimiter,
