@@ -163,3 +163,11 @@ def test_links_in_tars_are_counted(tmp_path, kind):
 def test_packed_tars_and_upper_case_names(tmp_path):
     assert _tar_records(tmp_path, tar_of(_PAIR), "A.TAR") == ["one"]
     assert _tar_records(tmp_path, bz2.compress(tar_of(_PAIR)), "b.tar.bz2") == ["one", "one"]
+
+
+def test_equal_pictures_in_tars_are_one_image(tmp_path):
+    second = [("2.jpg", make_image(1)), ("2.txt", b"b"), ("3.jpg", make_image(2)), ("3.txt", b"c")]
+    put(str(tmp_path), {"a.tar": tar_of([*_PAIR, *second])})
+    source = _open_source("webdataset", str(tmp_path), {})
+    one, two, three = (record.image_id for unit in source.units() for record in source.records(unit))
+    assert one == two != three

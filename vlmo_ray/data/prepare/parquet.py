@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,7 +11,7 @@ import pyarrow.parquet as pq
 
 from vlmo_ray.data.index import check_stated, index_parquet, stored_schema
 from vlmo_ray.data.manifest import Chunk
-from vlmo_ray.data.prepare.source import Shards, WorkUnit, pick_column
+from vlmo_ray.data.prepare.source import Shards, WorkUnit, image_id_of, pick_column
 from vlmo_ray.data.schema import Record, Schema
 from vlmo_ray.errors import UserError
 
@@ -81,7 +80,7 @@ class Parquet(Shards):
         if image_id is None or image_id != image_id:
             encoded = values[images[0]] if images else None
             data = encoded if isinstance(encoded, bytes) else b""
-            image_id = hashlib.blake2b(data, digest_size=16).hexdigest()
+            image_id = image_id_of(data)
         forbid, address = tuple(row.get("forbid") or ()), self.store.address(at)
         id = at if row.get("id") is None else str(row["id"])
         text = values.get("text")

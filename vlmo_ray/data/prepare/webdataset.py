@@ -11,8 +11,8 @@ from typing import ClassVar
 
 from vlmo_ray.data.index import index_tar
 from vlmo_ray.data.manifest import Chunk
-from vlmo_ray.data.prepare.source import Shards, WorkUnit
-from vlmo_ray.data.schema import PAIRS, Record, Schema
+from vlmo_ray.data.prepare.source import Shards, WorkUnit, image_id_of
+from vlmo_ray.data.schema import PAIRS, Record, Schema, encodable
 from vlmo_ray.data.tar import IMAGE_SUFFIXES, Sample, TarError, iter_members, iter_samples, record_of
 from vlmo_ray.errors import UserError
 
@@ -21,7 +21,9 @@ from vlmo_ray.errors import UserError
 class WebDataset(Shards):
     """Every tar (also `.tar.gz`, `.tgz`, `.tar.bz2`) of a folder or prefix: `<key>.jpg`, `<key>.txt`, `<key>.json`.
 
-    `id` and `image_id` come from the JSON if it has them, otherwise both are `<tar name>/<key>`. A caption may also be
+    `id` and `image_id` come from the JSON if it has them. Otherwise the id is `<tar name>/<key>`, and the image_id a
+    hash of the image's bytes, so that equal images have equal ids; tars that are indexed keep `<tar name>/<key>`.
+    A caption may also be
     the JSON's `caption`. `columns` (see `Schema.parse`) declares other columns than an image and a text, for example
     "image,label" for tars with `<key>.jpg` and `<key>.cls`; `tar.record_of` says where each comes from.
     """
@@ -53,6 +55,9 @@ class WebDataset(Shards):
     def _records(self, tar_name: str, sample: Sample) -> Iterator[Record]:
         """The record of a sample, and one with a problem for each that it hides; none for a lone JSON."""
         record = record_of(tar_name, sample, self.schema)
+        image = record.values.get("image")
+        if record.image_id == encodable(f"{tar_name}/{sample.key}") and isinstance(image, bytes):
+            record.image_id = image_id_of(image)
         if sample.links:
             record.problem = "a member is a link, which has no data in the tar"
         dotted = [suffix for suffix in sample.files if "." in suffix and suffix.endswith(IMAGE_SUFFIXES)]
