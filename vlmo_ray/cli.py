@@ -62,8 +62,8 @@ def prepare(
         source: a file, folder or `s3://bucket/prefix` of that format.
         out: the folder or `s3://bucket/prefix` to write.
         option: an option of the format, `--option name=value`. karpathy: split, images; parquet: image_column,
-            text_column, columns; webdataset: columns; table: image_column, text_column, header, quoting, images;
-            folders: classes.
+            text_column, columns; webdataset: columns; table: image_column, text_column, header, quoting,
+            delimiter, images; folders: classes.
         index: rewrite nothing; only add a manifest beside the shards of the source (webdataset, parquet).
         seed: the seed of the shuffle.
         memory_mb: how many MB of records one task may hold.

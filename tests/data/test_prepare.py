@@ -18,7 +18,7 @@ from sources import dropped, put, read_all, tar_of
 
 from vlmo_ray.data.decode import DecodeError, decode_eval, image_problem
 from vlmo_ray.data.prepare import Counts, prepare
-from vlmo_ray.data.prepare.source import name_in
+from vlmo_ray.data.prepare.source import image_id_of, name_in
 from vlmo_ray.data.prepare.stage import WORK
 from vlmo_ray.data.store import Store
 from vlmo_ray.errors import UserError
@@ -98,7 +98,7 @@ def test_webdataset(ray_cluster, places):
         },
     )
     read = {r.id: (r.image_id, r.values["text"], r.forbid) for r in read_all(out)}
-    assert read == {"a/00.tar/1": ("a/00.tar/1", "one", ()), "my-2": ("im", "two", ("color",))}
+    assert read == {"a/00.tar/1": (image_id_of(make_image(1)), "one", ()), "my-2": ("im", "two", ("color",))}
     duplicate = next(e for e in dropped(out) if "duplicate" in e["reason"])
     assert duplicate["address"] == f"{source}/b.tgz#6"  # the later one
 
@@ -117,7 +117,7 @@ def test_parquet(ray_cluster, places, tmp_path):
         pq.write_table(pa.table(columns), file, row_group_size=2)
         put(source, {name: file.getvalue()})
     counts = prepare("parquet", source, out)
-    assert counts == Counts(7, 5, {"there is no text": 1, "there is no image": 1})
+    assert counts == Counts(8, 5, {"there is no text": 2, "there is no image": 1})
     read = {r.id: r for r in read_all(out)}
     assert {k: (r.values["text"], pictures.index(r.values["image"])) for k, r in read.items()} == {
         "hf.parquet:0#0": ("a", 0),

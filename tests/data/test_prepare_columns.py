@@ -187,7 +187,7 @@ def test_a_finished_preparation_from_before_schemas_is_finished(ray_cluster, tmp
     state["version"] = 1
     del state["counts"]
     put(out, {"prepare.json": json.dumps(state).encode()})
-    with pytest.raises(UserError, match="version was 1, is now 2"):
+    with pytest.raises(UserError, match="version was 1, is now 3"):
         prepare("webdataset", source, out)
 
 

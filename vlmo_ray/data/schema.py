@@ -14,6 +14,7 @@ from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import pyarrow as pa
+from tokenizers.normalizers import BertNormalizer
 
 from vlmo_ray.errors import UserError
 
@@ -23,6 +24,9 @@ FORBID = ("crop", "flip", "color", "geometric")  # the augmentations that a reco
 MAX_PIXELS = 64_000_000  # 192 MB decoded to RGB; a few bytes of header can claim far more
 MAX_SIDE = 30_000
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # some of Pillow's other formats run programs
+
+# the tokenizer's; it leaves out control and format characters and accents, so a text of these alone has no tokens
+TEXT_NORMALIZER = BertNormalizer(lowercase=True)
 
 _RESERVED = ("id", "image_id", "forbid")
 _TYPES = {
@@ -41,7 +45,7 @@ class Field:
     """One declared column. Its values in a record, by kind:
 
     image     encoded bytes
-    text      a string that is not blank
+    text      a string with a visible character
     label     an integer from 0, less than the number of `values` where they are given
     mask      encoded bytes of an image with one channel
     answers   a list of {"answer": string, "score": 0 to 1}, maybe empty; answers are among `values` where given
@@ -222,7 +226,9 @@ def problem_of_text(text: Any, name: str) -> str:
         return f"there is no {name}"
     if not isinstance(text, str):
         return f"the {name} is not a string"
-    return "" if is_unicode(text) else f"the {name} is not valid Unicode"
+    if not is_unicode(text):
+        return f"the {name} is not valid Unicode"
+    return "" if TEXT_NORMALIZER.normalize_str(text).strip() else f"there is no {name}"
 
 
 def _problem_of_answer(answer: Any, field: Field) -> str:

@@ -256,8 +256,10 @@ def open_store(uri: str, *, create: bool = False, retry_timeout_s: float = 0.0) 
         if os.path.exists(store.root) and not os.path.isdir(store.root):
             raise UserError(f"{store.uri} is a file; give a folder")
         if create:
-            with _explained_folder(store.uri):
+            try:
                 os.makedirs(store.root, exist_ok=True)
+            except OSError as error:  # a file on the way, a name that is too long, no permission
+                raise UserError(f"{store.uri} cannot be made: {error.strerror}; choose another place") from error
         elif not os.path.isdir(store.root):
             raise UserError(f"the folder {store.uri} does not exist")
         return store

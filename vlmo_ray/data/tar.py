@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 
 from vlmo_ray.data.schema import Field, Record, Schema, encodable
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+_MARKING_SUFFIXES = ("jpg", "jpeg", "png", "webp")  # one makes a record; indices that are stored rely on it
+IMAGE_SUFFIXES = (*_MARKING_SUFFIXES, "gif", "bmp", "tif", "tiff")
 _BLOCK = tarfile.BLOCKSIZE
 _MAX_NAME_BYTES = 1 << 20
 _READ_BYTES = 16 << 20
@@ -35,6 +36,7 @@ class Member:
     is_file: bool
     raw: bytes
     data: memoryview
+    is_link: bool = False
 
 
 @dataclass
@@ -45,11 +47,13 @@ class Sample:
     offset: int
     files: dict[str, memoryview] = field(default_factory=dict)
     raw: list[bytes] = field(default_factory=list)
+    links: set[str] = field(default_factory=set)  # suffixes of members without data of their own
+    repeated: bool = False  # a suffix is there twice; only the first is in `files`
 
     def is_record(self, schema: Schema) -> bool:
         """Whether a member is an image, a text or a declared column; other samples (a lone JSON) are skipped."""
-        declared = (suffix for column in schema.fields for suffix in _suffixes(column))
-        return any(suffix in self.files for suffix in (*IMAGE_SUFFIXES, "txt", *declared))
+        declared = (suffix for column in schema.fields for suffix in _suffixes(column, _MARKING_SUFFIXES))
+        return any(suffix in self.files for suffix in (*_MARKING_SUFFIXES, "txt", *declared))
 
 
 def iter_members(read: Callable[[int], bytes], *, whole: bool = True) -> Iterator[Member]:
@@ -113,7 +117,7 @@ def iter_members(read: Callable[[int], bytes], *, whole: bool = True) -> Iterato
                 break
             header = take(_BLOCK, f"the header after {name}")
         last, zeros = name, 0
-        yield Member(start, name, info.isreg(), b"".join(raw), memoryview(body)[:size])
+        yield Member(start, name, info.isreg(), b"".join(raw), memoryview(body)[:size], info.islnk() or info.issym())
 
 
 def _pax_records(data: bytes) -> dict[str, str]:
@@ -131,31 +135,38 @@ def _pax_records(data: bytes) -> dict[str, str]:
 
 
 def iter_samples(members: Iterable[Member]) -> Iterator[Sample]:
-    """Consecutive regular members with the same key; the key ends at the first dot of the file name."""
+    """Consecutive regular members with the same key; the key ends at the first dot of the file name.
+
+    Folders and hidden files (`._x.jpg` and `__MACOSX` of macOS) belong to the sample before them.
+    """
     sample = None
     for member in members:
         folder, slash, base = member.name.rpartition("/")
         stem, _, suffix = base.partition(".")
         key = f"{folder}{slash}{stem}"
-        if sample is not None and (not member.is_file or key == sample.key):
-            sample.raw.append(member.raw)  # folders and links belong to the sample before them
+        has_key = (member.is_file or member.is_link) and bool(stem) and "__MACOSX/" not in member.name
+        if sample is not None and (not has_key or key == sample.key):
+            sample.raw.append(member.raw)
         else:
             if sample is not None:
                 yield sample
             sample = Sample(key, member.offset, raw=[member.raw])
-        if member.is_file:
+        if has_key and member.is_link:
+            sample.links.add(suffix.lower())
+        elif has_key:
+            sample.repeated |= suffix.lower() in sample.files
             sample.files.setdefault(suffix.lower(), member.data)
     if sample is not None:
         yield sample
 
 
-def _suffixes(column: Field) -> tuple[str, ...]:
+def _suffixes(column: Field, pictures: tuple[str, ...] = IMAGE_SUFFIXES) -> tuple[str, ...]:
     """The suffixes of members that may hold a column, in order of preference; other columns are in the JSON."""
     match column.name, column.kind:
         case "image", "image":
-            return IMAGE_SUFFIXES
+            return pictures
         case name, "image" | "mask":
-            return tuple(f"{name.lower()}.{suffix}" for suffix in IMAGE_SUFFIXES)
+            return tuple(f"{name.lower()}.{suffix}" for suffix in pictures)
         case "text", "text":
             return ("txt",)
         case "label", "label":

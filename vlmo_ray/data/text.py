@@ -8,10 +8,9 @@ import os
 import numpy as np
 from tokenizers import Tokenizer as RustTokenizer
 from tokenizers.models import WordPiece
-from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 
-from vlmo_ray.data.schema import problem_of_text
+from vlmo_ray.data.schema import TEXT_NORMALIZER, problem_of_text
 from vlmo_ray.errors import RecordError, UserError
 
 PAD_ID, UNK_ID, CLS_ID, SEP_ID, MASK_ID = 0, 100, 101, 102, 103
@@ -35,7 +34,7 @@ class Tokenizer:
         ids = {entry: index for index, entry in enumerate(vocab.read_text(encoding="utf-8").splitlines())}
         self.max_len = max_len
         self._words = RustTokenizer(WordPiece(ids, unk_token="[UNK]", max_input_chars_per_word=100))
-        self._words.normalizer = BertNormalizer(lowercase=True)
+        self._words.normalizer = TEXT_NORMALIZER
         self._words.pre_tokenizer = BertPreTokenizer()
 
     def encode(self, text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -52,8 +51,7 @@ class Tokenizer:
             raise RecordError(problem)
         encoding = self._words.encode(text, add_special_tokens=False)
         pieces = encoding.ids[: self.max_len - 2]
-        if not pieces:
-            raise RecordError("the text has no visible character")
+        assert pieces, "`problem_of_text` has refused a text without a visible character"
         end = len(pieces) + 1
         ids = np.full(self.max_len, PAD_ID, np.int32)
         ids[0], ids[1:end], ids[end] = CLS_ID, pieces, SEP_ID

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import hashlib
 import importlib
 import inspect
 import json
 import pkgutil
-import re
-import typing
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pyarrow as pa
 
@@ -29,6 +26,7 @@ from vlmo_ray.session import ray_session
 
 __all__ = ["FORMATS", "Counts", "prepare", "write_dataset"]
 
+_EXAMPLES = {True: "false", False: "'name'"}  # of options, by whether they are switches
 STATE, DROPPED = "prepare.json", "dropped.jsonl"
 
 
@@ -93,7 +91,7 @@ def prepare(
     # includes the units, because an unfinished run has markers of its own units
     listing = repr((opened.listing, [(unit.name, unit.bytes) for unit in units]))
     state = {
-        "version": 2,  # of the files in the work folder: a newer program must not continue with older ones
+        "version": 3,  # of the files in the work folder: a newer program must not continue with older ones
         "format": format,
         "source": opened.uri,
         "listing": hashlib.sha256(listing.encode()).hexdigest(),
@@ -101,7 +99,7 @@ def prepare(
         "rows_per_group": rows_per_group,
         "forbid": sorted(forbid),
         "schema": opened.schema.to_json(),
-        "options": {name: str(value) for name, value in options.items()},
+        "options": {name: str(getattr(opened, name)) for name in options},
     }
     if not index:
         state |= {"seed": seed, "memory": memory, "shard_bytes": shard_bytes, "verify": verify}
@@ -124,34 +122,24 @@ def prepare(
 def _open_source(format: str, uri: str, options: dict) -> Source:
     if format not in FORMATS:
         raise UserError(f"{format!r} is not a format; choose from {', '.join(sorted(FORMATS))}")
-    known = {name: kind for name, kind in typing.get_type_hints(FORMATS[format]).items() if name in _options(format)}
+    known = list(inspect.signature(FORMATS[format]).parameters)[1:]
     for name in options:
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known) or 'none'}"
-            raise UserError(f"{name!r} is not an option of {format}; {hint}")
-    return FORMATS[format](uri, **{name: _typed(name, value, known[name]) for name, value in options.items()})
+            raise UserError(f"{name!r} is not an option of {format}; it has {', '.join(known) or 'none'}")
+    types = get_type_hints(FORMATS[format])
+    return FORMATS[format](uri, **{name: _typed(name, value, types[name]) for name, value in options.items()})
 
 
-def _options(format: str) -> list[str]:
-    return list(inspect.signature(FORMATS[format]).parameters)[1:]
-
-
-def _typed(name: str, value: Any, kind: Any) -> Any:
-    """The value of an option, given as text or as it is, in the type that the format's class declares."""
-    kinds = typing.get_args(kind) or (kind,)
-    if value is None and type(None) in kinds:
-        return None
-    text = str(value).strip()
-    if bool in kinds:
-        if (found := {"true": True, "false": False, "yes": True, "no": False}.get(text.lower())) is None:
-            raise UserError(f"{name}={text!r} must be true or false")
-        return found
-    if kinds == (int,):
-        if not re.fullmatch(r"-?\d+", text):
-            raise UserError(f"{name}={text!r} must be a whole number")
-        return int(text)
-    return str(value)
+def _typed(name: str, value: Any, type_: Any) -> Any:
+    """An option as the type that the format's class declares; text, as from the command line, is converted."""
+    types = set(get_args(type_) or (type_,))
+    if bool in types and isinstance(value, str):
+        word = value.lower()
+        value = word in ("true", "yes", "1") if word in ("true", "yes", "1", "false", "no", "0") else value
+    if type(value) not in types:
+        wanted = "true or false" if bool in types else "a text or a number" if int in types else "a text"
+        raise UserError(f"{name}={value!r} is not {wanted}; write for example {name}={_EXAMPLES[bool in types]}")
+    return value
 
 
 def _place(source: Source, out: str | None, index: bool) -> Store:
@@ -232,7 +220,7 @@ def _shuffle(spec: shuffle.Shuffle, units: list[WorkUnit], forbid: Iterable[str]
 def _index(
     source: Shards, out: Store, units: list[WorkUnit], rows_per_chunk: int, memory: int, forbid: Iterable[str]
 ) -> Counts:
-    if compressed := [unit.name for unit in units if unit.name.endswith(("gz", "tgz"))]:
+    if compressed := [unit.name for unit in units if unit.name.lower().endswith(("gz", "bz2"))]:
         raise UserError(
             f"{out.address(compressed[0])} is compressed, so a chunk of it cannot be read alone; "
             "unpack it, or rewrite the data set by leaving out `index`"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,7 +11,7 @@ import pyarrow.parquet as pq
 
 from vlmo_ray.data.index import check_stated, index_parquet, stored_schema
 from vlmo_ray.data.manifest import Chunk
-from vlmo_ray.data.prepare.source import Shards, WorkUnit, pick_column
+from vlmo_ray.data.prepare.source import Shards, WorkUnit, image_id_of, pick_column
 from vlmo_ray.data.schema import Record, Schema
 from vlmo_ray.errors import UserError
 
@@ -70,21 +69,26 @@ class Parquet(Shards):
     def _records(self, row: dict, values: dict, at: str) -> Iterator[Record]:
         """One record, or one for each text if there is a list of them."""
         images = [field.name for field in self.schema.fields if field.kind in ("image", "mask")]
+        problem = ""
         for name in images:
+            if isinstance(values[name], dict) and not values[name].get("bytes") and values[name].get("path"):
+                problem = f"the {name} is a path without bytes"
             values[name] = values[name].get("bytes") if isinstance(values[name], dict) else values[name]
         image_id = row.get("image_id")
-        if image_id is None:
+        if isinstance(image_id, float) and image_id.is_integer():
+            image_id = int(image_id)  # pandas stores integers with a missing value as floats
+        if image_id is None or image_id != image_id:
             encoded = values[images[0]] if images else None
             data = encoded if isinstance(encoded, bytes) else b""
-            image_id = hashlib.blake2b(data, digest_size=16).hexdigest()
+            image_id = image_id_of(data)
         forbid, address = tuple(row.get("forbid") or ()), self.store.address(at)
         id = at if row.get("id") is None else str(row["id"])
         text = values.get("text")
         if not isinstance(text, list):
-            yield Record(id, str(image_id), values, forbid, address=address)
+            yield Record(id, str(image_id), values, forbid, problem, address)
             return
-        for k, caption in enumerate(text):
-            yield Record(f"{id}#{k}", str(image_id), values | {"text": caption}, forbid, address=address)
+        for k, caption in enumerate(text or [None]):
+            yield Record(f"{id}#{k}", str(image_id), values | {"text": caption}, forbid, problem, address)
 
     def chunks(self, unit: WorkUnit, rows_per_chunk: int) -> list[Chunk]:
         """The row groups that there are, whatever `rows_per_chunk` is."""

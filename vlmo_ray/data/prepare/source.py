@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import posixpath
@@ -60,14 +61,16 @@ class Shards(Source):
 
     def _list(self, suffixes: tuple[str, ...], what: str) -> None:
         """Find the files at `uri`, itself one of them or a folder, that end in one of `suffixes`."""
-        if self.uri.endswith(suffixes):
+        if self.uri.lower().endswith(suffixes):
             self.store, name = open_file(self.uri)
             self.uri = self.store.address(name)
             sizes = {name: self.store.size(name) or 0}
         else:
             self.store = open_store(self.uri)
             self.uri = self.store.uri
-            sizes = {n: size for n, size in self.store.sizes().items() if n.endswith(suffixes) and n != MANIFEST}
+            sizes = {
+                n: size for n, size in self.store.sizes().items() if n.lower().endswith(suffixes) and n != MANIFEST
+            }
         if not sizes:
             raise UserError(f"{self.uri} holds no {what} ({', '.join(suffixes)})")
         self.listing = json.dumps(sizes)
@@ -88,6 +91,11 @@ def cut_units(name: str, items: Iterable[tuple[Any, int]]) -> list[WorkUnit]:
             units.append(WorkUnit(f"{name} part {len(units)}", size, content))
             content, size = [], 0
     return [*units, WorkUnit(f"{name} part {len(units)}", size, content)] if content else units
+
+
+def image_id_of(image: bytes) -> str:
+    """The image_id of an image that states none: equal for equal bytes."""
+    return hashlib.blake2b(image, digest_size=16).hexdigest()
 
 
 def open_file(uri: str) -> tuple[Store, str]:
@@ -122,6 +130,12 @@ def name_in(store: Store, path: str) -> str | None:
     return None if name.startswith(("/", "..")) or name == "." or "://" in path else name
 
 
+def is_too_long(name: str) -> bool:
+    """Whether file systems refuse the name, or a folder in it, for its length."""
+    encoded = name.encode("utf-8", "surrogateescape")
+    return len(encoded) > 1024 or any(len(part) > 255 for part in encoded.split(b"/"))
+
+
 def read_images(store: Store, paths: Iterable[str | tuple[str, ...]]) -> Iterator[tuple[bytes | None, str]]:
     """Image bytes and problem of each path, in order, read several at a time; a tuple gives alternatives."""
 
@@ -132,6 +146,8 @@ def read_images(store: Store, paths: Iterable[str | tuple[str, ...]]) -> Iterato
                 return None, "the image path is not UTF-8"
             if name is None:
                 return None, "the image path leads out of the image folder"
+            if is_too_long(name):
+                return None, "the image path is longer than a file name may be"
             try:
                 return store.read(name), ""
             except FileNotFoundError:
@@ -150,7 +166,7 @@ def mean_image_bytes(store: Store, paths: Sequence[str | tuple[str, ...]]) -> in
 
     def size(path: str | tuple[str, ...]) -> int | None:
         names = [name_in(store, p) for p in ((path,) if isinstance(path, str) else path)]
-        return next((s for s in (store.size(n) for n in names if n) if s is not None), None)
+        return next((s for s in (store.size(n) for n in names if n and not is_too_long(n)) if s is not None), None)
 
     with ThreadPoolExecutor(8) as pool:
         found = [s for s in pool.map(size, picks) if s is not None]

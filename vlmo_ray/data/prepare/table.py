@@ -7,6 +7,7 @@ import csv
 import hashlib
 import io
 import itertools
+import logging
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,15 +29,16 @@ from vlmo_ray.errors import UserError
 _IMAGE_COLUMNS = ("filepath", "path", "image", "image_path", "filename", "file_name", "file")
 _TEXT_COLUMNS = ("caption", "text", "title", "sentence")
 _SIZED_ROWS = 4096
-_LOOKED_AT = 64  # lines, to find the delimiter
-_DELIMITERS = {"tab": "\t", "comma": ",", "semicolon": ";", "pipe": "|"}
+_DELIMITERS = ("\t", ",", ";", "|")
+_HEAD_BYTES = 1 << 16  # in which the delimiter is found
+logger = logging.getLogger(__name__)
 
 
 class _Lines:
-    """The lines of a binary file as text, without a byte order mark; `offset` is the first byte after the lines so far.
+    """The lines of a binary file as text; `offset` is the first byte after the lines so far.
 
     csv.reader asks for one line at a time, so after each row `offset` is where the next row begins, even if there are
-    line breaks inside quotes.
+    line breaks inside quotes. A byte order mark at the beginning of the file is left out.
     """
 
     def __init__(self, lines: Iterator[bytes], offset: int = 0) -> None:
@@ -46,8 +48,7 @@ class _Lines:
         return self
 
     def __next__(self) -> str:
-        line = next(self._lines)
-        at_start = self.offset == 0
+        line, at_start = next(self._lines), self.offset == 0
         self.offset += len(line)
         self.digest.update(line)
         line = line.removeprefix(codecs.BOM_UTF8) if at_start else line
@@ -58,58 +59,67 @@ class _Lines:
 class Table(Source):
     """One pair per row; `image_id` is the path, the id `<table>:<row>`, counted from 0 after the header.
 
-    Columns are named, or numbered from 0 if the table has no header (`header=false`). Paths are relative to `images`,
-    by default the table's folder; absolute ones must lie below it. `delimiter` is one of tab, comma, semicolon and
-    pipe, by default the one that cuts the first lines into equally many columns. Quotation marks have a meaning
-    (`quoting`) unless the delimiter is the tab; one without a partner is an error, since it would swallow rows.
+    Columns are named, or numbered from 0 if the table has no header (`header=False`). Paths are relative to `images`,
+    by default the table's folder; absolute ones must lie below it. A tab, comma, semicolon or pipe separates columns:
+    `delimiter`, by default the first of them in the header, or in a table without one the first that all rows have.
+    With `quoting`, by default unless tabs separate columns, a cell in quotation marks may have delimiters and line
+    breaks in it; a quotation mark without a partner is a UserError.
     """
 
     format: ClassVar[str] = "table"
 
     uri: str
-    image_column: str | None = None
-    text_column: str | None = None
+    image_column: str | int | None = None
+    text_column: str | int | None = None
     header: bool = True
     quoting: bool | None = None
-    images: str | None = None
     delimiter: str | None = None
+    images: str | None = None
 
     def __post_init__(self) -> None:
         self._store, self._name = open_file(self.uri)
         self.uri = self._store.address(self._name)
         self._images = open_store(self.images or self._store.uri)
-        self._dialect = self._find_dialect()
+        self._dialect = self._dialect_of(self._store.read(self._name, 0, _HEAD_BYTES))
         self._units = self._scan()
 
-    def _find_dialect(self) -> dict[str, Any]:
-        with io.BufferedReader(self._store.open_stream(self._name)) as file:
-            first = list(itertools.islice(file, _LOOKED_AT))
-        if first and first[0].startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-            raise UserError(f"{self.uri} is UTF-16; write it as UTF-8, for example with `iconv -f UTF-16 -t UTF-8`")
-        if self.delimiter is not None and self.delimiter not in _DELIMITERS:
-            raise UserError(f"delimiter={self.delimiter!r} must be one of {', '.join(_DELIMITERS)}")
-        usual = "\t" if self._name.lower().endswith((".tsv", ".txt")) else ","
+    def _dialect_of(self, head: bytes) -> dict[str, Any]:
+        """The arguments of `csv.reader`, from what was given and the first bytes of the table."""
+        if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or head.count(0) * 4 > len(head) > 0:
+            raise UserError(f"{self.uri} is UTF-16; convert it: iconv -f UTF-16 -t UTF-8 {self._name} > NEW")
+        if self.delimiter is not None:
+            delimiter = {"\\t": "\t", "tab": "\t"}.get(self.delimiter, self.delimiter)
+            if delimiter not in _DELIMITERS:
+                raise UserError(f"delimiter={self.delimiter!r} is none of tab, ',', ';' and '|'")
+            return self._reading(delimiter)
+        whole = len(head) < _HEAD_BYTES
+        lines = [line for line in head.splitlines(keepends=True) if line.strip()]
+        lines = lines if whole or len(lines) == 1 else lines[:-1]
+        found = {}  # the length of the first cell, by delimiter
+        for delimiter in _DELIMITERS:
+            try:
+                loose: dict[str, Any] = self._reading(delimiter) | {"strict": False}
+                reader = csv.reader(_Lines(iter(lines)), **loose)
+                rows = list(itertools.islice(reader, 1 if self.header else 20))
+            except csv.Error:  # `_scan` reports it, with its row
+                continue
+            if rows and all(len(row) > 1 for row in rows):
+                found[delimiter] = len(rows[0][0])
+        default = "\t" if self._name.lower().endswith((".tsv", ".txt")) else ","
+        return self._reading(min(found, key=found.__getitem__) if found else default)
 
-        def dialect(delimiter: str) -> dict[str, Any]:
-            quoting = delimiter != "\t" if self.quoting is None else self.quoting
-            kind = csv.QUOTE_MINIMAL if quoting else csv.QUOTE_NONE
-            # strict: text after a closing mark, or the end of the table inside of marks, is an error
-            return {"delimiter": delimiter, "quoting": kind, "strict": quoting}
-
-        def fit(delimiter: str) -> tuple[float, bool, int]:
-            """The share of rows with as many columns as the first, whether it is the usual one, the columns."""
-            options = dialect(delimiter) | {"strict": False}
-            counts = [len(row) for row in csv.reader(_Lines(iter(first)), **options) if row]
-            equal = counts.count(counts[0]) / len(counts) if counts and counts[0] > 1 else 0.0
-            return equal, delimiter == usual, counts[0] if counts else 0
-
-        chosen = _DELIMITERS[self.delimiter] if self.delimiter else max(_DELIMITERS.values(), key=fit)
-        return dialect(chosen)
+    def _reading(self, delimiter: str) -> dict[str, Any]:
+        quoting = delimiter != "\t" if self.quoting is None else self.quoting
+        return {
+            "delimiter": delimiter,
+            "quoting": csv.QUOTE_MINIMAL if quoting else csv.QUOTE_NONE,
+            "strict": True,  # text after a closing quotation mark, or none to the end, shows one without a partner
+        }
 
     def _scan(self) -> list[WorkUnit]:
         """Read the table once, to cut it between rows and for `listing`; sets the column numbers."""
         starts, first, paths = array("q"), [], []  # the offset of each row, the header, the first image paths
-        broken: list[int] = []  # rows with a line break in a quoted cell
+        spanning = array("q")  # rows of several lines
         with io.BufferedReader(self._store.open_stream(self._name)) as file:
             lines = _Lines(iter(file))
             reader = csv.reader(lines, **self._dialect)
@@ -118,24 +128,23 @@ class Table(Source):
                     first = next(reader, [])
                 self._image = self._column("image", self.image_column, first, _IMAGE_COLUMNS, 0)
                 self._text = self._column("text", self.text_column, first, _TEXT_COLUMNS, 1)
-                start = lines.offset
+                start, line = lines.offset, reader.line_num
                 for row in reader:
-                    if any("\n" in cell for cell in row):
-                        broken.append(len(starts))
+                    if reader.line_num > line + 1:
+                        spanning.append(len(starts))
                     starts.append(start)
-                    start = lines.offset
+                    start, line = lines.offset, reader.line_num
                     if len(row) > self._image and len(paths) < _SIZED_ROWS:
                         paths.append(row[self._image])
             except csv.Error as error:
                 raise UserError(
-                    f"{self.uri}, after row {len(starts)}: {error}. A quotation mark has no partner, or stands in the "
-                    "middle of a cell: give quotation marks no meaning by quoting=false, or double it"
+                    f"{self.uri}, after row {len(starts)}: {error}; if a quotation mark in a caption has no "
+                    "partner, use quoting=False"
                 ) from error
-        if broken:
-            print(
-                f"{self.uri}: {len(broken):,} rows have a line break in a quoted cell, the first is row {broken[0]}; if "
-                "its quotation mark has no partner, rows are lost in it: use quoting=false",
-                flush=True,
+        if spanning:
+            logger.warning(
+                f"{self.uri}: {len(spanning)} rows have a line break inside quotation marks, the first is row "
+                f"{spanning[0]}; if these are several rows each, use quoting=False"
             )
         self.listing, num_rows = lines.digest.hexdigest(), len(starts)
         mean = mean_image_bytes(self._images, paths)
@@ -146,8 +155,11 @@ class Table(Source):
             for row, last in itertools.pairwise(cuts)
         ]
 
-    def _column(self, field: str, chosen: str | None, header: list[str], known: tuple[str, ...], default: int) -> int:
+    def _column(
+        self, field: str, chosen: str | int | None, header: list[str], known: tuple[str, ...], default: int
+    ) -> int:
         """The number of the column for a field."""
+        chosen = None if chosen is None else str(chosen)
         if not self.header:
             chosen = chosen or str(default)
             if not chosen.isdigit():
@@ -155,7 +167,7 @@ class Table(Source):
             return int(chosen)
         if chosen and chosen not in header and chosen.isdigit() and int(chosen) < len(header):
             return int(chosen)
-        remedy = f"{field}_column=..., or say header=false"
+        remedy = f"{field}_column=..., or say header=False"
         return header.index(pick_column(self.uri, header, field, known, chosen, remedy))
 
     def records(self, unit: WorkUnit) -> Iterator[Record]:
