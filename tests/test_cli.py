@@ -3,6 +3,7 @@
 Most tests call it in their own process; `test_the_process_itself` starts it as a user does.
 """
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -10,10 +11,16 @@ import sys
 import time
 
 import pytest
+import torch
+from small_run import SMALL
 
 from vlmo_ray.data.prepare.shards import write_dataset
+from vlmo_ray.data.store import Store
 from vlmo_ray.demo.scenes.records import records
+from vlmo_ray.model.vlmo import VLMo, init_weights
 from vlmo_ray.recipes import RECIPES
+from vlmo_ray.runs.load import load
+from vlmo_ray.weights.folder import export_official, save_model
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +71,10 @@ def test_recipes_and_show(vlmo):
         (["evaluate", "/no/such/run", "--data", "/no"], ["/no/such/run"]),
         (["import", "/no/such/file.pt", "/tmp/never"], ["/no/such/file.pt"]),
         (["export", "/no/such/run", "/tmp/never.pt"], ["/no/such/run"]),
+        (["export", "/no/such/run", "/tmp/"], ["/tmp/ does not name a file"]),
+        (["export", "/no/such/run", "/tmp"], ["/tmp does not name a file"]),
+        (["export", "/no/such/run", "gs://bucket/model.pt"], ["gs://bucket", "only folders and s3://"]),
+        (["import", "/no/such/file.pt", "/dev/null/x"], ["/no/such/file.pt"]),
         (["audit", "/no/such/run", "--data", "/no"], ["/no/such/run"]),
         (["prepare", "karpathy", "/no/such.json", "/tmp/never"], ["/no"]),
         (["prepare", "table", "/no.csv", "/tmp/never", "--option", "header"], ["'header' has no '='"]),
@@ -86,6 +97,7 @@ def test_mistakes_about_storage(vlmo, s3_server, bucket, data, tmp_path):
     refused(pretrain("s3://vlmo/x", AWS_SECRET_ACCESS_KEY="wrong"), "AWS_SECRET_ACCESS_KEY")
     refused(pretrain("s3://vlmo/x", AWS_ENDPOINT_URL="http://127.0.0.1:9"), "127.0.0.1:9")
 
+    refused(pretrain("s3://vlmo/x", AWS_SESSION_TOKEN="t", AWS_ACCESS_KEY_ID=""), "AWS_SESSION_TOKEN", "without")
     shard = next(name for name in os.listdir(data) if name.endswith(".parquet") and name != "manifest.parquet")
     broken = tmp_path / "broken"
     write_dataset(str(broken), records(1, 40, image_size=32), rows_per_group=8)
@@ -104,3 +116,28 @@ def test_more_workers_than_the_cluster_can_have(vlmo, ray_cluster, data, tmp_pat
         "train", "tiny", "--data", data, "--storage", str(tmp_path), "--set", "cluster.data_cpus_per_worker=0"
     )  # fmt: skip
     refused(run, "cluster.data_cpus_per_worker=0 must be at least 1")
+
+
+@pytest.mark.slow
+def test_weights_go_out_and_come_in_anywhere(vlmo, bucket, tmp_path):
+    """Into folders that do not exist yet, and to object storage."""
+    model = VLMo(dataclasses.replace(SMALL.model, bias_text_len=14))
+    init_weights(model, 1)
+    save_model(model, tmp_path / "ours")
+    for out in (f"{tmp_path}/new/folder/model.pt", f"{bucket}/weights/model.pt"):
+        done = vlmo("export", str(tmp_path / "ours"), out)
+        assert done.returncode == 0, done.stderr
+    store = Store(f"{bucket}/weights")
+    assert store.read("model.pt") == (tmp_path / "new/folder/model.pt").read_bytes()
+    for out in (f"{tmp_path}/imported/here", f"{bucket}/imported"):
+        done = vlmo("import", f"{tmp_path}/new/folder/model.pt", out)
+        assert done.returncode == 0, done.stderr
+        torch.testing.assert_close(load(out).state_dict(), model.state_dict(), rtol=0, atol=0)
+    assert not (tmp_path / "s3:").exists()
+
+
+def test_a_folder_that_is_a_file_is_refused(vlmo, tmp_path):
+    model = VLMo(SMALL.model)
+    save_model(model, tmp_path / "ours")
+    export_official(tmp_path / "ours", tmp_path / "model.pt")
+    refused(vlmo("import", f"{tmp_path}/model.pt", f"{tmp_path}/model.pt/below"), f"{tmp_path}/model.pt/below")

@@ -160,9 +160,9 @@ def import_(official: Positional[str], out: Positional[str]) -> None:
 
     Args:
         official: a released .pt, .ckpt or .safetensors file.
-        out: the folder to write.
+        out: the folder or `s3://bucket/prefix` to write.
     """
-    from vlmo_ray.weights.folder import import_official
+    from vlmo_ray.runs.load import import_official
 
     print(import_official(official, out))
 
@@ -172,7 +172,7 @@ def export(run: Positional[str], out: Positional[str]) -> None:
 
     Args:
         run: a run or an imported folder.
-        out: the .pt file to write.
+        out: the .pt file to write; may be on `s3://`.
     """
     from vlmo_ray.runs.load import export as write_official
 

@@ -192,5 +192,6 @@ def test_a_finished_preparation_from_before_schemas_is_finished(ray_cluster, tmp
 
 
 def test_formats_are_found_by_name():
-    assert sorted(package.FORMATS) == ["folders", "karpathy", "parquet", "table", "webdataset"]
+    named = ["folders", "karpathy", "nlvr2", "parquet", "snli_ve", "table", "vqa", "webdataset"]
+    assert sorted(package.FORMATS) == named
     assert package.FORMATS["folders"] is Folders

@@ -5,14 +5,16 @@ from __future__ import annotations
 import bz2
 import codecs
 import io
+import json
 import tarfile
 
 import pytest
 from conftest import make_image
-from sources import put, tar_of
+from sources import put, tar_of, tars
 
 from vlmo_ray.data.prepare import _open_source
 from vlmo_ray.data.prepare.parquet import Parquet
+from vlmo_ray.data.prepare.webdataset import WebDataset
 from vlmo_ray.data.schema import PAIRS, problem_of, problem_of_text
 from vlmo_ray.data.store import open_store
 from vlmo_ray.errors import UserError
@@ -137,7 +139,7 @@ _PAIR = [("1.jpg", make_image(1)), ("1.txt", b"one")]
         ([("1.BMP", make_image(1, "BMP")), ("1.json", b'{"caption": "b"}')], ["b"]),
         ([("1.mp4", b"film"), ("1.json", b'{"caption": "f"}')], ["there is no image"]),
         ([*_PAIR, *_PAIR], ["one", "the key is there twice in a row"]),
-        ([("1.jpg", b"x"), ("1.json", b'{"caption": ["a", "b"]}')], ["the text is not a string"]),
+        ([("1.jpg", b"x"), ("1.json", b'{"caption": ["a", "b"]}')], ["a", "b"]),
         ([_PAIR[0], ("._1.jpg", b"mac"), ("__MACOSX/._1.jpg", b"mac"), _PAIR[1]], ["one"]),
         (
             [("i.2024.01.jpg", b"x"), ("i.2024.02.jpg", b"x")],
@@ -171,3 +173,29 @@ def test_equal_pictures_in_tars_are_one_image(tmp_path):
     source = _open_source("webdataset", str(tmp_path), {})
     one, two, three = (record.image_id for unit in source.units() for record in source.records(unit))
     assert one == two != three
+
+
+def test_a_list_of_captions_in_a_tar_gives_a_pair_for_each(tmp_path):
+    facts = json.dumps({"caption": ["a dog", "a cat"]}).encode(), json.dumps({"caption": []}).encode()
+    members = [(f"{i}.{s}", data) for i in (0, 1) for s, data in (("jpg", make_image(i)), ("json", facts[i]))]
+    put(str(tmp_path), {"a.tar": tar_of(members)})
+    source = WebDataset(str(tmp_path))
+    records = [record for unit in source.units() for record in source.records(unit)]
+    told = [(r.id, r.values["text"], r.problem) for r in records]
+    assert told[:2] == [("a.tar/0#0", "a dog", ""), ("a.tar/0#1", "a cat", "")]
+    assert told[2][2] == "the list of captions is empty" and len(told) == 3
+    assert records[0].image_id == records[1].image_id
+
+
+def test_patterns_name_the_tars(tmp_path):
+    source = str(tmp_path / "in")
+    put(source, tars(4, 2))
+    for pattern, count in (("{000..002}.tar", 3), ("00?.tar", 4), ("{001,003}.tar", 2), ("*.tar", 4)):
+        assert len(WebDataset(f"{source}/{pattern}").units()) == count
+    with pytest.raises(UserError, match=r"004\.tar does not exist, but {003..004}\.tar names it"):
+        WebDataset(f"{source}/{{003..004}}.tar")
+    with pytest.raises(UserError, match="after the last /"):
+        WebDataset(f"{source}*/000.tar")
+    put(source, {"more.tar.zst": b"?"})
+    with pytest.raises(UserError, match=r"more\.tar\.zst is compressed in a way that is not read"):
+        WebDataset(source)

@@ -13,6 +13,7 @@ import time
 
 import pytest
 
+from vlmo_ray.data import s3
 from vlmo_ray.data.store import Store, open_store
 from vlmo_ray.demo.local_s3 import local_s3
 from vlmo_ray.errors import UserError
@@ -190,3 +191,50 @@ def test_a_full_disk_is_told_with_the_address(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, free)
     assert store.list() == []
+
+
+def test_an_endpoint_of_the_aws_profile_is_used_by_all_clients(tmp_path, monkeypatch):
+    config = tmp_path / "config"
+    config.write_text(
+        "[default]\nendpoint_url = http://127.0.0.1:1\nregion = eu-north-1\n"
+        "[profile mine]\nservices = local\n[services local]\ns3 =\n  endpoint_url = http://127.0.0.1:2\n"
+    )
+    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(config))
+    assert (s3._settings()["endpoint"], s3._settings()["region"]) == ("http://127.0.0.1:1", "eu-north-1")
+    assert s3.client().meta.endpoint_url == "http://127.0.0.1:1"
+    with pytest.raises(UserError, match=r"127\.0\.0\.1:1"):
+        Store("s3://bucket/x").read("name")
+    monkeypatch.setenv("AWS_PROFILE", "mine")
+    assert s3.client().meta.endpoint_url == "http://127.0.0.1:2"
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:3")  # the environment comes first
+    assert s3.client().meta.endpoint_url == "http://127.0.0.1:3"
+    monkeypatch.setenv("AWS_PROFILE", "nobody")
+    with pytest.raises(UserError, match="nobody"):
+        Store("s3://bucket/x").read("name")
+
+
+def test_an_anonymous_address_sends_no_credentials(monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    store = Store("s3://bucket/prefix/?anonymous")
+    assert (store.uri, store.root) == ("s3://bucket/prefix?anonymous", "bucket/prefix")
+    assert store.path("a/b") == "bucket/prefix/a/b" and store.address("a") == "s3://bucket/prefix/a"
+    sent = []
+    client = store._client()
+    client.meta.events.register("before-send.s3", lambda request, **_: sent.append(dict(request.headers)))
+    with pytest.raises(Exception, match="127"):
+        client.get_object(Bucket="bucket", Key="x")
+    assert sent and not any("Authorization" in headers for headers in sent)
+    assert "'anonymous': True" in repr(store.fs.__reduce__())
+    with pytest.raises(UserError, match=r"the only flag is \?anonymous"):
+        Store("s3://bucket/prefix?public")
+
+
+def test_a_session_token_without_its_keys_is_named(monkeypatch):
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "token")
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID", raising=False)
+    with pytest.raises(UserError, match="AWS_SESSION_TOKEN is set without AWS_ACCESS_KEY_ID"):
+        Store("s3://bucket/x").read("name")

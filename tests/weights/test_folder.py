@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -17,6 +18,7 @@ import vlmo_ray
 from vlmo_ray.config import MODEL_SIZES
 from vlmo_ray.errors import UserError
 from vlmo_ray.model.vlmo import VLMo, init_weights
+from vlmo_ray.recipes import RECIPES, recipe
 from vlmo_ray.weights.folder import export_official, import_official, load_model, save_model
 from vlmo_ray.weights.official import official_name, our_name
 from vlmo_ray.weights.resize import resample_table
@@ -255,3 +257,23 @@ def test_the_package_imports_without_torch():
     code = "import sys, vlmo_ray; assert callable(vlmo_ray.load); print('torch' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_what_is_exported_of_a_recipe_can_be_imported(tmp_path, name):
+    """Its heads, positions, text lengths and number of attention heads, at a small width."""
+    config = recipe(name).model
+    config = dataclasses.replace(
+        config, width=4 * config.num_heads, depth=3, vl_start=2, vocab_size=1100, image_size=2 * config.patch_size
+    )
+    model = VLMo(config)
+    init_weights(model, 0)
+    save_model(model, tmp_path / "ours")
+    export_official(tmp_path / "ours", tmp_path / "out.pt")
+    import_official(tmp_path / "out.pt", tmp_path / "again")
+    found = load_model(tmp_path / "again")
+    same = ("width", "depth", "num_heads", "vl_start", "position", "image_size", "bias_text_len", "heads")
+    assert [getattr(found.config, field) for field in same] == [getattr(config, field) for field in same]
+    torch.testing.assert_close(found.state_dict(), model.state_dict(), rtol=0, atol=0)
+    export_official(tmp_path / "again", tmp_path / "twice.pt")
+    torch.testing.assert_close(load_model(tmp_path / "twice.pt").state_dict(), model.state_dict(), rtol=0, atol=0)

@@ -7,6 +7,7 @@ import functools
 import os
 import re
 from collections.abc import Iterator
+from typing import Any
 
 from pyarrow import fs as pafs
 
@@ -29,9 +30,15 @@ class StorageBusy(UserError):
 def _settings() -> dict[str, str]:
     """What a connection depends on. Connections are cached by it, so that a changed environment has an effect."""
     env = os.environ.get
+    if env("AWS_SESSION_TOKEN") and not (env("AWS_ACCESS_KEY_ID") and env("AWS_SECRET_ACCESS_KEY")):
+        raise UserError(
+            "AWS_SESSION_TOKEN is set without AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; set all, or none"
+        )
+    file = os.path.expanduser(env("AWS_CONFIG_FILE") or "~/.aws/config")
+    endpoint, region = _profile(file, env("AWS_PROFILE") or "") if os.path.exists(file) else ("", "")
     return {
-        "endpoint": env("AWS_ENDPOINT_URL_S3") or env("AWS_ENDPOINT_URL") or "",
-        "region": env("AWS_REGION") or env("AWS_DEFAULT_REGION") or "us-east-1",
+        "endpoint": env("AWS_ENDPOINT_URL_S3") or env("AWS_ENDPOINT_URL") or endpoint,
+        "region": env("AWS_REGION") or env("AWS_DEFAULT_REGION") or region or "us-east-1",
         "key": env("AWS_ACCESS_KEY_ID") or "",
         "secret": env("AWS_SECRET_ACCESS_KEY") or "",
         "token": env("AWS_SESSION_TOKEN") or "",
@@ -39,12 +46,30 @@ def _settings() -> dict[str, str]:
 
 
 @functools.lru_cache(maxsize=4)
-def _filesystem(*, endpoint: str, region: str, key: str, secret: str, token: str) -> pafs.S3FileSystem:
+def _profile(file: str, name: str) -> tuple[str, str]:
+    """(endpoint, region) of a profile in the AWS config file, which pyarrow does not look up; "" for what it lacks."""
+    from botocore.exceptions import BotoCoreError
+    from botocore.session import Session
+
+    session = Session(profile=name or None)
+    session.set_config_variable("config_file", file)
+    try:
+        profile = session.get_scoped_config()
+    except BotoCoreError as error:
+        raise UserError(f"{file}: {error}; check AWS_PROFILE") from error
+    services = session.full_config.get("services", {}).get(profile.get("services"), {})
+    endpoint = services.get("s3", {}).get("endpoint_url") or profile.get("endpoint_url")
+    return endpoint or "", profile.get("region") or ""
+
+
+@functools.lru_cache(maxsize=4)
+def _filesystem(anonymous: bool, *, endpoint: str, region: str, key: str, secret: str, token: str) -> pafs.S3FileSystem:
     scheme, _, host = endpoint.rpartition("://")
     return pafs.S3FileSystem(
-        access_key=key or None,
-        secret_key=secret or None,
-        session_token=token or None,
+        anonymous=anonymous,
+        access_key=None if anonymous else key or None,
+        secret_key=None if anonymous else secret or None,
+        session_token=None if anonymous else token or None,
         region=region,
         endpoint_override=host.rstrip("/") or None,
         scheme=scheme or "https",
@@ -55,11 +80,12 @@ def _filesystem(*, endpoint: str, region: str, key: str, secret: str, token: str
 
 
 @functools.lru_cache(maxsize=4)
-def _client(probe: bool, *, endpoint: str, region: str, key: str, secret: str, token: str):
+def _client(probe: bool, anonymous: bool, *, endpoint: str, region: str, key: str, secret: str, token: str):
     from boto3.session import Session  # slow to import, and not needed to read a folder
+    from botocore import UNSIGNED
     from botocore.config import Config
 
-    options = {}
+    options: dict[str, Any] = {"signature_version": UNSIGNED} if anonymous else {}
     if endpoint and not os.environ.get("AWS_REQUEST_CHECKSUM_CALCULATION"):
         # Servers other than AWS often refuse the trailing checksums that boto3 sends by default.
         options["request_checksum_calculation"] = "when_required"
@@ -143,11 +169,11 @@ def _reason(code: str, error: Exception, address: str) -> str:
     return str(error)
 
 
-def filesystem() -> pafs.S3FileSystem:
-    """For reading."""
-    return _filesystem(**_settings())
+def filesystem(anonymous: bool = False) -> pafs.S3FileSystem:
+    """For reading; `anonymous` sends no credentials."""
+    return _filesystem(anonymous, **_settings())
 
 
-def client(probe: bool = False):
+def client(probe: bool = False, anonymous: bool = False):
     """boto3's, for writing; `probe` gives up within seconds."""
-    return _client(probe, **_settings())
+    return _client(probe, anonymous, **_settings())

@@ -23,6 +23,7 @@ from vlmo_ray.data import s3
 from vlmo_ray.errors import UserError
 
 _STREAM_BYTES = 4 << 20
+_ANONYMOUS = "?anonymous"  # at the end of an address
 _TEMPORARY = ".vlmo-tmp-"
 _LONGEST_WAIT_S = 20.0
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -50,6 +51,8 @@ def _explained_folder(address: str) -> Iterator[None]:
 class Store:
     """A folder or `s3://bucket/prefix`; names are relative to it, with `/` between components.
 
+    `s3://bucket/prefix?anonymous` reads a public bucket without credentials.
+
     Picklable: only the address travels, and another process connects anew with its own AWS variables. A missing name
     raises FileNotFoundError; every other failure raises a UserError that names the address. Requests to storage that is
     busy or away are repeated for `retry_timeout_s`, and then raise `s3.StorageBusy`.
@@ -61,8 +64,11 @@ class Store:
     def __post_init__(self) -> None:
         uri = self.uri
         if uri.startswith("s3://"):
-            uri = "s3://" + uri.removeprefix("s3://").strip("/")
-            if uri == "s3://":
+            path, question, flag = uri.removeprefix("s3://").partition("?")
+            if question and flag != "anonymous":
+                raise UserError(f"{self.uri!r} ends in ?{flag}; the only flag is ?anonymous")
+            uri = f"s3://{path.strip('/')}{question}{flag}"
+            if not path.strip("/"):
                 raise UserError(f"{self.uri!r} names no bucket; write s3://bucket/prefix")
         else:
             path = uri.removeprefix("file://")
@@ -78,11 +84,14 @@ class Store:
 
     @property
     def root(self) -> str:
-        return self.uri.removeprefix("s3://") if self.is_s3 else self.uri
+        return self.uri.removeprefix("s3://").removesuffix(_ANONYMOUS) if self.is_s3 else self.uri
 
     @property
     def fs(self) -> pafs.FileSystem:
-        return s3.filesystem() if self.is_s3 else pafs.LocalFileSystem()
+        return s3.filesystem(self.uri.endswith(_ANONYMOUS)) if self.is_s3 else pafs.LocalFileSystem()
+
+    def _client(self, probe: bool = False):
+        return s3.client(probe, self.uri.endswith(_ANONYMOUS))
 
     def path(self, name: str) -> str:
         """`name` for `fs`."""
@@ -90,7 +99,8 @@ class Store:
 
     def address(self, name: str) -> str:
         """`name` for people."""
-        return f"{self.uri.rstrip('/')}/{name}" if name else self.uri
+        uri = self.uri.removesuffix(_ANONYMOUS) if self.is_s3 else self.uri
+        return f"{uri.rstrip('/')}/{name}" if name else uri
 
     def _bucket_key(self, name: str) -> tuple[str, str]:
         bucket, _, key = self.path(name).partition("/")
@@ -137,7 +147,7 @@ class Store:
         """The whole file at once: a reader sees all of it or none."""
         if self.is_s3:  # without a temporary file, so that it works when the disk is full
             bucket, key = self._bucket_key(name)
-            self.patiently(name, lambda: s3.client().put_object(Bucket=bucket, Key=key, Body=data))
+            self.patiently(name, lambda: self._client().put_object(Bucket=bucket, Key=key, Body=data))
         else:
             with self.create(name) as file:
                 file.write(data)
@@ -174,14 +184,14 @@ class Store:
                     os.replace(temporary, target)
                 else:
                     # boto3, because pyarrow's stream completes the upload even when it is closed by an error
-                    s3.client().upload_file(str(temporary), *self._bucket_key(name))
+                    self._client().upload_file(str(temporary), *self._bucket_key(name))
 
             self.patiently(name, finish)
 
     def upload(self, file: Path, name: str) -> None:
         """A local file under `name`: a reader sees all of it or none."""
         if self.is_s3:
-            self.patiently(name, lambda: s3.client().upload_file(str(file), *self._bucket_key(name)))
+            self.patiently(name, lambda: self._client().upload_file(str(file), *self._bucket_key(name)))
         else:
             with self.create(name) as target, file.open("rb") as source:
                 shutil.copyfileobj(source, target)
@@ -197,7 +207,7 @@ class Store:
         if self.is_s3:
             bucket, key = self._bucket_key(prefix) if prefix else self._bucket_key("")
             start = key if prefix or not key else f"{key}/"
-            for page in s3.client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=start):
+            for page in self._client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=start):
                 for entry in page.get("Contents", ()):
                     if not entry["Key"].endswith("/"):  # a mark that some programs put in place of a folder
                         yield f"{bucket}/{entry['Key']}"[cut:], entry["Size"]
@@ -229,7 +239,7 @@ class Store:
         """Delete a file; no error if there is none."""
         bucket, key = self._bucket_key(name)
         if self.is_s3:
-            self.patiently(name, lambda: s3.client().delete_object(Bucket=bucket, Key=key))
+            self.patiently(name, lambda: self._client().delete_object(Bucket=bucket, Key=key))
         else:
             self.patiently(name, lambda: Path(self.path(name)).unlink(missing_ok=True))
 
@@ -265,7 +275,9 @@ def open_store(uri: str, *, create: bool = False, retry_timeout_s: float = 0.0) 
         return store
     with s3.explained(store.uri):
         bucket, prefix = store._bucket_key("")
-        found = s3.client(probe=True).list_objects_v2(Bucket=bucket, Prefix=f"{prefix}/" if prefix else "", MaxKeys=1)
+        found = store._client(probe=True).list_objects_v2(
+            Bucket=bucket, Prefix=f"{prefix}/" if prefix else "", MaxKeys=1
+        )
     if not create and not found.get("KeyCount"):
         raise UserError(f"{store.uri} is empty: there is nothing under this prefix")
     return store

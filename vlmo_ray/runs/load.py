@@ -21,6 +21,7 @@ from vlmo_ray.model.vlmo import VLMo
 from vlmo_ray.overrides import from_dict, to_dict
 from vlmo_ray.runs import checkpoint
 from vlmo_ray.runs.checkpoints import Checkpoints
+from vlmo_ray.runs.scratch import scratch
 from vlmo_ray.runs.state import TrainState
 from vlmo_ray.tasks import build_task
 from vlmo_ray.weights import folder as folders
@@ -104,9 +105,24 @@ def load_all(path: str | Path) -> Loaded:
 
 
 def export(path: str | Path, out: str | Path) -> None:
-    """Writes the model at `path` (as for `load`) under the official keys."""
-    with _model_folder(str(path)) as local:
-        folders.export_official(local, out)
+    """Writes the model at `path` (as for `load`) under the official keys into the file `out`, which may be `s3://`."""
+    folder, _, name = str(out).rstrip("/").rpartition("/")
+    target = Store(folder or ("/" if str(out).startswith("/") else "."))
+    if str(out).endswith("/") or not Path(name).suffix or (not target.is_s3 and Path(target.path(name)).is_dir()):
+        raise UserError(f"{out} does not name a file; write for example {str(out).rstrip('/')}/model.pt")
+    with _model_folder(str(path)) as local, scratch() as folder:
+        folders.export_official(local, folder / name)
+        target.upload(folder / name, name)
+
+
+def import_official(official: str, out: str) -> folders.Report:
+    """Converts a released file to a folder `out`, which may be `s3://`; says what became of every key."""
+    with scratch() as folder:
+        report = folders.import_official(official, folder / _MODEL)
+        target = open_store(out, create=True)
+        for file in sorted((folder / _MODEL).iterdir(), key=lambda file: file.suffix == ".json"):
+            target.upload(file, file.name)  # model.json comes last: a folder without it is not a model
+    return report
 
 
 @contextmanager

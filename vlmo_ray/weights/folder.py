@@ -22,7 +22,7 @@ from vlmo_ray.config import ModelConfig
 from vlmo_ray.errors import UserError
 from vlmo_ray.model.vlmo import VLMo, init_weights
 from vlmo_ray.overrides import model_from_dict, to_dict
-from vlmo_ray.weights.official import MODULE, Official, index_buffers, shorten, to_official, translate
+from vlmo_ray.weights.official import MODULE, OURS, Official, index_buffers, shorten, to_official, translate
 from vlmo_ray.weights.resize import Fitted, fit_state
 
 _WEIGHTS, _CARRIED, _DESCRIPTION = "model.safetensors", "carried.safetensors", "model.json"
@@ -75,7 +75,7 @@ def read_tensors(path: str | Path) -> Mapping[str, Any]:
 
 
 def import_official(
-    path: str | Path, out: str | Path, *, num_heads: int | None = None, bias_text_len: int = 196
+    path: str | Path, out: str | Path, *, num_heads: int | None = None, bias_text_len: int | None = None
 ) -> Report:
     """Writes the released file `path` as a folder `out`; every tensor keeps its bits and dtype."""
     official = translate(read_tensors(path), num_heads=num_heads, bias_text_len=bias_text_len)
@@ -94,11 +94,14 @@ def export_official(folder: str | Path, out: str | Path) -> None:
     description, state = _read(folder)
     carried_path = Path(folder) / _CARRIED
     carried = load_file(carried_path) if carried_path.is_file() else {}
-    wrapper, keys = "model", None
+    wrapper, keys, more = "model", None, {}
     if official := description.get("official"):
         wrapper, keys = official["wrapper"], official["keys"]
     else:
-        carried = index_buffers(model_from_dict(description["config"])) | carried
+        config = model_from_dict(description["config"])
+        carried = index_buffers(config) | carried
+        # what no shape shows; the released program ignores it
+        more = {OURS: {"num_heads": config.num_heads, "bias_text_len": config.bias_text_len}}
     if description["config"].get("init_logit_bias") is not None:
         raise UserError(
             f"The model in {folder} was trained with the sigmoid contrast, whose bias has no name in the released form."
@@ -107,7 +110,7 @@ def export_official(folder: str | Path, out: str | Path) -> None:
     if keys is not None:
         tensors = {key: tensors[key.removeprefix(MODULE)] for key in keys}
     partial = Path(f"{out}.partial")
-    torch.save({wrapper: tensors} if wrapper else tensors, partial)
+    torch.save({wrapper: tensors} | more if wrapper else tensors, partial)
     partial.replace(out)
 
 
@@ -126,7 +129,7 @@ def load_model(
     max_text_len: int | None = None,
     heads: tuple[str, ...] | None = None,
     num_heads: int | None = None,
-    bias_text_len: int = 196,
+    bias_text_len: int | None = None,
     allow_missing: bool = False,
     seed: int = 0,
 ) -> VLMo:

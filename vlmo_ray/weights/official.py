@@ -17,6 +17,7 @@ from vlmo_ray.model.embeddings import relative_position_index
 from vlmo_ray.model.vlmo import VLMo
 from vlmo_ray.weights.resize import NUM_CLS_ROWS, NUM_CROSS_ROWS
 
+OURS = "vlmo_ray"  # beside the wrapper in a file that this program exported
 WRAPPERS = ("state_dict", "module", "model")  # keys under which a released file may hold its state dict
 MODULE = "module."  # prefix of every key under the wrapper `module`
 
@@ -134,21 +135,24 @@ def translate(
     checkpoint: Mapping[str, Any],
     *,
     num_heads: int | None = None,
-    bias_text_len: int = 196,
+    bias_text_len: int | None = None,
     max_text_len: int | None = None,
 ) -> Official:
     """A released checkpoint, wrapped or bare, under our names. Raises UserError naming the keys that are not VLMo's.
 
     `num_heads` is needed for absolute positions at a width that no released model has, `max_text_len` for a file that
-    does not imply it (BEiT). `bias_text_len` is the text length that the relative bias table was sized for.
+    does not imply it (BEiT). `bias_text_len` is the text length that the relative bias table was sized for; None:
+    what a file that this program exported states, or 196.
     """
     wrapper, tensors = unwrap(checkpoint)
-    keys = tuple(tensors)
+    stated = dict(checkpoint.get(OURS, {}))
+    num_heads, bias_text_len = num_heads or stated.get("num_heads"), bias_text_len or stated.get("bias_text_len")
+    keys = () if stated else tuple(tensors)
     named = {key.removeprefix(MODULE): value for key, value in tensors.items()}
     dropped: tuple[str, ...] = ()
     if any(re.fullmatch(r"blocks\.\d+\.mlp\.fc1\.weight", name) for name in named):
         dropped = tuple(name for name in named if _BEIT_ONLY.fullmatch(name))
-        named = _from_beit({name: v for name, v in named.items() if name not in dropped}, bias_text_len)
+        named = _from_beit({name: v for name, v in named.items() if name not in dropped}, bias_text_len or 196)
         keys = ()
 
     config = infer_config(named, num_heads=num_heads, bias_text_len=bias_text_len, max_text_len=max_text_len)
@@ -191,7 +195,7 @@ def infer_config(
     state: Mapping[str, Tensor],
     *,
     num_heads: int | None = None,
-    bias_text_len: int = 196,
+    bias_text_len: int | None = None,
     max_text_len: int | None = None,
 ) -> ModelConfig:
     """The configuration that released names and shapes imply; fields that no shape shows keep their defaults."""
@@ -211,6 +215,7 @@ def infer_config(
             "A VLMo state dict has relative_position_bias_table or transformer.pos_embed; this one has "
             f"{'neither' if table is None else 'both'}."
         )
+    bias_text_len = bias_text_len or 196
     if table is not None:
         num_image_rows = len(table) - NUM_CLS_ROWS - NUM_CROSS_ROWS - 2 * bias_text_len
         side = math.isqrt(max(num_image_rows, 0))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import itertools
 import json
 import posixpath
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -60,25 +62,57 @@ class Shards(Source):
     store: Store
 
     def _list(self, suffixes: tuple[str, ...], what: str) -> None:
-        """Find the files at `uri`, itself one of them or a folder, that end in one of `suffixes`."""
-        if self.uri.lower().endswith(suffixes):
+        """Find the files at `uri` that end in one of `suffixes`.
+
+        `uri` is one of them, a folder, or a pattern of names in a folder: `*`, `?`, `{a,b}` and `{000..010}`.
+        """
+        if re.search(r"[*?{]", self.uri):
+            sizes = self._matching(suffixes)
+        elif self.uri.lower().endswith(suffixes):
             self.store, name = open_file(self.uri)
             self.uri = self.store.address(name)
             sizes = {name: self.store.size(name) or 0}
         else:
             self.store = open_store(self.uri)
             self.uri = self.store.uri
-            sizes = {
-                n: size for n, size in self.store.sizes().items() if n.lower().endswith(suffixes) and n != MANIFEST
-            }
+            found = self.store.sizes()
+            sizes = {n: size for n, size in found.items() if n.lower().endswith(suffixes) and n != MANIFEST}
+            if strange := [n for n in found if re.search(r"\.tar\.\w+$", n.lower()) and n not in sizes]:
+                raise UserError(f"{self.store.address(strange[0])} is compressed in a way that is not read; unpack it")
         if not sizes:
             raise UserError(f"{self.uri} holds no {what} ({', '.join(suffixes)})")
         self.listing = json.dumps(sizes)
         self._units = [WorkUnit(name, size) for name, size in sizes.items()]
 
+    def _matching(self, suffixes: tuple[str, ...]) -> dict[str, int]:
+        """The files that a pattern names. Sets `store`."""
+        folder, _, pattern = self.uri.rpartition("/")
+        if re.search(r"[*?{]", folder):
+            raise UserError(f"{self.uri}: a pattern may only stand in the names of files, after the last /")
+        self.store = open_store(folder or ".")
+        found = {name: size for name, size in self.store.sizes().items() if "/" not in name}
+        sizes: dict[str, int] = {}
+        for name in expand(pattern):
+            matching = fnmatch.filter(found, name)
+            if not matching:
+                raise UserError(f"{self.store.address(name)} does not exist, but {pattern} names it")
+            sizes |= {n: found[n] for n in matching if n.lower().endswith(suffixes)}
+        return dict(sorted(sizes.items()))
+
     def chunks(self, unit: WorkUnit, rows_per_chunk: int) -> list[Chunk]:
         """The chunks of one file, for its manifest."""
         raise NotImplementedError
+
+
+def expand(pattern: str) -> list[str]:
+    """The names that the braces of a pattern stand for: "{a,b}.tar", "{000..010}.tar"; `*` and `?` stay."""
+    found = re.search(r"\{([^{}]*)\}", pattern)
+    if found is None:
+        return [pattern]
+    options = found[1].split(",")
+    if span := re.fullmatch(r"(\d+)\.\.(\d+)", found[1]):
+        options = [f"{i:0{len(span[1])}d}" for i in range(int(span[1]), int(span[2]) + 1)]
+    return [name for option in options for name in expand(pattern[: found.start()] + option + pattern[found.end() :])]
 
 
 def cut_units(name: str, items: Iterable[tuple[Any, int]]) -> list[WorkUnit]:

@@ -22,10 +22,10 @@ class WebDataset(Shards):
     """Every tar (also `.tar.gz`, `.tgz`, `.tar.bz2`) of a folder or prefix: `<key>.jpg`, `<key>.txt`, `<key>.json`.
 
     `id` and `image_id` come from the JSON if it has them. Otherwise the id is `<tar name>/<key>`, and the image_id a
-    hash of the image's bytes, so that equal images have equal ids; tars that are indexed keep `<tar name>/<key>`.
-    A caption may also be
-    the JSON's `caption`. `columns` (see `Schema.parse`) declares other columns than an image and a text, for example
-    "image,label" for tars with `<key>.jpg` and `<key>.cls`; `tar.record_of` says where each comes from.
+    hash of the image's bytes, so that equal images have equal ids; tars that are indexed keep `<tar name>/<key>`. A
+    caption may also be the JSON's `caption`; a list of captions gives a pair for each. `columns` (see `Schema.parse`)
+    declares other columns than an image and a text, for example "image,label" for tars with `<key>.jpg` and
+    `<key>.cls`; `tar.record_of` says where each comes from.
     """
 
     format: ClassVar[str] = "webdataset"
@@ -64,6 +64,11 @@ class WebDataset(Shards):
         if not sample.is_record(self.schema) and dotted:
             problem = "the name has further dots, and a key ends at the first"
             yield from (replace(record, id=f"{record.id}.{suffix}", problem=problem) for suffix in dotted)
+        elif isinstance(texts := record.values.get("text"), list):
+            for k, text in enumerate(texts):
+                yield replace(record, id=f"{record.id}#{k}", values=record.values | {"text": text})
+            if not texts:
+                yield replace(record, problem="the list of captions is empty")
         elif sample.links or set(sample.files) - {"json"}:
             yield record
         if sample.repeated:
