@@ -58,12 +58,13 @@ def prepare(
 
     Args:
         format: karpathy (JSON of COCO, Flickr8k/30k), webdataset (tars, also img2dataset's), parquet (layout of
-            Hugging Face or img2dataset), table (CSV or TSV of path and caption) or folders (one of images per class).
+            Hugging Face or img2dataset), table (CSV or TSV of path and caption), folders (one of images per class),
+            vqa, nlvr2 or snli_ve (the official files of those tasks).
         source: a file, folder or `s3://bucket/prefix` of that format.
         out: the folder or `s3://bucket/prefix` to write.
         option: an option of the format, `--option name=value`. karpathy: split, images; parquet: image_column,
             text_column, columns; webdataset: columns; table: image_column, text_column, header, quoting,
-            delimiter, images; folders: classes.
+            delimiter, images; folders: classes; vqa: split, images, answers, at_least; nlvr2, snli_ve: images.
         index: rewrite nothing; only add a manifest beside the shards of the source (webdataset, parquet).
         seed: the seed of the shuffle.
         memory_mb: how many MB of records one task may hold.
