@@ -38,7 +38,11 @@ def show(recipe: Positional[str], settings: Settings = ()) -> None:
     from vlmo_ray.overrides import override, to_dict
     from vlmo_ray.recipes import recipe as named
 
-    print(json.dumps(to_dict(override(named(recipe), list(settings))), indent=1))
+    config = override(named(recipe), list(settings))
+    from vlmo_ray.train.memory import memory_of, on_meta  # takes seconds, so only after the recipe was checked
+
+    print(json.dumps(to_dict(config), indent=1))
+    print(f"a step takes some {memory_of(on_meta(config), config)} (computed)", file=sys.stderr)
 
 
 def prepare(

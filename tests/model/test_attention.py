@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vlmo_ray.model.attention import PADDED, SelfAttention
+from vlmo_ray.model.attention import SelfAttention
 
 
 def plain_attention(module: SelfAttention, x, bias, real):
@@ -37,7 +37,7 @@ def test_equals_plain_attention_in_values_and_gradients(num_heads):
     x = torch.randn(2, 5, 18, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(num_heads, 5, 5, dtype=torch.float64, requires_grad=True)
     real = torch.tensor([[True, True, False, True, True], [True, True, True, False, False]])
-    padding = torch.zeros(2, 5, dtype=torch.float64).masked_fill(~real, PADDED)[:, None, None]
+    padding = ~real
     inputs = [x, bias, *module.parameters()]
     weights = torch.randn(2, 5, 18, dtype=torch.float64)
 
@@ -53,7 +53,7 @@ def test_equals_plain_attention_in_values_and_gradients(num_heads):
 def test_a_row_without_real_keys_is_finite():
     module = SelfAttention(16, 2)
     x = torch.randn(1, 3, 16, requires_grad=True)
-    padding = torch.full((1, 1, 1, 3), PADDED)
+    padding = torch.ones(1, 3, dtype=torch.bool)
     for bias in (None, torch.zeros(2, 3, 3)):
         out = module(x, bias, padding)
         out.sum().backward()
@@ -64,7 +64,7 @@ def test_bfloat16_autocast_stays_near_float32():
     torch.manual_seed(1)
     module = SelfAttention(32, 2)
     x, bias = torch.randn(2, 7, 32), torch.randn(2, 7, 7, requires_grad=True)
-    padding = torch.tensor([0.0, 0, 0, 0, 0, PADDED, PADDED])[None, None, None]
+    padding = torch.tensor([[False] * 5 + [True] * 2])
     exact = module(x, bias, padding)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         rounded = module(x, bias, padding)

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Added to the logits of padded keys. It is finite because a row without any real token (a record that could not be
-# read) must not give NaN, which would reach the shared weights in the backward. Next to a real key the softmax is 0.
-PADDED = -1e30
+# The logit of padded keys. It is finite because a row without any real token (a record that could not be read) must not
+# give NaN, which would reach the shared weights in the backward. Next to a real key the softmax is exactly 0.
+PADDED = -1e4
 
 
 class SelfAttention(nn.Module):
@@ -24,21 +24,28 @@ class SelfAttention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor, bias: Tensor | None = None, padding: Tensor | None = None) -> Tensor:
-        """[B,S,D] -> [B,S,D]; `bias` [H,S,S] of this layer; `padding` [B,1,1,S], 0 or `PADDED` per key."""
+        """[B,S,D] -> [B,S,D]; `bias` [H,S,S] of this layer; `padding` bool [B,S], True for padded keys.
+
+        The bias is broadcast over the batch. A padded key has one more component, `PADDED`, which meets a 1 in every
+        query. So no [B,H,S,S] exists: a sum of bias and padding would be kept by every layer for the backward.
+        """
         qkv_bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         qkv = F.linear(x, self.qkv.weight, qkv_bias)
         qkv = qkv.unflatten(-1, (3, self.num_heads, self.head_width))
-        if self.head_width % 8:
-            # Fused kernels need head widths that are multiples of 8 (base_plus has 34). Zeros change no product.
-            qkv = F.pad(qkv, (0, -self.head_width % 8))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B,S,3,H,d] -> 3 x [B,H,S,d]
-        added = None  # [B,H,S,S]; [1,H,S,S] without padding; [B,1,S,S] without relative positions
-        if bias is not None:
-            added = bias.to(q.dtype)[None]
-        if padding is not None:
-            padding = padding.to(q.dtype)
-            added = padding.expand(-1, -1, x.shape[1], -1) if added is None else added + padding
+        scale = self.head_width**-0.5
+        # Fused kernels need head widths that are multiples of 8 (base_plus has 34). Zeros change no product.
+        more = -self.head_width % 8 or (8 if padding is not None else 0)
+        if padding is None:
+            q, k, v = F.pad(qkv, (0, more)).unbind(2)  # [B,S,H,d]
+        else:
+            q, k, v = qkv.unbind(2)
+            last = F.pad(torch.ones_like(q[..., :1]), (more - 1, 0))
+            q = torch.cat([q, last], dim=-1)
+            k = torch.cat([k, last * (padding[:, :, None, None] * (PADDED / scale)).to(k.dtype)], dim=-1)
+            v = F.pad(v, (0, more)) if self.head_width % 8 else v.clone()  # a view would keep all of qkv
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B,H,S,d]
+        added = None if bias is None else bias.to(q.dtype)[None]  # [1,H,S,S]
         # The kernels compute logits and softmax in float32 whatever the dtype of their inputs.
-        heads = F.scaled_dot_product_attention(q, k, v, attn_mask=added, scale=self.head_width**-0.5)
+        heads = F.scaled_dot_product_attention(q, k, v, attn_mask=added, scale=scale)
         heads = heads[..., : self.head_width].transpose(1, 2).flatten(2)  # [B,H,S,d] -> [B,S,D]
         return self.out(heads)

@@ -55,7 +55,7 @@ class MoMELayer(nn.Module):
     ) -> Tensor:
         """[B,S,D] -> [B,S,D].
 
-        `num_text` is the number of text tokens of a "pair". `bias` [H,S,S] and `padding` [B,1,1,S] are as in
+        `num_text` is the number of text tokens of a "pair". `bias` [H,S,S] and `padding` [B,S] are as in
         `SelfAttention`. `keep` [B,3] holds each row's drop path factors, 0 or 1/(1 - rate): of the attention, of the
         expert, and of the vision expert of a "pair". None: no drop path.
         """

@@ -10,11 +10,11 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlmo_ray import rng
 from vlmo_ray.config import ModelConfig, check_model
-from vlmo_ray.model.attention import PADDED
 from vlmo_ray.model.embeddings import ImageEmbedding, RelativePositionBias, TextEmbedding
 from vlmo_ray.model.experts import MoMELayer, Route
 from vlmo_ray.model.heads import ClassifierHead, ContrastHead, MaskedWordHead, Pooler
@@ -122,24 +122,23 @@ class VLMo(nn.Module):
         else:
             x, bottom, top = torch.cat([self.embed_text(text, noise), image], dim=1), "pair", "vl"
 
+        layer_bias: tuple[Tensor, ...] | None = None  # [H,S,S] of each layer
         if self.relative is not None:
             whole: Tensor = self.relative(num_text, image is not None) if bias is None else bias
-            bias = _block(whole, num_text, x.shape[1] - num_text)
-        padding = None  # [B,1,1,S]
+            layer_bias = _block(whole, num_text, x.shape[1] - num_text).unbind()
+        padding = None  # bool [B,S]
         if text is not None and text_mask is not None:
-            padding = torch.zeros(x.shape[:2], dtype=x.dtype, device=x.device)
-            padding[:, :num_text].masked_fill_(~text_mask.bool(), PADDED)
-            padding = padding[:, None, None, :]
+            padding = F.pad(~text_mask.bool(), (0, x.shape[1] - num_text))
 
         lower, upper = range(self.config.vl_start), range(self.config.vl_start, self.config.depth)
         keep = self._keep(noise, "drop_path")
-        below = self._run(x, lower, bottom, num_text, bias, padding, keep)
-        x = self._run(below, upper, top, num_text, bias, padding, keep)
+        below = self._run(x, lower, bottom, num_text, layer_bias, padding, keep)
+        x = self._run(below, upper, top, num_text, layer_bias, padding, keep)
         x = self.norm(x)
         x_vl = None
         if vl_branch:
             keep = self._keep(noise, "drop_path_vl")
-            x_vl = self.norm(self._run(below, upper, "vl", num_text, bias, padding, keep))
+            x_vl = self.norm(self._run(below, upper, "vl", num_text, layer_bias, padding, keep))
 
         if image is None:
             return Encoding(text=x, text_vl=x_vl)

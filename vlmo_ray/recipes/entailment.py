@@ -46,8 +46,7 @@ def entailment_large() -> Config:
     """VLMo-Large on SNLI-VE. Not run at this size."""
     base = entailment_base()
     model = replace(MODEL_SIZES["large"], heads=("itm",), image_size=384, drop_path=0.15)
-    cluster = replace(base.cluster, activation_checkpointing=True)
-    return replace(base, name="entailment_large", model=model, cluster=cluster, optim=replace(base.optim, peak_lr=1e-5))
+    return replace(base, name="entailment_large", model=model, optim=replace(base.optim, peak_lr=1e-5))
 
 
 def entailment_tiny() -> Config:

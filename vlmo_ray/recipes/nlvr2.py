@@ -54,9 +54,7 @@ def nlvr2_large() -> Config:
         base,
         name="nlvr2_large",
         model=replace(MODEL_SIZES["large"], heads=("nlvr2",), image_size=384, drop_path=0.15),
-        micro_batch=8,
         optim=replace(base.optim, peak_lr=3e-5),
-        cluster=replace(base.cluster, activation_checkpointing=True),
     )
 
 

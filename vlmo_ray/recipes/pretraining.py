@@ -94,6 +94,8 @@ def pretrain_large() -> Config:
         base,
         name="pretrain_large",
         model=MODEL_SIZES["large"],
+        # 52 GB of a GPU. The unimodal passes run twice for that: 7 % more FLOPs, against 33 % if layers were recomputed.
+        micro_batch=32,
         task=PretrainingConfig(feature_grad_scale=1 / 128),
         optim=replace(base.optim, peak_lr=5e-5),
     )
@@ -110,8 +112,6 @@ def pretrain_1b() -> Config:
         large,
         name="pretrain_1b",
         phases=(Phase(steps=200_000, global_batch=16_384), Phase(steps=100_000, global_batch=32_768)),
-        slice_size=16,
-        micro_batch=128,
         checkpoint_every=250,
         cluster=ClusterConfig(
             min_workers=8, max_workers=128, cpus_per_worker=2, data_cpus_per_worker=10, max_failures=1000

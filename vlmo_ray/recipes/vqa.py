@@ -56,9 +56,7 @@ def vqa_large() -> Config:
         base,
         name="vqa_large",
         model=replace(MODEL_SIZES["large"], heads=("vqa",), image_size=480, drop_path=0.15),
-        micro_batch=8,
         optim=replace(base.optim, peak_lr=1.5e-5),
-        cluster=replace(base.cluster, activation_checkpointing=True),
     )
 
 

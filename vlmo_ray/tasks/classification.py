@@ -13,10 +13,21 @@ from vlmo_ray.data.batch import Batch
 from vlmo_ray.data.encoders.classes import Classes
 from vlmo_ray.data.schema import Schema
 from vlmo_ray.errors import UserError
-from vlmo_ray.model.flops import pass_flops
 from vlmo_ray.model.vlmo import VLMo
 from vlmo_ray.recipes.classification import ClassificationConfig
-from vlmo_ray.tasks.task import Columns, Counts, Evaluation, Losses, Score, Task, Term, image_states, joined, layer_rate
+from vlmo_ray.tasks.task import (
+    Columns,
+    Counts,
+    Evaluation,
+    Losses,
+    Pass,
+    Score,
+    Task,
+    Term,
+    image_states,
+    joined,
+    layer_rate,
+)
 
 
 class Classification(Task):
@@ -63,8 +74,8 @@ class Classification(Task):
     def metrics(self, sums: Counts, totals: Counts) -> dict[str, Tensor]:
         return {"accuracy": sums["right"] / totals["rows"].clamp(min=1)}
 
-    def flops_per_row(self) -> float:
-        return 3.0 * pass_flops(self.model.config, 0, image=True)
+    def passes(self) -> list[Pass]:
+        return [Pass(0, image=True)]
 
     def evaluation(self, schema: Schema) -> TopK:
         return TopK(self)

@@ -14,7 +14,6 @@ from vlmo_ray.data.batch import Batch
 from vlmo_ray.data.encoders.statements import Statements
 from vlmo_ray.data.schema import Schema
 from vlmo_ray.errors import UserError
-from vlmo_ray.model.flops import pass_flops
 from vlmo_ray.model.heads import ClassifierHead
 from vlmo_ray.model.vlmo import VLMo
 from vlmo_ray.recipes.entailment import EntailmentConfig
@@ -23,6 +22,7 @@ from vlmo_ray.tasks.task import (
     Counts,
     Evaluation,
     Losses,
+    Pass,
     Score,
     Task,
     Term,
@@ -71,9 +71,8 @@ class Entailment(Task):
     def metrics(self, sums: Counts, totals: Counts) -> dict[str, Tensor]:
         return {"accuracy": sums["right"] / totals["rows"].clamp(min=1)}
 
-    def flops_per_row(self) -> float:
-        config = self.model.config
-        return 3.0 * pass_flops(config, config.max_text_len, image=True)
+    def passes(self) -> list[Pass]:
+        return [Pass(self.model.config.max_text_len, image=True)]
 
     def evaluation(self, schema: Schema) -> Accuracy:
         return Accuracy(self)

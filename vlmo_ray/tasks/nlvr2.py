@@ -14,7 +14,6 @@ from vlmo_ray.data.batch import Batch
 from vlmo_ray.data.encoders.statements import Statements
 from vlmo_ray.data.schema import Schema
 from vlmo_ray.errors import UserError
-from vlmo_ray.model.flops import pass_flops
 from vlmo_ray.model.vlmo import VLMo
 from vlmo_ray.recipes.nlvr2 import Nlvr2Config
 from vlmo_ray.rng import Noise
@@ -22,6 +21,7 @@ from vlmo_ray.tasks.task import (
     Columns,
     Counts,
     Losses,
+    Pass,
     Score,
     Task,
     Term,
@@ -79,9 +79,8 @@ class Nlvr2(Task):
         rows = totals["rows"].clamp(min=1)
         return {"accuracy": sums["right"] / rows, "predicted_true": sums["true"] / rows}
 
-    def flops_per_row(self) -> float:
-        config = self.model.config
-        return 6.0 * pass_flops(config, config.max_text_len, image=True)
+    def passes(self) -> list[Pass]:
+        return [Pass(self.model.config.max_text_len, image=True)] * 2
 
     def evaluation(self, schema: Schema) -> Nlvr2Accuracy:
         return Nlvr2Accuracy(self.model, schema)

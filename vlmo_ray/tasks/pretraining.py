@@ -28,7 +28,7 @@ from vlmo_ray.objectives.pairs import Pairs
 from vlmo_ray.recipes.pretraining import PretrainingConfig
 from vlmo_ray.rng import Noise, stream
 from vlmo_ray.tasks.retrieval import Retrieval
-from vlmo_ray.tasks.task import Counts, GlobalTask, Losses, Term, given, pixels
+from vlmo_ray.tasks.task import Counts, GlobalTask, Losses, Pass, Term, given, pixels
 
 IMAGE, TEXT, IMAGE_VL, TEXT_VL = range(4)
 
@@ -105,6 +105,18 @@ class Pretraining(GlobalTask):
 
     def evaluation(self, schema: Schema) -> Retrieval:
         return Retrieval(self.model, schema)
+
+    def passes(self) -> list[Pass]:
+        config = self.model.config
+        text_len, top = config.max_text_len, config.depth - config.vl_start
+        pair = Pass(text_len, image=True)
+        unimodal = [Pass(0, True), Pass(text_len, False), Pass(0, True, top), Pass(text_len, False, top)]
+        return [*unimodal, pair, pair, pair, pair]
+
+    def head_bytes_per_row(self) -> float:
+        """Masked words alone get logits: bf16, float32, and their log-softmax."""
+        config = self.model.config
+        return 10.0 * self.settings.mlm_probability * config.max_text_len * config.vocab_size
 
     def flops_per_row(self) -> float:
         return step_flops(self.model.config, self.model.config.max_text_len)

@@ -20,6 +20,7 @@ from vlmo_ray.config import HEADS, Config, ModelConfig
 from vlmo_ray.data.batch import Batch
 from vlmo_ray.data.encoders import Encoder
 from vlmo_ray.data.schema import Schema
+from vlmo_ray.model.flops import pass_flops
 from vlmo_ray.model.vlmo import VLMo
 from vlmo_ray.objectives.gather import Workers
 
@@ -113,6 +114,20 @@ class ZeroShot(Evaluation):
         raise NotImplementedError
 
 
+@dataclass(frozen=True)
+class Pass:
+    """A forward pass over one row: `text_len` text tokens, and those of an image, through the model or its top."""
+
+    text_len: int
+    image: bool
+    num_layers: int | None = None  # None: all
+
+    def size(self, config: ModelConfig) -> tuple[int, int]:
+        """(tokens, layers)."""
+        tokens = self.text_len + (1 + config.num_patches if self.image else 0)
+        return tokens, config.depth if self.num_layers is None else self.num_layers
+
+
 class Task(nn.Module):
     """A model with what one task adds to it; a row's loss depends on that row alone.
 
@@ -161,9 +176,18 @@ class Task(nn.Module):
         """The same rows, none of which counts; for passes that only keep the workers in step."""
         return batch.without_valid()
 
+    def passes(self) -> list[Pass]:
+        """The forward passes of one row, whose graphs are kept at the same time."""
+        raise NotImplementedError
+
     def flops_per_row(self) -> float:
         """Floating point operations of forward and backward, the backward counted as twice the forward."""
-        raise NotImplementedError
+        config = self.model.config
+        return 3.0 * sum(pass_flops(config, p.text_len, p.image, p.num_layers) for p in self.passes())
+
+    def head_bytes_per_row(self) -> float:
+        """What the backward of the heads keeps of one row, where it matters: logits over a vocabulary."""
+        return 0.0
 
     def evaluation(self, schema: Schema) -> Evaluation:
         """How this task is measured on data of this schema."""

@@ -14,13 +14,13 @@ from vlmo_ray.data.batch import Batch
 from vlmo_ray.data.encoders.questions import OPTIONAL, Questions
 from vlmo_ray.data.schema import Schema
 from vlmo_ray.errors import UserError
-from vlmo_ray.model.flops import pass_flops
 from vlmo_ray.model.vlmo import VLMo
 from vlmo_ray.recipes.vqa import VqaConfig
 from vlmo_ray.tasks.task import (
     Columns,
     Counts,
     Losses,
+    Pass,
     Score,
     Task,
     Term,
@@ -75,9 +75,8 @@ class Vqa(Task):
     def metrics(self, sums: Counts, totals: Counts) -> dict[str, Tensor]:
         return {"accuracy": sums["reached"] / totals["rows"].clamp(min=1)}
 
-    def flops_per_row(self) -> float:
-        config = self.model.config
-        return 3.0 * pass_flops(config, config.max_text_len, image=True)
+    def passes(self) -> list[Pass]:
+        return [Pass(self.model.config.max_text_len, image=True)]
 
     def evaluation(self, schema: Schema) -> VqaAccuracy:
         return VqaAccuracy(self.model, schema, self.names)

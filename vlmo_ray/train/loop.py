@@ -31,6 +31,7 @@ from vlmo_ray.runs.state import TrainState
 from vlmo_ray.tasks.task import Task
 from vlmo_ray.train.agree import Agreement, Notice
 from vlmo_ray.train.build import RunSpec, begin, mfu, precision_of, schedule_of, stream_of
+from vlmo_ray.train.memory import check_memory
 from vlmo_ray.train.optim import WeightAverage, build_optimizer, lr_at, set_lr
 from vlmo_ray.train.parallel import clip, parallelize, total_norm, whole_state
 from vlmo_ray.train.step import gradients
@@ -81,6 +82,9 @@ def train(
         if stopped:
             return Outcome(0, stopped)
         begun = agreement.attempt(begin, spec, fetched is None)
+        if begun is not None and device.type == "cuda":
+            available = torch.cuda.get_device_properties(device).total_memory
+            agreement.attempt(check_memory, begun[1], config, available, world)
         if stopped := agreement.stops("the start"):
             return Outcome(0, stopped)
         assert begun is not None
