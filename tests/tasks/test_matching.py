@@ -190,6 +190,16 @@ def test_the_error_of_auc_is_the_spread_of_many_draws():
     assert auc_error(0.75, 40, 80) == pytest.approx(np.std(values), rel=0.1)
 
 
+def test_masked_words_leave_out_a_pair_that_none_may_oppose():
+    """The last row shares its image or its text with both others."""
+    matching, batch = Matching(make_model()), make_batch().rows(slice(2, 5))
+    batch = batch.with_columns(image_key=torch.tensor([1, 2, 1]), text_key=torch.tensor([1, 2, 2]))
+    with torch.inference_mode():
+        rows = {name: values.numpy() for name, values in matching.rows(batch).items()}
+    wanted = int((batch.columns["mlm_labels"][:2] >= 0).sum())
+    assert matching.score([rows])["masked_words"].count == wanted < int((batch.columns["mlm_labels"] >= 0).sum())
+
+
 def test_refusals():
     with pytest.raises(UserError, match="no head 'itm'"):
         Matching(make_model("itm"))
