@@ -4,7 +4,8 @@
 
 Pre-trains the demo's model, or a wider one, on scenes in one process with a constant rate after the warm-up, and every
 `--every` pairs writes a line: the training losses since the last line and the `matching` scores on unseen scenes. It
-ends when mined negatives are told apart in 70 % of balanced cases, or after `--pairs`.
+ends when mined negatives are told apart in 70 % of balanced cases, or after `--pairs`. Called again with the same
+`--out`, it goes on after the last line, from the state in `FILE.pt`.
 """
 
 from __future__ import annotations
@@ -51,11 +52,12 @@ def measure(model, data: str):
     return scored(evaluation, blocks(), data)
 
 
-def main(out: Path, width: int = 64, pairs: int = 300_000, every: int = 9_600, scenes: int = 20_000, init: float = 0.0,
-         lr: float = 1e-3, random_negatives: float = 0.0) -> None:  # fmt: skip
+def main(
+    out: Path, width: int = 64, pairs: int = 300_000, every: int = 9_600, scenes: int = 20_000, lr: float = 1e-3
+) -> None:
     torch.set_num_threads(1)
     config = recipe("demo")
-    model = dataclasses.replace(config.model, width=width, init_std=init or 1 / math.sqrt(width))
+    model = dataclasses.replace(config.model, width=width, init_std=1 / math.sqrt(width))
     steps = -(-pairs // 96)
     config = dataclasses.replace(config, model=model, phases=(Phase(steps, 96),))
     with tempfile.TemporaryDirectory() as folder:
@@ -66,9 +68,14 @@ def main(out: Path, width: int = 64, pairs: int = 300_000, every: int = 9_600, s
         manifest, task = begin(spec)
         parallel = parallelize(task, config.cluster, 1, torch.device("cpu"))
         optimizer = build_optimizer(task, config)
-        sums, since, began = defaultdict(float), 0, time.monotonic()
-        with stream_of(spec, manifest, task, 0, 0, 1) as stream:
-            for step, batch in enumerate(stream):
+        first, before, kept = 0, 0.0, out.with_suffix(".pt")
+        if kept.exists():
+            first, before, weights, moments = torch.load(kept)
+            task.load_state_dict(weights)
+            optimizer.load_state_dict(moments)
+        sums, since, began = defaultdict(float), 0, time.monotonic() - before
+        with stream_of(spec, manifest, task, first, 0, 1) as stream:
+            for step, batch in enumerate(stream, first):
                 figures = gradients(parallel, batch, Workers((96,)), step, 48)
                 set_lr(optimizer, lr * min(1.0, (step + 1) / 30))
                 optimizer.step()
@@ -83,6 +90,8 @@ def main(out: Path, width: int = 64, pairs: int = 300_000, every: int = 9_600, s
                     line |= {name: round(score.value, 4) for name, score in result.scores.items()}
                     with out.open("a") as file:
                         file.write(json.dumps(line) + "\n")
+                    state = (step + 1, time.monotonic() - began, task.state_dict(), optimizer.state_dict())
+                    torch.save(state, kept)
                     sums, since = defaultdict(float), 0
                     if result["accuracy_mined"] >= 0.7:
                         return

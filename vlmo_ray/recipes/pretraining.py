@@ -94,7 +94,7 @@ def pretrain_large() -> Config:
         base,
         name="pretrain_large",
         model=MODEL_SIZES["large"],
-        # 52 GB of a GPU. The unimodal passes run twice for that: 7 % more FLOPs, against 33 % if layers were recomputed.
+        # 52 GB of a GPU. For that the unimodal passes run twice: 7 % more FLOPs; recomputed layers would be 33 %.
         micro_batch=32,
         task=PretrainingConfig(feature_grad_scale=1 / 128),
         optim=replace(base.optim, peak_lr=5e-5),

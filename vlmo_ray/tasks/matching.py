@@ -38,7 +38,7 @@ class Matching(ZeroShot):
     probability of the candidate, up to a constant (Deng et al. 2020, "Residual energy-based models", section 3).
 
     `masked_words` is the loss on masked words with the right image, `masked_words_gain` how much higher it is with the
-    image of another pair.
+    image of another pair; pairs that no other may oppose are left out of both.
     """
 
     def __init__(self, model: VLMo, schema: Schema = PAIRS, top: int = 10):
@@ -147,10 +147,11 @@ class Matching(ZeroShot):
         return scores
 
     def _masked_words(self, rows: dict[str, Tensor], pairs: Pairs) -> dict[str, Score]:
-        own = torch.arange(pairs.rows, device=pairs.valid.device)
         nothing = rows["text_feature"]
         uniform = nothing.new_full((1,), -torch.inf)
         other = hard_negatives(nothing, nothing, uniform, pairs, stream(0, "matching/words"))
+        own = (other >= 0).nonzero().squeeze(1)
+        other = other[own]
         losses = []
         for images in (own, other):
             total, words = 0.0, 0
