@@ -7,6 +7,8 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "vlmo_ray"
 BOTTOM = {"errors", "fields", "config", "overrides", "rng", "session"}
@@ -112,3 +114,22 @@ def test_light_modules_stay_light():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def test_ray_that_does_not_start_is_one_sentence(monkeypatch):
+    import ray
+
+    from vlmo_ray.errors import UserError
+    from vlmo_ray.session import ray_session
+
+    def late(**options):
+        raise Exception("The current node timed out during startup.\nmore")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", late)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(UserError, match="Ray did not start on this machine: The current node timed out"), ray_session():
+        pass
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    with pytest.raises(UserError, match=r"the Ray cluster at 10\.0\.0\.1:6379 cannot be used"), ray_session():
+        pass

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Generator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -109,8 +110,9 @@ def evaluate(
         num_cpus=0 if on_gpu else min(1.0, cpus / 2 / workers),
     )
     try:
-        blocks = cast(Iterable[Columns], rows.iter_batches(batch_size=None, batch_format="numpy"))
-        return scored(evaluation, blocks, data)
+        batches = iter(rows.iter_batches(batch_size=None, batch_format="numpy"))
+        with closing(cast("Generator[Columns]", batches)) as blocks:  # after an error too, the actors end here
+            return scored(evaluation, blocks, data)
     except UserError:
         raise
     except Exception as error:

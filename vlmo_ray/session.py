@@ -6,6 +6,8 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from vlmo_ray.errors import UserError
+
 
 @contextmanager
 def ray_session(dashboard: bool = False) -> Iterator[None]:
@@ -21,7 +23,18 @@ def ray_session(dashboard: bool = False) -> Iterator[None]:
         return
     address = os.environ.get("RAY_ADDRESS") or "local"
     local = {"include_dashboard": dashboard, "logging_level": "WARNING"} if address == "local" else {}
-    ray.init(address=address, **local)
+    try:
+        ray.init(address=address, **local)
+    except Exception as error:  # Ray raises plain exceptions too
+        reason = str(error).strip().partition("\n")[0]
+        what = (
+            "Ray did not start on this machine"
+            if address == "local"
+            else f"the Ray cluster at {address} cannot be used"
+        )
+        raise UserError(
+            f"{what}: {reason}. Look at the load and the memory of its nodes, and at RAY_ADDRESS"
+        ) from error
     try:
         yield
     finally:

@@ -64,8 +64,8 @@ def check_memory(task: Task, config: Config, available: int, workers: int) -> No
     if needed.total <= _ROOM * available:
         return
     per_row = needed.passes / needed.rows
-    fits = int((_ROOM * available - needed.state) / per_row) // config.slice_size * config.slice_size
-    remedies = [f"--set micro_batch={fits}"] if fits > 0 else []
+    fits = max(0, int((_ROOM * available - needed.state) / per_row) // config.slice_size * config.slice_size)
+    remedies = [f"--set micro_batch={fits}"] if fits else []
     if not config.cluster.activation_checkpointing:
         remedies.append("--set cluster.activation_checkpointing=true")
     if config.cluster.strategy == "ddp" and workers > 1 and not fits:

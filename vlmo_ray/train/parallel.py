@@ -93,10 +93,17 @@ def parallelize(task: Task, cluster: ClusterConfig, world: int, device: torch.de
     """
     for name, parameter in task.named_parameters():
         parameter.requires_grad_(task.trainable(name))
+    if cluster.compile:
+        import torch._dynamo.config as dynamo  # slow to import
+
+        # All layers share one code object, of which Dynamo keeps eight variants and then falls back to eager. There are
+        # at most four routes a layer, each with and without drop path; more than that is an error.
+        dynamo.recompile_limit = 8 * len(task.model.layers)
+        dynamo.fail_on_recompile_limit_hit = True
     for layer in task.model.layers:
         # on the method and not around the module, so that the names of the weights stay
         if cluster.compile:
-            layer.forward = torch.compile(layer.forward)
+            layer.forward = torch.compile(layer.forward, dynamic=True)  # of batch sizes
         if cluster.activation_checkpointing:
             # every draw is stateless: there is no generator to keep
             layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
