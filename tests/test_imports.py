@@ -15,7 +15,7 @@ BOTTOM = {"errors", "fields", "config", "overrides", "rng", "session"}
 # what each part may import of the package itself
 MAY = {
     "errors": set(),
-    "session": set(),
+    "session": {"errors"},
     "rng": set(),
     "fields": {"errors"},
     "config": {"errors", "fields"},
