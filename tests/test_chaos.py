@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import functools
 import io
+import json
 import os
 import re
 import resource
@@ -261,10 +262,13 @@ def test_damaged_records_and_shards_are_masked_to_the_row(tmp_path, monkeypatch,
     chunks = {f"{cut}#0": "Parquet magic bytes", f"{cut}#1": "Parquet magic", f"{flipped}#0": "the checksum"}
     for chunk, reason in chunks.items():
         reasons |= {f"{chunk}:{row}": f"its chunk is masked: {chunk}: {reason}" for row in range(10)}
-    printed = re.findall(r"^masked a row: (\S+): (.*)$", capsys.readouterr().out, re.MULTILINE)
-    assert Counter(address for address, _ in printed) == Counter(2 * list(reasons))  # once an epoch
-    for address, reason in printed:
+    told = [json.loads(line) for file in (tmp_path / "run" / "masked").rglob("*.jsonl") for line in file.open()]
+    listed = [row["problem"].split(": ", 1) for row in told]
+    assert Counter(address for address, _ in listed) == Counter(2 * list(reasons))  # once an epoch
+    for address, reason in listed:
         assert reason.startswith(reasons[address]), (address, reason)
+    printed = re.findall(r"^worker 0 masked (\d+) rows, ", capsys.readouterr().out, re.MULTILINE)
+    assert sum(map(int, printed)) == len(told)
 
     found = audit(str(tmp_path / "run"), data)
     masked = {rows[i]["id"] for i in (3, 31, 33, 52)} | {a for a in reasons if a.rpartition(":")[0] in chunks}

@@ -1,0 +1,92 @@
+"""Does pre-training on pairs help VQA and NLVR2? On scenes, from the same pre-trained model and from random weights.
+
+    python benchmarks/finetuning.py --out FILE.jsonl [--pretrain-steps 600] [--steps 400] [--seeds 3]
+
+Pre-trains the demo's model once, fine-tunes it for each task with equal steps from there and from random weights, and
+writes a line for every run: the accuracy on unseen scenes and what the most frequent answer would reach. One process.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import tyro
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+
+from scenes.questions import ANSWERS
+from scenes.records import nlvr2_records, vqa_records
+
+from vlmo_ray.config import Config, Phase
+from vlmo_ray.data.manifest import load_manifest
+from vlmo_ray.data.prepare.nlvr2 import SCHEMA as NLVR2
+from vlmo_ray.data.prepare.shards import write_dataset
+from vlmo_ray.data.schema import Field, Schema
+from vlmo_ray.data.store import Store
+from vlmo_ray.demo.scenes.records import declared, records
+from vlmo_ray.recipes import recipe
+from vlmo_ray.runs.evaluations import read_evaluations
+from vlmo_ray.train.build import RunSpec
+from vlmo_ray.train.loop import train
+
+VQA = Schema((Field("image", "image"), Field("text", "text"), Field("answers", "answers", ANSWERS)))
+
+
+def vqa_rows(count: int, split: str):
+    for row in vqa_records(1, count, split, image_size=32):
+        yield {name: row[name] for name in ("id", "image_id", "image", "text", "forbid")} | {
+            "answers": [{"answer": row["answer"], "score": 1.0}]
+        }
+
+
+def nlvr2_rows(count: int, split: str):
+    for row in nlvr2_records(1, count, split, image_size=32):
+        own = {"image_2": row["image_right"], "sentence": row["id"]}
+        yield {name: row[name] for name in ("id", "image_id", "image", "text", "label", "forbid")} | own
+
+
+def run(config: Config, data: str, folder: str, eval_data: str = "") -> Store:
+    spec = RunSpec(config, data, folder, load_manifest(data).fingerprint, eval_data, in_process_data=True)
+    outcome = train(spec)
+    assert not outcome.stopped, outcome
+    return Store(folder)
+
+
+def main(
+    out: Path, pretrain_steps: int = 600, steps: int = 400, seeds: int = 3, tasks: tuple[str, ...] = ("vqa", "nlvr2")
+) -> None:
+    torch.set_num_threads(1)
+    pretraining = dataclasses.replace(recipe("demo"), phases=(Phase(pretrain_steps, 96),), log_every=100)
+    with tempfile.TemporaryDirectory() as folder:
+        write_dataset(f"{folder}/pairs", declared(records(1, 20_000, image_size=32)))
+        run(pretraining, f"{folder}/pairs", f"{folder}/pretrained")
+        for task in tasks:
+            rows, schema = {"vqa": (vqa_rows, VQA), "nlvr2": (nlvr2_rows, NLVR2)}[task]
+            for split, count in (
+                ("train", 6000 if task == "vqa" else 20_000),
+                ("eval", 500 if task == "vqa" else 2000),
+            ):
+                write_dataset(f"{folder}/{task}-{split}", rows(count, split), schema=schema)
+            for seed in range(1, seeds + 1):
+                for start in (f"{folder}/pretrained", ""):
+                    config = recipe(f"{task}_tiny")
+                    model = dataclasses.replace(pretraining.model, heads=config.model.heads, num_answers=len(ANSWERS))
+                    config = dataclasses.replace(
+                        config, model=model, phases=(Phase(steps, 64),), seed=seed, init=start, evaluate_every=steps
+                    )
+                    place = f"{folder}/{task}-{seed}-{bool(start)}"
+                    store = run(config, f"{folder}/{task}-train", place, f"{folder}/{task}-eval")
+                    [(_, result)] = read_evaluations(store)
+                    score = result.scores["accuracy"]
+                    line = {"task": task, "seed": seed, "pretrained": bool(start), "steps": steps}
+                    with out.open("a") as file:
+                        file.write(json.dumps(line | {"accuracy": score.value, "majority": score.chance}) + "\n")
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
