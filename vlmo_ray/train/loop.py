@@ -21,8 +21,8 @@ from vlmo_ray.data.order import Schedule, deal
 from vlmo_ray.data.store import Store
 from vlmo_ray.objectives.gather import Workers
 from vlmo_ray.runs import checkpoint, evaluations
-from vlmo_ray.runs.audit import Consumed
 from vlmo_ray.runs.checkpoints import Checkpoints
+from vlmo_ray.runs.consumed import Consumed
 from vlmo_ray.runs.load import describe, publish
 from vlmo_ray.runs.masked import Masked
 from vlmo_ray.runs.metrics import Meters
