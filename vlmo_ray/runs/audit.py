@@ -24,7 +24,7 @@ from vlmo_ray.runs.consumed import DataIds, Log
 from vlmo_ray.runs.multisets import Multisets, keys_of
 
 _BUCKET_ROWS, _MOST_BUCKETS = 512, 1 << 20
-_NAMED = 1 << 18  # about how many rows are looked at one by one, of each epoch and of the batches
+_NAMED = 1 << 18  # about how many ids of an epoch are looked at one by one
 
 
 @dataclass(frozen=True)
@@ -130,12 +130,12 @@ class _Comparison:
             keys = keys_of(pa.array(self._known(epoch), pa.string()))
             ids.add(epoch, self._bucket(keys), keys)
         bad = np.stack([ids.differ(e, wanted, int(self.rows[e] < self.num_rows)) for e in range(self.num_epochs)])
-        problems, most = [], max(1, _NAMED * self.buckets // self.num_rows)
+        problems, most = self._problems(steps), max(1, _NAMED * self.buckets // self.num_rows)
         for epoch, differing in enumerate(map(np.flatnonzero, bad)):
             if len(differing) > most:
                 bad[epoch, differing[most:]] = False
                 problems.append(f"epoch {epoch}: of the ids that differ, only {most / len(differing):.2%} are named")
-        return self._named(steps, bad, problems)
+        return self._named(bad, problems)
 
     def _recorded(self) -> tuple[Multisets, Multisets]:
         """The positions of every step (one multiset, S buckets), and the valid ids of every epoch (E multisets)."""
@@ -150,12 +150,19 @@ class _Comparison:
                 self.masked[epoch[i]].append(rows.names[i].as_py())
         return steps, ids
 
-    def _wanted_steps(self) -> Multisets:
-        wanted, sizes = Multisets(1, self.log.stop), np.diff(self.before)
-        wanted.counts[0] = sizes
+    def _problems(self, steps: Multisets) -> list[str]:
+        """What is wrong with the positions that the steps consumed."""
+        sizes = np.diff(self.before)
+        gaps, sums = sizes - steps.counts[0], np.zeros(len(sizes), np.uint64)
         for size in np.unique(sizes):
-            wanted.sums[0, sizes == size] = mix(np.arange(size, dtype=np.uint64)).sum()
-        return wanted
+            sums[sizes == size] = mix(np.arange(size, dtype=np.uint64)).sum()
+        kinds = {
+            "positions not consumed": np.maximum(gaps, 0),
+            "positions consumed more than once": np.maximum(-gaps, 0),
+            "steps consumed some positions in place of others": (gaps == 0) & (sums != steps.sums[0]),
+        }
+        found = {what: count for what, count in kinds.items() if count.any()}
+        return [f"{count.sum()} {what}, the first in step {np.argmax(count > 0)}" for what, count in found.items()]
 
     def _epoch(self, step: np.ndarray, position: np.ndarray) -> np.ndarray:
         return np.minimum((self.before[step] + position) // self.num_rows, self.num_epochs - 1)
@@ -166,18 +173,13 @@ class _Comparison:
     def _known(self, epoch: int) -> list[str]:
         return [self.known.get(name, name) for name in self.masked[epoch]]
 
-    def _named(self, steps: Multisets, bad: np.ndarray, problems: list[str]) -> Audit:
-        """The result, after a look at each position of the steps that differ, and each id in `bad`, [E, buckets]."""
-        sizes = np.diff(self.before)
-        bad_steps = steps.differ(0, self._wanted_steps(), 0)
-        looked = bad_steps & (np.cumsum(bad_steps * sizes) <= max(_NAMED, int(sizes.max())))
-        places = [np.zeros(0, np.int64)]
+    def _named(self, bad: np.ndarray, problems: list[str]) -> Audit:
+        """The result, after a look at each id in the buckets `bad`, bool [E, buckets]."""
         seen = [Counter[str]() for _ in range(self.num_epochs)]
         wanted, due = ([Counter[str]() for _ in range(self.num_epochs)] for _ in range(2))
-        if bad_steps.any() or bad.any():
+        if bad.any():
             for rows in self.log.read():
                 epoch = self._epoch(rows.step, rows.position)
-                places.append((self.before[rows.step] + rows.position)[looked[rows.step]])
                 for i in np.flatnonzero(rows.valid & bad[epoch, self._bucket(rows.keys)]).tolist():
                     seen[epoch[i]][rows.names[i].as_py()] += 1
             for rows in self.ids.read():
@@ -190,17 +192,6 @@ class _Comparison:
                 names = self._known(epoch)
                 buckets = self._bucket(keys_of(pa.array(names, pa.string())))
                 seen[epoch].update(name for name, here in zip(names, bad[epoch, buckets], strict=True) if here)
-        first = [np.zeros(0, np.int64), *(np.arange(*self.before[step : step + 2]) for step in np.flatnonzero(looked))]
-        expected, (found, times) = np.concatenate(first), np.unique(np.concatenate(places), return_counts=True)
-        gaps = np.where(bad_steps & ~looked, sizes - steps.counts[0], 0)
-        for what, streams, rest in (
-            ("not consumed", np.setdiff1d(expected, found), np.maximum(gaps, 0)),
-            ("consumed more than once", found[(times > 1) | ~np.isin(found, expected)], np.maximum(-gaps, 0)),
-        ):
-            if count := len(streams) + int(rest.sum()):
-                at = np.searchsorted(self.before, streams[0], side="right") - 1 if len(streams) else np.argmax(rest > 0)
-                least = "at least " if (bad_steps & ~looked).any() else ""
-                problems.append(f"{least}{count} positions {what}, the first in step {at}")
         epochs = [
             EpochAudit(
                 epoch=e,
