@@ -42,7 +42,8 @@ def generator(seed: int, purpose: str, step: int, position: int) -> np.random.Ge
     return np.random.Generator(np.random.Philox(key=stream(seed, f"{purpose}@{position}", step)))
 
 
-def _mix(x: np.ndarray) -> np.ndarray:
+def mix(x: np.ndarray) -> np.ndarray:
+    """A bijection of uint64: every bit of the result depends on every bit of `x`."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(_MIX_1)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(_MIX_2)
     return x ^ (x >> np.uint64(31))
@@ -51,8 +52,8 @@ def _mix(x: np.ndarray) -> np.ndarray:
 def uniforms(key: int, positions, n: int) -> np.ndarray:
     """Draws in [0, 1) with 24 bits each, `[len(positions), n]` float64; row b belongs to `positions[b]`."""
     with np.errstate(over="ignore"):
-        rows = _mix(np.asarray(positions, dtype=np.uint64) * np.uint64(_GOLDEN) + np.uint64(key))
-        draws = _mix(rows[:, None] + np.arange(1, n + 1, dtype=np.uint64) * np.uint64(_GOLDEN))
+        rows = mix(np.asarray(positions, dtype=np.uint64) * np.uint64(_GOLDEN) + np.uint64(key))
+        draws = mix(rows[:, None] + np.arange(1, n + 1, dtype=np.uint64) * np.uint64(_GOLDEN))
     return (draws >> np.uint64(40)).astype(np.float64) * 2.0**-24
 
 

@@ -3,8 +3,10 @@
 import dataclasses
 import io
 import json
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -14,10 +16,13 @@ from small_run import SMALL, job, train_on
 from vlmo_ray.config import Phase
 from vlmo_ray.data.manifest import chunk_table, write_manifest
 from vlmo_ray.data.prepare.shards import write_shards
-from vlmo_ray.data.read import ShardError
+from vlmo_ray.data.read import _footer
 from vlmo_ray.data.store import Store
 from vlmo_ray.errors import UserError
+from vlmo_ray.runs import audit as audits
 from vlmo_ray.runs.audit import audit
+from vlmo_ray.runs.checkpoints import Checkpoints
+from vlmo_ray.runs.multisets import Multisets, keys_of
 from vlmo_ray.train.agree import Notice
 from vlmo_ray.train.loop import train
 
@@ -122,17 +127,87 @@ def test_masked_pairs_are_named(tmp_path, monkeypatch):
     assert verdict == "10 committed steps: every pair was consumed once an epoch, 42 of them masked"
 
     (tmp_path / "elsewhere").rename(data / "1.parquet")
-    repaired = audit(str(run), str(data))
-    assert repaired.clean
-    ids = {row["id"] for row in rows[21:]}
-    assert all(set(epoch.masked) == alone | ids for epoch in repaired.epochs)
+    assert audit(str(run), str(data)) == found  # repaired: each pair is named as the run knew it
 
     def refused(*args):
-        raise ShardError("access denied")
+        raise UserError("access denied")
 
-    monkeypatch.setattr("vlmo_ray.data.reader.read_chunk", refused)
-    with pytest.raises(ShardError, match="access denied"):
+    monkeypatch.setattr("vlmo_ray.data.read._take", refused)
+    _footer.cache_clear()
+    with pytest.raises(UserError, match="access denied"):
         audit(str(run), str(data))
+
+
+@pytest.fixture
+def many_buckets(monkeypatch):
+    """As in a large data set: most buckets have one id or none."""
+    monkeypatch.setattr(audits, "_BUCKET_ROWS", 1)
+
+
+def test_of_parquet_shards_only_the_ids_are_read(run, scenes, monkeypatch, many_buckets):
+    def images(*args, **options):
+        raise AssertionError("a whole chunk is read")
+
+    monkeypatch.setattr("vlmo_ray.data.reader.read_chunk", images)
+    found = audit(str(run), scenes)
+    assert found.clean and [epoch.complete for epoch in found.epochs] == [True, True, False]
+
+
+def records(run: Path) -> dict[Path, pa.Table]:
+    """The record of the run's last attempt: from step 11 on, which is in its second epoch of 60 pairs."""
+    last = Checkpoints(Store(str(run))).newest().attempt
+    return {file: pq.read_table(file) for file in sorted((run / "audit" / last).iterdir())}
+
+
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_a_pair_in_place_of_another_is_found(run, scenes, tmp_path, many_buckets, epoch):
+    """In an epoch that is complete, and in one of which two thirds are done."""
+    shutil.copytree(run, tmp_path / "run")
+    tables = records(tmp_path / "run")
+    place = [
+        (file, i)
+        for file, table in tables.items()
+        for i, (step, position) in enumerate(zip(table["step"].to_pylist(), table["position"].to_pylist(), strict=True))
+        if (8 * step + position) // 60 == epoch
+    ]
+    (file, i), (other, k) = place[0], place[-1]
+    gone, again = tables[file]["id"][i].as_py(), tables[other]["id"][k].as_py()
+    ids = tables[file]["id"].to_pylist()
+    ids[i] = again
+    pq.write_table(tables[file].set_column(2, "id", pa.array(ids)), file)
+    found = audit(str(tmp_path / "run"), scenes)
+    assert not found.clean and not found.problems
+    for audited in found.epochs:
+        wrong = audited.epoch == epoch
+        assert audited.missing == (gone,) * wrong and audited.doubled == (again,) * wrong and not audited.unknown
+
+
+def test_what_is_too_much_to_be_named_is_counted(run, scenes, tmp_path, monkeypatch, many_buckets):
+    shutil.copytree(run, tmp_path / "run")
+    for file in list(records(tmp_path / "run"))[1:]:
+        file.unlink()
+    everything = audit(str(tmp_path / "run"), scenes)
+    monkeypatch.setattr(audits, "_NAMED", 8)
+    some = audit(str(tmp_path / "run"), scenes)
+    lost = int(everything.problems[0].split()[0])
+    assert some.problems[-1].startswith(f"at least {lost} positions not consumed, the first in step")
+    assert any("of the ids that differ, only" in problem for problem in some.problems)
+    for few, all_of_them in zip(some.epochs, everything.epochs, strict=True):
+        assert set(few.missing) <= set(all_of_them.missing) and few.seen == all_of_them.seen
+    assert sum(len(epoch.missing) for epoch in everything.epochs) == lost > sum(len(e.missing) for e in some.epochs)
+
+
+def test_multisets_are_equal_if_and_only_if_their_contents_are():
+    names = pa.array(["", "a", "ab", "ba", "\0", "a\0", "\N{SNOWMAN}", *(f"pair-{i}" for i in range(40_000))])
+    keys = keys_of(names)
+    assert len(set(keys.tolist())) == len(names)
+    assert (keys_of(names.slice(3, 20_000)) == keys[3:20_003]).all()
+    found = Multisets(3, 8)
+    for which, order in enumerate((keys, keys[::-1], np.append(keys[1:], keys[1]))):
+        for part in np.array_split(order, 7):
+            found.add(which, (part & np.uint64(7)).astype(np.int64), part)
+    assert not found.differ(0, found, 1).any()
+    assert np.flatnonzero(found.differ(0, found, 2)).tolist() == sorted({int(key & np.uint64(7)) for key in keys[:2]})
 
 
 def test_the_command_proves_it(vlmo, run, scenes):

@@ -20,6 +20,7 @@ import torch
 from faulty_s3 import faulty_s3
 from safetensors.torch import load_file
 from small_run import SMALL, begin_at, job, train_on
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
 from vlmo_ray.config import Phase
@@ -174,6 +175,29 @@ def test_the_newest_and_every_kth_are_kept(scenes, tmp_path):
     config = dataclasses.replace(CONFIG, keep_checkpoints=1, keep_every=4)
     assert train(job(scenes, tmp_path, config)).step == 10
     assert names(tmp_path) == [4, 8, 10]
+
+
+def test_a_save_asks_for_no_more_the_longer_a_run_is(half, monkeypatch):
+    """One listing of the checkpoints, and the states of the newest ones."""
+    asked = []
+    for name in ("sizes", "read"):
+        real = getattr(Store, name)
+        monkeypatch.setattr(
+            Store, name, lambda self, *given, real=real: (asked.append(given[0]), real(self, *given))[1]
+        )
+    Checkpoints(Store(str(half)), keep=1, keep_every=2, keeper=True).retire()
+    assert asked == ["checkpoint-", "checkpoint-00000006/train_state.json"]
+    assert names(half) == [2, 4, 6]
+
+
+def test_only_the_first_checkpoint_of_a_start_is_planned(scenes, tmp_path, monkeypatch):
+    planned, real = [], DefaultSavePlanner._create_global_plan
+    monkeypatch.setattr(
+        DefaultSavePlanner, "_create_global_plan", lambda *given: (planned.append(given), real(*given))[1]
+    )
+    config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, width=36))
+    assert train(job(scenes, tmp_path, config)).step == 10
+    assert names(tmp_path) == [2, 4, 6, 8, 10] and len(planned) == 1
 
 
 def test_nothing_is_retired_for_an_incomplete_one(half):

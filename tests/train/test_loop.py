@@ -16,11 +16,13 @@ from worker_processes import in_processes
 import vlmo_ray
 from vlmo_ray.config import HEADS, OptimConfig, Phase
 from vlmo_ray.data.prepare.shards import write_dataset
+from vlmo_ray.data.read import read_chunk
 from vlmo_ray.data.store import Store
 from vlmo_ray.errors import UserError
 from vlmo_ray.runs.checkpoints import Checkpoints
 from vlmo_ray.runs.load import published
 from vlmo_ray.runs.metrics import read_metrics
+from vlmo_ray.train.agree import Agreement, Notice
 from vlmo_ray.train.loop import train
 from vlmo_ray.train.optim import build_optimizer
 from vlmo_ray.train.step import gradients as real_gradients
@@ -153,6 +155,53 @@ def test_so_many_steps_in_a_row_that_are_not_finite_are_skipped(scenes, undistur
     outcome = train(job(scenes, tmp_path / "three", config))
     assert outcome.step == 7 and "step 7: loss and grad_norm not finite" in outcome.stopped
     assert Checkpoints(Store(str(tmp_path / "three"))).newest().step == 7
+
+
+def test_a_step_that_is_not_finite_costs_no_checkpoint(scenes, tmp_path, monkeypatch):
+    """The checkpoint before it may be the last good one, even where only one is kept."""
+    monkeypatch.setattr("vlmo_ray.train.loop.gradients", broken_at({6}))
+    assert train(job(scenes, tmp_path, keep_checkpoints=1)).step == 6
+    assert [state.step for _, state, _ in Checkpoints(Store(str(tmp_path))).complete()] == [6, 4]
+    monkeypatch.undo()
+    assert train(job(scenes, tmp_path, keep_checkpoints=1)).step == 10
+    assert [state.step for _, state, _ in Checkpoints(Store(str(tmp_path))).complete()] == [10]
+
+
+def test_skipped_steps_are_in_the_metrics(scenes, tmp_path, monkeypatch, capsys):
+    def large_gradient(*given):
+        figures = real_gradients(*given)
+        if given[3] in (2, 3):  # of a finite loss
+            next(p for p in given[0].task.parameters() if p.grad is not None).grad.fill_(torch.inf)
+        return figures
+
+    monkeypatch.setattr("vlmo_ray.train.loop.gradients", large_gradient)
+    config = dataclasses.replace(SMALL, optim=dataclasses.replace(SMALL.optim, skip_nonfinite=2))
+    assert train(job(scenes, tmp_path, config)).step == 10
+    metrics, _ = read_metrics(Store(str(tmp_path)))
+    assert [m["step"] for m in metrics if m["skipped"]] == [3, 4] and all(np.isfinite(m["loss"]) for m in metrics)
+    assert "(2 steps skipped)" in capsys.readouterr().out
+
+
+def test_an_evaluation_that_cannot_be_read_costs_no_step(scenes, tmp_path, monkeypatch):
+    monkeypatch.setitem(read_chunk.__kwdefaults__, "wait_s", 0.01)  # before a shard is tried again
+    shutil.copytree(scenes, tmp_path / "broken")
+    shard = sorted(path for path in (tmp_path / "broken").rglob("*.parquet") if path.name != "manifest.parquet")[0]
+    shard.write_bytes(shard.read_bytes()[:300] + b"????" + shard.read_bytes()[304:])
+    spec = job(scenes, tmp_path / "run", evaluate_every=3, checkpoint_every=100)
+    outcome = train(dataclasses.replace(spec, eval_data=str(tmp_path / "broken")))
+    assert outcome.step == 3 and f"{shard}#" in outcome.stopped
+    assert outcome.stopped.endswith("; the 3 steps before it are saved")
+
+
+def test_the_gravest_problem_decides_whether_steps_are_saved():
+    """A run that another driver has taken over must not be written to, whatever else is wrong."""
+    agreement = Agreement()
+    agreement.note("a shard is damaged", Notice.UNREADABLE)
+    assert agreement.reach("step 3") == ("step 3: a shard is damaged", Notice.UNREADABLE)
+    agreement.note("the run was taken over")
+    assert agreement.reach("step 4", Notice.STOP) == ("step 4: a shard is damaged", Notice.FAILED)
+    agreement.forget()
+    assert agreement.reach("step 5", Notice.RESIZE) == ("", Notice.RESIZE)
 
 
 def test_settings_of_the_optimizer_come_from_the_config(scenes, undisturbed, tmp_path, monkeypatch):

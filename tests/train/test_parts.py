@@ -94,6 +94,25 @@ def test_slow_storage_holds_up_no_step(monkeypatch):
     assert len({name for name in store.written if name.startswith("metrics/")}) == 2  # 4 and 4 steps; 2 are `settled`
 
 
+def test_a_failed_write_is_told_even_if_later_ones_do_not_fail(monkeypatch):
+    monkeypatch.setattr(metrics_module, "_SEGMENT_STEPS", 2)
+
+    class Refusing(Blocked):
+        def write(self, name: str, content: bytes) -> None:
+            super().write(name, content)
+            if len(self.written) == 1:
+                raise UserError("s3://bucket/run: it is refused")
+
+    store = Refusing()
+    meters = Meters(store, 10, 100)
+    for step in range(1, 7):
+        meters.add(FIGURES | {"step": step, "masked_rows": 0.0})
+    store.set()
+    meters.close()
+    with pytest.raises(UserError, match="it is refused"):
+        meters.add(FIGURES | {"step": 7, "masked_rows": 0.0})
+
+
 def test_a_failed_write_is_told(monkeypatch):
     monkeypatch.setattr(metrics_module, "_FLUSH_S", 0.0)
 

@@ -20,10 +20,12 @@ from vlmo_ray.errors import UserError
 SCHEMA_KEY = b"vlmo.schema"  # in the footer of a Parquet shard
 
 
-def row_group_range(footer: pq.FileMetaData, index: int) -> tuple[int, int]:
-    """Offset and length of the bytes that hold row group `index`: its column chunks are adjacent."""
+def row_group_range(footer: pq.FileMetaData, index: int, name: str = "") -> tuple[int, int]:
+    """Offset and length of the bytes that hold row group `index`, or its column `name`: columns are adjacent."""
     group, starts, ends = footer.row_group(index), [], []
     for column in map(group.column, range(group.num_columns)):
+        if name and column.path_in_schema != name:
+            continue
         start = column.data_page_offset
         if column.has_dictionary_page and column.dictionary_page_offset:
             start = min(start, column.dictionary_page_offset)

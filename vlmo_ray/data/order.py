@@ -193,13 +193,13 @@ class Order:
         # the slices before `low` come first in the sequence
         skipped = np.sum(np.maximum(np.minimum(highs, low) - lows, 0))
         sequence = max(begin - first_row, 0) + skipped + np.arange(len(order))
-        chunks, ends = self._epoch(epoch)
+        chunks, ends = self.epoch(epoch)
         place = np.searchsorted(ends, sequence, side="right")
         chunk = chunks[place]
         row = sequence - (ends[place] - self.chunk_rows[chunk])
         return step[order], position[order], np.full(len(order), epoch), chunk, row
 
-    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    def epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The chunks in the order of this epoch, and the number of rows up to the end of each, int64."""
         if epoch not in self._epochs:
             while len(self._epochs) > 1:  # a span rarely touches more than two

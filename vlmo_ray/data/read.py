@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import bisect
 import functools
 import io
 import random
 import time
 import zlib
 from collections.abc import Callable, Collection, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,6 +21,8 @@ from vlmo_ray.data.schema import FORBID, PAIRS, Record, Schema, problem_of
 from vlmo_ray.data.store import Store
 from vlmo_ray.data.tar import TarError, iter_members, iter_samples, record_of
 from vlmo_ray.errors import UserError
+
+T = TypeVar("T")
 
 _TAIL_BYTES = 64 << 10  # what is read first of a shard's end: most footers are shorter
 
@@ -87,10 +90,10 @@ def read_chunk(
     raise AssertionError("unreachable")
 
 
-def _take(store: Store, shard: str, take: Callable[[pa.NativeFile], bytes]) -> bytes:
+def _take(store: Store, shard: str, take: Callable[[pa.NativeFile], T]) -> T:
     """What `take` reads of the open shard. FileNotFoundError if the shard is missing but not the data set."""
 
-    def attempt() -> bytes:
+    def attempt() -> T:
         with store.fs.open_input_file(store.path(shard)) as file:
             return take(file)
 
@@ -103,11 +106,12 @@ def _take(store: Store, shard: str, take: Callable[[pa.NativeFile], bytes]) -> b
         raise
 
 
-class _Range(io.RawIOBase):
-    """A file of which only `data`, at `offset`, is present: enough for a Parquet reader to read one row group."""
+class _Ranges(io.RawIOBase):
+    """A file of which only some ranges are present, offset -> bytes: all that a Parquet reader needs of its pages."""
 
-    def __init__(self, data: bytes, offset: int, size: int) -> None:
-        self._data, self._offset, self._size, self._at = data, offset, size, 0
+    def __init__(self, ranges: dict[int, bytes]) -> None:
+        self._ranges, self._offsets = ranges, sorted(ranges)
+        self._size, self._at = self._offsets[-1] + len(ranges[self._offsets[-1]]), 0
 
     def readable(self) -> bool:
         return True
@@ -121,11 +125,12 @@ class _Range(io.RawIOBase):
 
     def read(self, n: int = -1) -> bytes:
         n = self._size - self._at if n < 0 else n
-        start = self._at - self._offset
-        if start < 0 or start + n > len(self._data):
+        offset = self._offsets[max(0, bisect.bisect_right(self._offsets, self._at) - 1)]
+        start, data = self._at - offset, self._ranges[offset]
+        if start < 0 or start + n > len(data):
             raise OSError(f"the row group needs bytes {self._at} to {self._at + n}, outside of its own range")
         self._at += n
-        return self._data[start : start + n]
+        return data[start : start + n]
 
 
 @functools.lru_cache(maxsize=256)
@@ -147,8 +152,7 @@ def _decode_parquet(store: Store, chunk: Chunk, data: bytes, schema: Schema, nam
     exists = chunk.index < footer.num_row_groups
     if not exists or row_group_range(footer, chunk.index) != (chunk.offset, chunk.bytes):
         raise DamagedShard("the footer of the shard does not agree with the manifest; prepare it again")
-    source = pa.PythonFile(_Range(data, chunk.offset, chunk.offset + chunk.bytes), mode="r")
-    file = pq.ParquetFile(source, metadata=footer, page_checksum_verification=True, pre_buffer=False)
+    file = _parquet({chunk.offset: data}, footer)
     for name in names:
         if name not in file.schema_arrow.names:
             raise DamagedShard(f"the shard has no column {name!r}; prepare it again")
@@ -164,6 +168,36 @@ def _decode_parquet(store: Store, chunk: Chunk, data: bytes, schema: Schema, nam
             else:
                 setattr(record, name, tuple(value or ()) if name == "forbid" else value or "")
     return records
+
+
+def _parquet(ranges: dict[int, bytes], footer: pq.FileMetaData) -> pq.ParquetFile:
+    source = pa.PythonFile(_Ranges(ranges), mode="r")
+    return pq.ParquetFile(source, metadata=footer, page_checksum_verification=True, pre_buffer=False)
+
+
+def read_ids(store: Store, chunks: list[Chunk]) -> pa.Array | None:
+    """The stored ids of all rows of `chunks`, which are of one shard. Of a Parquet shard nothing else is read.
+
+    None if they cannot be had alone, as the shard is a tar, or not what the manifest says: then `read_chunk` must do.
+    """
+    shard = chunks[0].shard
+    if chunks[0].format != "parquet":
+        return None
+    try:
+        footer = _footer(store, shard)
+        if any(row_group_range(footer, chunk.index) != (chunk.offset, chunk.bytes) for chunk in chunks):
+            return None
+        places = [row_group_range(footer, chunk.index, "id") for chunk in chunks]
+        data = _take(store, shard, lambda f: [f.read_at(length, offset) for offset, length in places])
+        file = _parquet({offset: part for (offset, _), part in zip(places, data, strict=True)}, footer)
+        groups = file.read_row_groups([chunk.index for chunk in chunks], columns=["id"], use_threads=False)
+        ids = groups.column("id").combine_chunks()
+        ids.validate(full=True)  # that they are UTF-8
+    except (FileNotFoundError, IndexError, pa.ArrowException, OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        return None
+    return ids if len(ids) == sum(chunk.rows for chunk in chunks) else None
 
 
 def _values(column: pa.ChunkedArray) -> Iterator[tuple[Any, bool]]:

@@ -196,6 +196,15 @@ class Store:
             with self.create(name) as target, file.open("rb") as source:
                 shutil.copyfileobj(source, target)
 
+    def download(self, name: str, file: Path) -> None:
+        """The file `name` as a local file, piece by piece."""
+
+        def attempt() -> None:
+            with self.fs.open_input_stream(self.path(name), compression=None) as source, file.open("wb") as target:
+                shutil.copyfileobj(source, target, _STREAM_BYTES)
+
+        self.patiently(name, attempt)
+
     def sizes(self, prefix: str = "") -> dict[str, int]:
         """Name -> bytes of the files whose names begin with `prefix`, in subfolders too, sorted by name."""
         found = self.patiently(prefix, lambda: dict(self._listed(prefix)))

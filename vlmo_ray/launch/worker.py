@@ -10,7 +10,6 @@ import time
 import torch
 
 from vlmo_ray.data.store import Store
-from vlmo_ray.errors import UserError
 from vlmo_ray.launch.group import process_group
 from vlmo_ray.launch.stop import STOP
 from vlmo_ray.runs import lease
@@ -27,13 +26,14 @@ class Marks:
 
     def __init__(self, run: Store, token: str):
         self._run, self._token = run, token
-        self._told, self._problem = Notice.NONE, ""
+        self._told: Notice = Notice.NONE
+        self._error: Exception | None = None
         threading.Thread(target=self._look, name="marks", daemon=True).start()
 
     def check(self) -> Notice:
         """What is asked. Raises UserError if the run is another driver's by now, or its storage stays away."""
-        if self._problem:
-            raise UserError(self._problem)
+        if self._error is not None:
+            raise self._error
         return self._told
 
     def _look(self) -> None:
@@ -45,8 +45,8 @@ class Marks:
                 elif self._run.exists(RESIZE):
                     self._told = Notice.RESIZE
                 time.sleep(_LOOK_S)
-        except UserError as error:
-            self._problem = str(error)
+        except Exception as error:  # whatever it is: without this thread nobody would notice a lost lease
+            self._error = error
 
 
 def work(spec: RunSpec, token: str) -> dict:

@@ -1,59 +1,30 @@
-"""Which pairs the committed steps of a run consumed, and whether that was every pair once an epoch.
+"""Whether the committed steps of a run consumed every pair of its data set once an epoch.
 
-Each worker records the ids that it found in the decoded records: one Parquet file per checkpoint, under
-`audit/<attempt>/`. An attempt is one start of the run. The newest checkpoint states from which step on each attempt
-counts, so steps that a lost attempt did after its last checkpoint are not counted.
+The memory grows neither with the data set nor with the run: ids and positions are compared as `multisets`, bucket by
+bucket. Only what is in buckets that differ is read again, to be named.
 """
 
 from __future__ import annotations
 
-import io
 from collections import Counter
-from dataclasses import dataclass, field
-from pathlib import PurePosixPath
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from rich.table import Table
 
-from vlmo_ray.data.batch import Batch
-from vlmo_ray.data.manifest import Manifest, load_manifest
-from vlmo_ray.data.order import Schedule
-from vlmo_ray.data.reader import chunk_ids
-from vlmo_ray.data.store import Store, open_store
+from vlmo_ray.data.manifest import load_manifest
+from vlmo_ray.data.order import Order, Schedule
+from vlmo_ray.data.store import open_store
 from vlmo_ray.errors import UserError
 from vlmo_ray.overrides import from_dict
+from vlmo_ray.rng import mix
 from vlmo_ray.runs.checkpoints import Checkpoints
+from vlmo_ray.runs.consumed import DataIds, Log
+from vlmo_ray.runs.multisets import Multisets, keys_of
 
-_FOLDER = "audit"
-
-
-@dataclass
-class Consumed:
-    """The pairs that one worker has consumed since its last checkpoint."""
-
-    attempt: str
-    _steps: list[tuple[int, np.ndarray, list[str], np.ndarray]] = field(default_factory=list)
-
-    def add(self, step: int, batch: Batch) -> None:
-        self._steps.append((step, batch.position.numpy(force=True), batch.ids, batch.valid.numpy(force=True)))
-
-    def take(self) -> dict[str, bytes]:
-        """Everything added since the last call, as files of the run: name -> content."""
-        steps, self._steps = self._steps, []
-        if not steps:
-            return {}
-        rows = {
-            "step": pa.array(np.concatenate([np.full(len(p), step, np.int32) for step, p, _, _ in steps])),
-            "position": pa.array(np.concatenate([p.astype(np.int32) for _, p, _, _ in steps])),
-            "id": pa.array([name for _, _, ids, _ in steps for name in ids]),
-            "valid": pa.array(np.concatenate([valid for _, _, _, valid in steps])),
-        }
-        out = io.BytesIO()
-        pq.write_table(pa.table(rows), out, compression="zstd")
-        first = int(steps[0][1][0])
-        return {f"{_FOLDER}/{self.attempt}/{steps[0][0]:08d}-{first:08d}.parquet": out.getvalue()}
+_BUCKET_ROWS, _MOST_BUCKETS = 512, 1 << 20
+_NAMED = 1 << 18  # about how many rows are looked at one by one, of each epoch and of the batches
 
 
 @dataclass(frozen=True)
@@ -63,9 +34,9 @@ class EpochAudit:
     epoch: int
     rows: int  # that the committed steps should have consumed
     seen: int  # that were recorded
-    masked: tuple[str, ...]  # seen rows that were unreadable: ids, or addresses if no id could be read
+    masked: tuple[str, ...]  # seen rows that were unreadable: ids, or addresses if no id could be read then
     complete: bool  # the committed steps cover the whole epoch
-    missing: tuple[str, ...]  # ids of the data set that were not seen; only of a complete epoch
+    missing: tuple[str, ...]  # ids that should have been seen by now, and were not
     doubled: tuple[str, ...]  # ids that were seen more often than the data set has them
     unknown: tuple[str, ...]  # ids that the data set does not have
 
@@ -112,10 +83,10 @@ def table(found: Audit) -> Table:
 
 
 def audit(run: str, data: str) -> Audit:
-    """Compares what a run recorded (`audit=true`) with its data set.
+    """Compares what a run recorded (`audit=true`) with the ids of its data set.
 
-    In a damaged chunk the run records addresses in place of ids; they match even if the chunk was repaired since. If a
-    chunk was damaged after it was read, its ids are reported as unknown and its addresses as missing.
+    In a damaged chunk the run records addresses in place of ids; they match even if the chunk was repaired since. If
+    ids became unreadable after they were read, they are reported as unknown and their addresses as missing.
     Raises UserError if there is nothing to audit, or if the run was trained on another data set.
     """
     store = open_store(run)
@@ -128,61 +99,119 @@ def audit(run: str, data: str) -> Audit:
     if manifest.fingerprint != state.fingerprint:
         raise UserError(f"{data} is not the data set that {run} was trained on; name that one")
     schedule = Schedule(tuple((p.steps, p.global_batch) for p in config.phases), config.slice_size)
-    consumed = _committed(store, state.attempts, state.step)
-    step = consumed.column("step").to_numpy().astype(np.int64)
-    stream = schedule.rows_before(step) + consumed.column("position").to_numpy()
-    total = int(schedule.rows_before(state.step))
-    known = _ids_of(manifest)
-    ids = np.array([known.get(name, name) for name in consumed.column("id").to_pylist()], dtype=object)
-    valid = consumed.column("valid").to_numpy(False)
+    order = Order(manifest.chunk_rows, config.seed, schedule, config.data.shuffle_steps)
+    return _Comparison(Log(store, state.attempts, state.step), DataIds(manifest, order, state.step)).run()
 
-    counts = np.bincount(stream, minlength=total)
-    problems = []
-    for what, wrong in (("not consumed", counts == 0), ("consumed more than once", counts > 1)):
-        if wrong.any():
-            first = int(np.flatnonzero(wrong)[0])
-            at = int(np.searchsorted(schedule.rows_before(np.arange(state.step + 1)), first, side="right")) - 1
-            problems.append(f"{int(wrong.sum())} positions {what}, the first in step {at}")
-    in_data = Counter(known.values())
-    epochs = []
-    for epoch in range(-(-total // manifest.num_rows)):
-        here = stream // manifest.num_rows == epoch
-        rows = min(total - epoch * manifest.num_rows, manifest.num_rows)
-        seen = Counter(ids[here])
-        complete = rows == manifest.num_rows
-        epochs.append(
+
+class _Comparison:
+    """The log of a run beside the ids of its data set; E epochs, S committed steps."""
+
+    def __init__(self, log: Log, ids: DataIds):
+        self.log, self.ids = log, ids
+        self.num_rows = ids.manifest.num_rows
+        self.before = ids.order.schedule.rows_before(np.arange(log.stop + 1))  # rows before each step, int64 [S + 1]
+        total = int(self.before[-1])
+        self.num_epochs = -(-total // self.num_rows)
+        self.rows = np.minimum(total - np.arange(self.num_epochs) * self.num_rows, self.num_rows)  # of each epoch
+        self.buckets = min(_MOST_BUCKETS, 1 << (self.num_rows // _BUCKET_ROWS).bit_length())
+        self.seen = np.zeros(self.num_epochs, np.int64)
+        self.masked: list[list[str]] = [[] for _ in range(self.num_epochs)]  # as they were recorded
+        self.known: dict[str, str] = {}  # address of a masked row -> the name that the data set has for it
+
+    def run(self) -> Audit:
+        """Reads everything once, and again if something differs."""
+        steps, ids = self._recorded()
+        wanted = Multisets(2, self.buckets)  # of a complete epoch, and of the newest one
+        for rows in self.ids.read({name for names in self.masked for name in names}):
+            wanted.add(0, self._bucket(rows.keys), rows.keys)
+            wanted.add(1, self._bucket(rows.keys[rows.due]), rows.keys[rows.due])
+            self.known |= rows.ids
+        for epoch in range(self.num_epochs):
+            keys = keys_of(pa.array(self._known(epoch), pa.string()))
+            ids.add(epoch, self._bucket(keys), keys)
+        bad = np.stack([ids.differ(e, wanted, int(self.rows[e] < self.num_rows)) for e in range(self.num_epochs)])
+        problems, most = [], max(1, _NAMED * self.buckets // self.num_rows)
+        for epoch, differing in enumerate(map(np.flatnonzero, bad)):
+            if len(differing) > most:
+                bad[epoch, differing[most:]] = False
+                problems.append(f"epoch {epoch}: of the ids that differ, only {most / len(differing):.2%} are named")
+        return self._named(steps, bad, problems)
+
+    def _recorded(self) -> tuple[Multisets, Multisets]:
+        """The positions of every step (one multiset, S buckets), and the valid ids of every epoch (E multisets)."""
+        steps, ids = Multisets(1, self.log.stop), Multisets(self.num_epochs, self.buckets)
+        for rows in self.log.read():
+            steps.add(0, rows.step, mix(rows.position.astype(np.uint64)))
+            epoch = self._epoch(rows.step, rows.position)
+            self.seen += np.bincount(epoch, minlength=self.num_epochs)
+            keys = rows.keys[rows.valid]
+            ids.add(epoch[rows.valid], self._bucket(keys), keys)
+            for i in np.flatnonzero(~rows.valid).tolist():
+                self.masked[epoch[i]].append(rows.names[i].as_py())
+        return steps, ids
+
+    def _wanted_steps(self) -> Multisets:
+        wanted, sizes = Multisets(1, self.log.stop), np.diff(self.before)
+        wanted.counts[0] = sizes
+        for size in np.unique(sizes):
+            wanted.sums[0, sizes == size] = mix(np.arange(size, dtype=np.uint64)).sum()
+        return wanted
+
+    def _epoch(self, step: np.ndarray, position: np.ndarray) -> np.ndarray:
+        return np.minimum((self.before[step] + position) // self.num_rows, self.num_epochs - 1)
+
+    def _bucket(self, keys: np.ndarray) -> np.ndarray:
+        return (keys & np.uint64(self.buckets - 1)).astype(np.int64)
+
+    def _known(self, epoch: int) -> list[str]:
+        return [self.known.get(name, name) for name in self.masked[epoch]]
+
+    def _named(self, steps: Multisets, bad: np.ndarray, problems: list[str]) -> Audit:
+        """The result, after a look at each position of the steps that differ, and each id in `bad`, [E, buckets]."""
+        sizes = np.diff(self.before)
+        bad_steps = steps.differ(0, self._wanted_steps(), 0)
+        looked = bad_steps & (np.cumsum(bad_steps * sizes) <= max(_NAMED, int(sizes.max())))
+        places = [np.zeros(0, np.int64)]
+        seen = [Counter[str]() for _ in range(self.num_epochs)]
+        wanted, due = ([Counter[str]() for _ in range(self.num_epochs)] for _ in range(2))
+        if bad_steps.any() or bad.any():
+            for rows in self.log.read():
+                epoch = self._epoch(rows.step, rows.position)
+                places.append((self.before[rows.step] + rows.position)[looked[rows.step]])
+                for i in np.flatnonzero(rows.valid & bad[epoch, self._bucket(rows.keys)]).tolist():
+                    seen[epoch[i]][rows.names[i].as_py()] += 1
+            for rows in self.ids.read():
+                found = bad[:, self._bucket(rows.keys)]
+                for epoch, i in zip(*map(np.ndarray.tolist, np.nonzero(found)), strict=True):
+                    name = rows.names[i].as_py()
+                    wanted[epoch][name] += 1
+                    due[epoch][name] += int(rows.due[i] or self.rows[epoch] == self.num_rows)
+            for epoch in range(self.num_epochs):
+                names = self._known(epoch)
+                buckets = self._bucket(keys_of(pa.array(names, pa.string())))
+                seen[epoch].update(name for name, here in zip(names, bad[epoch, buckets], strict=True) if here)
+        first = [np.zeros(0, np.int64), *(np.arange(*self.before[step : step + 2]) for step in np.flatnonzero(looked))]
+        expected, (found, times) = np.concatenate(first), np.unique(np.concatenate(places), return_counts=True)
+        gaps = np.where(bad_steps & ~looked, sizes - steps.counts[0], 0)
+        for what, streams, rest in (
+            ("not consumed", np.setdiff1d(expected, found), np.maximum(gaps, 0)),
+            ("consumed more than once", found[(times > 1) | ~np.isin(found, expected)], np.maximum(-gaps, 0)),
+        ):
+            if count := len(streams) + int(rest.sum()):
+                at = np.searchsorted(self.before, streams[0], side="right") - 1 if len(streams) else np.argmax(rest > 0)
+                least = "at least " if (bad_steps & ~looked).any() else ""
+                problems.append(f"{least}{count} positions {what}, the first in step {at}")
+        epochs = [
             EpochAudit(
-                epoch=epoch,
-                rows=rows,
-                seen=int(here.sum()),
-                masked=tuple(ids[here & ~valid]),
-                complete=complete,
-                missing=tuple((in_data - seen).elements()) if complete else (),
-                doubled=tuple(name for name in (seen - in_data).elements() if name in in_data),
-                unknown=tuple(name for name in seen if name not in in_data),
+                epoch=e,
+                rows=int(self.rows[e]),
+                seen=int(self.seen[e]),
+                masked=tuple(self.masked[e]),
+                complete=bool(self.rows[e] == self.num_rows),
+                missing=tuple((due[e] - seen[e]).elements()),
+                doubled=tuple(name for name in (seen[e] - wanted[e]).elements() if name in wanted[e]),
+                unknown=tuple(name for name in seen[e] if name not in wanted[e]),
             )
-        )
-    return Audit(state.step, tuple(problems), tuple(epochs))
-
-
-def _committed(store: Store, attempts: list[tuple[int, str]], stop: int) -> pa.Table:
-    """The rows of every attempt from its first step up to the first step of the next attempt."""
-    files: dict[str, list[str]] = {}
-    for name in store.list(f"{_FOLDER}/"):
-        files.setdefault(PurePosixPath(name).parent.name, []).append(name)
-    pieces = []
-    ends = [first for first, _ in attempts[1:]] + [stop]
-    for (first, attempt), end in zip(attempts, ends, strict=True):
-        for name in files.get(attempt, []):
-            table = pq.read_table(io.BytesIO(store.read(name)))
-            step = table.column("step").to_numpy()
-            pieces.append(table.filter(pa.array((step >= first) & (step < end))))
-    if not pieces:
-        raise UserError(f"{store.uri} has no record of its pairs under {_FOLDER}/")
-    return pa.concat_tables(pieces)
-
-
-def _ids_of(manifest: Manifest) -> dict[str, str]:
-    """Address -> id of every row."""
-    chunks = (chunk_ids(manifest, index) for index in range(manifest.num_chunks))
-    return {address: name for chunk in chunks for address, name in chunk.items()}
+            for e in range(self.num_epochs)
+        ]
+        return Audit(self.log.stop, tuple(problems), tuple(epochs))

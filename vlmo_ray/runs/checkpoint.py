@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
@@ -141,7 +142,9 @@ def save(
     together = dist.is_initialized()
     problem = ""
     try:
-        state_dict_saver.save(content, checkpoint_id=folder, no_dist=not together)
+        # what each worker has to write is the same at every checkpoint: only the first one of a start plans it
+        planner = DefaultSavePlanner(enable_plan_caching=True)
+        state_dict_saver.save(content, checkpoint_id=folder, planner=planner, no_dist=not together)
     except CheckpointException as error:
         reasons = "; ".join(str(reason) for reason, _ in error.failures.values())
         # on a full disk the libraries only report that a file has an unexpected length

@@ -9,6 +9,7 @@ reading. A damaged checkpoint is reported and set aside, and the one before it i
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -80,23 +81,25 @@ class Checkpoints:
 
     def retire(self) -> None:
         """Deletes checkpoints that need not be kept, but never the newest complete one or anything newer."""
-        complete = list(self.complete())
+        listed = self._listed()
+        complete = list(itertools.islice(self.complete(listed), self.keep))
         if not complete:
             return
         if not self._begun:
             self.run.write(_BEGUN, b"")
             self._begun = True
-        kept = {name for name, _, _ in complete[: self.keep]}
+        kept = {name for name, _, _ in complete}
         if self.keep_every:
-            kept |= {name for name, state, _ in complete if state.step % self.keep_every == 0}
-        for name in self._listed():
+            steps = {name: name.removeprefix(_PREFIX) for name, sizes in listed.items() if STATE in sizes}
+            kept |= {name for name, step in steps.items() if step.isdigit() and int(step) % self.keep_every == 0}
+        for name in listed:
             if name < complete[0][0] and name not in kept:
                 self.run.delete(f"{name}/{STATE}")  # first, so the rest is not taken for a checkpoint
                 self.run.delete_folder(name)
 
-    def complete(self) -> Iterator[tuple[str, TrainState, Files]]:
-        """(name, state, files) of the complete checkpoints, newest first."""
-        for name, sizes in reversed(self._listed().items()):
+    def complete(self, listed: dict[str, dict[str, int]] | None = None) -> Iterator[tuple[str, TrainState, Files]]:
+        """(name, state, files) of the complete checkpoints, newest first; of those `listed`, or of all."""
+        for name, sizes in reversed((self._listed() if listed is None else listed).items()):
             if STATE not in sizes:
                 continue
             try:
@@ -154,14 +157,17 @@ class Checkpoints:
         """Downloads one checkpoint and verifies every byte. Raises Damaged."""
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        for file, wanted in files.items():
+
+        def download(file: str) -> None:
             for _ in range(2):  # an error may be in the transfer alone
-                (folder / file).write_bytes(self.run.read(f"{name}/{state.attempt}/{file}"))
-                if measured(folder / file) == wanted:
-                    break
-            else:
-                where = self.run.address(f"{name}/{state.attempt}/{file}")
-                raise Damaged(f"{where} has changed since it was written")
+                self.run.download(f"{name}/{state.attempt}/{file}", folder / file)
+                if measured(folder / file) == files[file]:
+                    return
+            where = self.run.address(f"{name}/{state.attempt}/{file}")
+            raise Damaged(f"{where} has changed since it was written")
+
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(download, files))
         (folder / STATE).write_bytes(self.run.read(f"{name}/{STATE}"))
 
     def fetch_named(self, name: str, folder: Path) -> None:

@@ -11,6 +11,7 @@ import io
 import json
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -32,7 +33,7 @@ class Meters:
         self.shown = shown  # metrics on the console line, beside the loss
         self.recent: list[dict[str, float]] = []
         self._writer = ThreadPoolExecutor(1, "metrics")
-        self._writing: Future[None] | None = None
+        self._writing: deque[Future[None]] = deque()
         self._open()
 
     def _open(self) -> None:
@@ -49,14 +50,14 @@ class Meters:
             self._print(step)
         self._raise()
         if len(self.figures) >= _SEGMENT_STEPS:
-            self._writing = self._writer.submit(self._write, self.close_segment())
-        elif self._writing is None and time.monotonic() - self.flushed > _FLUSH_S:
-            self._writing = self._writer.submit(self._write, self._segment())
+            self._writing.append(self._writer.submit(self._write, self.close_segment()))
+        elif not self._writing and time.monotonic() - self.flushed > _FLUSH_S:
+            self._writing.append(self._writer.submit(self._write, self._segment()))
             self.flushed = time.monotonic()
 
     def _print(self, step: int) -> None:
-        # a step that was skipped has no finite loss
-        counted = [figures for figures in self.recent if math.isfinite(figures["loss"])] or self.recent
+        # the figures of a step that was skipped are not finite
+        counted = [figures for figures in self.recent if not figures.get("skipped")] or self.recent
         mean = {k: sum(f[k] for f in counted) / len(counted) for k in counted[0]}
         skipped = len(self.recent) - len(counted)
         left = mean["step_s"] * (self.total_steps - step)
@@ -73,9 +74,8 @@ class Meters:
 
     def _raise(self) -> None:
         """Raises the error of a write that has ended."""
-        if self._writing is not None and self._writing.done():
-            ended, self._writing = self._writing, None
-            ended.result()
+        while self._writing and self._writing[0].done():
+            self._writing.popleft().result()
 
     def _segment(self) -> Callable[[], dict[str, bytes]]:
         """Makes the files of the open segment as it is now: name -> content."""
@@ -89,14 +89,13 @@ class Meters:
     def close_segment(self) -> Callable[[], dict[str, bytes]]:
         """Closes the open segment; the caller has to write the files that the result gives when it is called.
 
-        That call waits for a write of the same segment that is under way, which would overwrite the files.
+        That call waits for writes that are under way: one of the same segment would overwrite the files.
         """
-        files, writing = self._segment(), self._writing
+        files, writing = self._segment(), list(self._writing)
         self._open()
 
         def settled() -> dict[str, bytes]:
-            if writing is not None:
-                wait([writing])
+            wait(writing)
             return files()
 
         return settled

@@ -21,8 +21,8 @@ from vlmo_ray.data.order import Schedule, deal
 from vlmo_ray.data.store import Store
 from vlmo_ray.objectives.gather import Workers
 from vlmo_ray.runs import checkpoint, evaluations
-from vlmo_ray.runs.audit import Consumed
 from vlmo_ray.runs.checkpoints import Checkpoints
+from vlmo_ray.runs.consumed import Consumed
 from vlmo_ray.runs.load import describe, publish
 from vlmo_ray.runs.masked import Masked
 from vlmo_ray.runs.metrics import Meters
@@ -103,9 +103,7 @@ def train(
             looks = step % config.cluster.notice_every == 0
             told = (looks and agreement.attempt(notice)) or Notice.NONE
             agreement.attempt(run.checkpoints.check)
-            batch: Batch | None = None
-            if not agreement.problem and (batch := agreement.attempt(lambda: next(stream))) is None:
-                told = Notice.UNREADABLE
+            batch = None if agreement.problem else agreement.attempt(lambda: next(stream))
             waited = time.monotonic() - began
             stopped, told = agreement.reach(f"step {step}", told)
             if stopped:
@@ -119,13 +117,14 @@ def train(
                 run.parallel, batch, _workers(schedule, step, world, rank), step, config.micro_batch, run.bf16
             )
             figures["grad_norm"] = total_norm(run.task)
-            if problem := _not_finite(figures, step):
-                skipped += 1
-                if skipped > config.optim.skip_nonfinite:
-                    return Outcome(step, run.save_before(problem))
+            problem = _not_finite(figures, step)
+            skipped = skipped + 1 if problem else 0
+            if skipped > config.optim.skip_nonfinite:
+                return Outcome(step, run.save_before(problem))
+            figures["skipped"] = torch.tensor(float(skipped > 0))
+            if problem:
                 run.skip(step, problem)
             else:
-                skipped = 0
                 run.update(step, float(figures["grad_norm"]))
             run.write_down(step, batch, figures, schedule, time.monotonic() - began, waited)
             if config.evaluate_every and run.done % config.evaluate_every == 0:
@@ -283,7 +282,8 @@ class _Run:
 
     def save_before(self, sentence: str) -> str:
         """Saves the steps that are done before the run stops for the reason `sentence`; what became of both."""
-        self.agreement.problem = ""  # all know of it
+        self.agreement.forget()
+        self.checkpoints.keeper = False  # these steps may be what went wrong: the checkpoints before them stay
         failed = self.save_and_wait() if self.done else ""
         done = f"the {self.done} steps before it are " + ("not saved: " + failed if failed else "saved")
         return f"{sentence}; {done}" if self.done else sentence

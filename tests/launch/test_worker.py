@@ -1,0 +1,107 @@
+"""What a worker is told through the run's store: looked up by a thread, so slow storage delays no step."""
+
+import dataclasses
+import json
+import threading
+import time
+
+import pytest
+from small_run import SMALL, job
+
+from vlmo_ray.data.store import Store
+from vlmo_ray.launch import worker
+from vlmo_ray.launch.stop import STOP
+from vlmo_ray.launch.worker import RESIZE, Marks
+from vlmo_ray.runs.metrics import read_metrics
+from vlmo_ray.train.agree import Notice
+from vlmo_ray.train.loop import train
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(worker, "_LOOK_S", 0.01)
+
+
+def until(found) -> None:
+    end = time.monotonic() + 10
+    while not found():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def holder(run: Store, token: str) -> None:
+    fields = {"host": "elsewhere", "boot": "", "pid": 7, "process_start": "", "renewed": 0.0}
+    run.write("lease.json", json.dumps({"token": token} | fields).encode())
+
+
+def test_marks_are_seen(tmp_path):
+    run = Store(str(tmp_path))
+    holder(run, "mine")
+    marks = Marks(run, "mine")
+    assert marks.check() is Notice.NONE
+    for name, notice in ((RESIZE, Notice.RESIZE), (STOP, Notice.STOP)):
+        run.write(name, b"")
+        until(lambda notice=notice: marks.check() is notice)
+
+
+@pytest.mark.parametrize("damage", [lambda run: holder(run, "another"), lambda run: run.write("lease.json", b"{")])
+def test_a_lease_that_is_lost_or_unreadable_ends_the_training(tmp_path, damage):
+    """Also where nobody expected the error: the thread must not end unheard."""
+    run = Store(str(tmp_path))
+    holder(run, "mine")
+    marks = Marks(run, "mine")
+    damage(run)
+    with pytest.raises(ValueError, match=r"taken over by process 7 on elsewhere|Expecting property name"):
+        until(lambda: marks.check() is not Notice.NONE)
+
+
+def test_training_goes_on_while_the_storage_does_not_answer(scenes, tmp_path, monkeypatch):
+    """Neither metrics nor marks get through until the last step is done."""
+    answers, held = threading.Event(), []
+
+    def holding(real):
+        def call(store, name, *given):
+            if name.startswith(("metrics/", "tensorboard/", STOP, RESIZE, "lease")) and not answers.is_set():
+                held.append(name)
+                assert answers.wait(60)
+            return real(store, name, *given)
+
+        return call
+
+    for name in ("write", "read", "size"):
+        monkeypatch.setattr(Store, name, holding(getattr(Store, name)))
+    monkeypatch.setattr("vlmo_ray.runs.metrics._FLUSH_S", 0.0)
+    monkeypatch.setattr("vlmo_ray.runs.metrics._SEGMENT_STEPS", 3)
+    marks, run = Marks(Store(str(tmp_path)), "mine"), Store(str(tmp_path))
+    asked = []
+    cluster = dataclasses.replace(SMALL.cluster, notice_every=1)
+    spec = job(scenes, tmp_path, cluster=cluster, checkpoint_every=100)
+    outcomes = []
+
+    def notice() -> Notice:
+        asked.append(1)
+        return marks.check()
+
+    thread = threading.Thread(target=lambda: outcomes.append(train(spec, notice=notice)))
+    thread.start()
+    until(lambda: len(asked) == 10)
+    assert any(name.startswith("metrics/") for name in held) and "lease.json" in held and not read_metrics(run)[0]
+    answers.set()
+    thread.join()
+    assert outcomes[0].step == 10 and not outcomes[0].stopped
+    assert [m["step"] for m in read_metrics(run)[0]] == list(range(1, 11))
+
+
+def test_a_lost_lease_stops_a_run_without_saving(scenes, tmp_path):
+    run = Store(str(tmp_path))
+    holder(run, "another")
+    marks = Marks(run, "mine")
+
+    def notice() -> Notice:
+        time.sleep(0.05)
+        return marks.check()
+
+    cluster = dataclasses.replace(SMALL.cluster, notice_every=1)
+    outcome = train(job(scenes, tmp_path, cluster=cluster, checkpoint_every=100), notice=notice)
+    assert outcome.step < 10 and "was taken over by process 7 on elsewhere" in outcome.stopped
+    assert not run.list("checkpoint-")
