@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from vlmo_ray.config import MODEL_SIZES, ClusterConfig, Config, DataConfig, OptimConfig, Phase, TaskConfig, setting
-from vlmo_ray.recipes.tiny import from_scratch, tiny
+from vlmo_ray.recipes.tiny import tiny
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def classification_tiny() -> Config:
     return replace(
         small,
         name="classification_tiny",
-        model=from_scratch(replace(small.model, width=64, heads=())),
+        model=replace(small.model, width=64, heads=(), init_std=0.06),  # with 0.125: 87.5 % on scenes, not 92
         task=ClassificationConfig(label_smoothing=0.0),
         phases=(Phase(steps=200, global_batch=64),),
         slice_size=16,
