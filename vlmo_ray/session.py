@@ -26,7 +26,7 @@ def ray_session(dashboard: bool = False) -> Iterator[None]:
     try:
         ray.init(address=address, **local)
     except Exception as error:  # Ray raises plain exceptions too
-        reason = str(error).strip().partition("\n")[0]
+        reason = " ".join(str(error).split())[:300]
         what = (
             "Ray did not start on this machine"
             if address == "local"
