@@ -12,6 +12,7 @@ import threading
 import time
 
 import pytest
+from botocore.exceptions import ClientError
 
 from vlmo_ray.data import s3
 from vlmo_ray.data.store import Store, open_store
@@ -48,6 +49,54 @@ def test_write_read_list_delete(store):
     assert store.list() == ["sub-a.bin"]
     with pytest.raises(FileNotFoundError, match=r"b\.bin"):
         store.read("b.bin")
+
+
+def test_a_file_that_is_replaced_all_the_time_is_read_whole(store):
+    contents, end = [b"short", b"\x80" * 3000, b"of some length" * 40], threading.Event()
+    store.write("x", contents[0])
+
+    def replace_again_and_again():
+        while not end.is_set():
+            for content in contents:
+                store.write("x", content)
+
+    thread = threading.Thread(target=replace_again_and_again)
+    thread.start()
+    try:
+        found, least, until = set(), 300, time.monotonic() + 30
+        while (least := least - 1) > 0 or (found != set(contents) and time.monotonic() < until):
+            found.add(store.read("x"))
+    finally:
+        end.set()
+        thread.join()
+    assert found == set(contents)
+
+
+def test_replaced_only_if_it_is_the_version_that_was_read(store):
+    assert store.replace("x", b"1", None) and not store.replace("x", b"2", None)
+    content, version = store.read_version("x")
+    assert content == b"1"
+    assert store.replace("x", b"3", version) and not store.replace("x", b"4", version)
+    assert store.read("x") == b"3"
+    assert not store.replace("absent", b"5", version) and not store.exists("absent")
+    if store.is_s3:
+        store.delete("x", version)
+        assert store.read("x") == b"3"
+    store.delete("x", store.read_version("x")[1])
+    assert not store.exists("x")
+
+
+def test_a_server_without_conditional_writes(bucket, monkeypatch):
+    def without(self, **request):
+        if "IfMatch" in request or "IfNoneMatch" in request:
+            raise ClientError({"Error": {"Code": "NotImplemented", "Message": "no such header"}}, "PutObject")
+        return put(**request)
+
+    store = Store(bucket)
+    put = store._client().put_object
+    monkeypatch.setattr(type(store._client()), "put_object", without)
+    assert store.replace("x", b"1", None) and store.replace("x", b"2", "other")
+    assert store.read("x") == b"2"
 
 
 def test_a_failed_write_leaves_nothing_and_keeps_the_old(store):
@@ -133,8 +182,10 @@ def test_read_after_the_keys_went_wrong(bucket, monkeypatch):
     store = open_store(bucket, create=True)
     store.write("403.bin", b"1")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-    with pytest.raises(UserError, match="denies access"):
+    with pytest.raises(UserError, match="check AWS_SECRET_ACCESS_KEY"):
         store.read("403.bin")
+    with pytest.raises(UserError, match="denies access"):  # without an answer's body pyarrow learns no more
+        store.read("403.bin", 0, 1)
 
 
 def test_a_server_that_never_answers(s3_server, monkeypatch):

@@ -1,5 +1,6 @@
 """One program at a time on a run: the second is refused, the dead one's place is taken, the replaced one is told."""
 
+import dataclasses
 import json
 import queue
 import subprocess
@@ -211,3 +212,63 @@ def test_a_worker_finds_out_that_the_run_is_another_drivers(tmp_path):
         with pytest.raises(UserError, match="taken over by process"):
             module.check(run, "another")
     module.check(run, token)  # its driver has ended: nobody has taken it over
+
+
+def test_of_many_at_once_on_s3_one_gets_the_lease(bucket, monkeypatch):
+    monkeypatch.setattr(module, "_SETTLE_S", 0.0)  # the conditional write alone decides
+    run, start = Store(bucket), threading.Barrier(8)
+
+    def attempt(results: queue.Queue) -> None:
+        held = module._Lease(run)
+        start.wait(10)
+        try:
+            held.take()
+            results.put(held)
+        except UserError as error:
+            results.put(error)
+
+    for _ in range(5):
+        results: queue.Queue = queue.Queue()
+        threads = [threading.Thread(target=attempt, args=(results,)) for _ in range(8)]
+        [thread.start() for thread in threads]
+        [thread.join(20) for thread in threads]
+        holders = [result for result in list(results.queue) if isinstance(result, module._Lease)]
+        assert len(holders) == 1 and holder_in(run)["token"] == holders[0].token
+        holders[0].give_back()
+        assert not run.exists("lease.json")
+
+
+def test_on_s3_a_lease_that_changed_hands_is_neither_renewed_nor_deleted(bucket, monkeypatch):
+    """The other program writes between this one's look and its own write."""
+    run = Store(bucket)
+    with lease(run, pytest.fail):
+        other = holder_in(run) | {"token": "another", "pid": 4321}
+    held = module._Lease(run)
+    held.take()
+    original = module._read
+
+    def read_then_changed(store):
+        found = original(store)
+        run.write("lease.json", json.dumps(other).encode())
+        return found
+
+    for action in (held.renew, held.give_back):
+        run.write("lease.json", json.dumps(dataclasses.asdict(held._holder)).encode())
+        monkeypatch.setattr(module, "_read", read_then_changed)
+        lost = action()
+        monkeypatch.setattr(module, "_read", original)
+        assert holder_in(run) == other
+        assert action == held.give_back or lost.pid == 4321
+
+
+def test_a_lost_answer_to_a_write_does_not_lose_the_lease(bucket, monkeypatch):
+    """The server wrote, the answer was lost, the client repeats the request and is refused."""
+    replace = Store.replace
+
+    def repeated(self, *arguments):
+        assert replace(self, *arguments)
+        return replace(self, *arguments)
+
+    monkeypatch.setattr(Store, "replace", repeated)
+    with lease(Store(bucket), pytest.fail) as token:
+        assert holder_in(Store(bucket))["token"] == token

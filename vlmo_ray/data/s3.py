@@ -6,7 +6,7 @@ import contextlib
 import functools
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from pyarrow import fs as pafs
@@ -19,7 +19,7 @@ _PASSING = re.compile(
     r"500|502|503|504|429|SlowDown|SLOW_DOWN|ServiceUnavailable|SERVICE_UNAVAILABLE|InternalError|INTERNAL_FAILURE|"
     r"RequestTimeout|REQUEST_TIMEOUT|Throttling\w*|THROTTLING|NETWORK_CONNECTION|EndpointConnectionError|"
     r"ConnectTimeoutError|ReadTimeoutError|ConnectionClosedError|ResponseStreamingError|IncompleteReadError|"
-    r"HTTPClientError|ConnectionError|curlCode: (6|7|16|18|28|52|55|56|92)"
+    r"HTTPClientError|ConnectionError|ConditionalRequestConflict|curlCode: (6|7|16|18|28|52|55|56|92)"
 )
 
 
@@ -177,3 +177,46 @@ def filesystem(anonymous: bool = False) -> pafs.S3FileSystem:
 def client(probe: bool = False, anonymous: bool = False):
     """boto3's, for writing; `probe` gives up within seconds."""
     return _client(probe, anonymous, **_settings())
+
+
+def get(client, bucket: str, key: str) -> tuple[bytes, str]:
+    """A whole object and its ETag."""
+    from botocore.exceptions import IncompleteReadError, ResponseStreamingError
+
+    for left in reversed(range(_ATTEMPTS)):
+        answer = client.get_object(Bucket=bucket, Key=key)
+        try:
+            return answer["Body"].read(), answer["ETag"]
+        except (IncompleteReadError, ResponseStreamingError):  # what boto3 does not retry by itself
+            if not left:
+                raise
+    raise AssertionError("no attempts")
+
+
+def put_if(client, bucket: str, key: str, data: bytes, etag: str | None) -> bool:
+    """Write an object if its ETag is still this one, or, for None, if there is no object; returns whether it was."""
+    condition = {"IfMatch": etag} if etag else {"IfNoneMatch": "*"}
+    return _if(functools.partial(client.put_object, Bucket=bucket, Key=key, Body=data), condition)
+
+
+def delete(client, bucket: str, key: str, etag: str | None = None) -> bool:
+    """Delete an object, if it has this ETag; returns whether it is gone."""
+    condition = {"IfMatch": etag} if etag else {}
+    return _if(functools.partial(client.delete_object, Bucket=bucket, Key=key), condition)
+
+
+def _if(request: Callable[..., Any], condition: dict[str, str]) -> bool:
+    """Whether the object was as the condition says; a server that has no conditions is asked without."""
+    from botocore.exceptions import ClientError
+
+    try:
+        request(**condition)
+    except ClientError as error:
+        match error.response["Error"]["Code"]:
+            case "PreconditionFailed" | "412" | "NoSuchKey":
+                return False
+            case "NotImplemented" | "501":
+                request()
+            case _:
+                raise
+    return True

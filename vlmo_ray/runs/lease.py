@@ -3,10 +3,12 @@
 The holder renews the lease. Another program takes it over if it was not renewed for `LAPSE_S`, or at once if the holder
 was a process of the same machine that has ended. A holder that finds another's lease has lost the run and is told so.
 
-Object storage has no locks, so two programs can both hold the lease for a while: if one was cut off from the storage
-for longer than `LAPSE_S` and replaced, or if two begin at once and the later write takes longer than `_SETTLE_S`. The
-write that arrives last wins. The other program learns it at its next look: soon after its start, then every `RENEW_S`,
-but not while the storage is unreachable.
+Every write names the version it replaces, and a server with conditional writes (S3's If-Match) refuses it if another
+program wrote in between: of two that begin at once, one gets the lease. In a folder, and on a server that ignores the
+condition, the write that arrives last wins; each program therefore looks again after `_SETTLE_S`.
+
+A holder that was cut off from the storage for longer than `LAPSE_S` may have been replaced, and goes on until its next
+look: every `RENEW_S`, but not while the storage is unreachable.
 """
 
 from __future__ import annotations
@@ -75,15 +77,19 @@ class _Lease:
     def token(self) -> str:
         return self._holder.token
 
-    def _write(self, run: Store) -> None:
+    def _write(self, run: Store, version: str | None) -> Holder | None:
+        """Writes the lease in place of `version`; returns who holds it then."""
         self._holder = replace(self._holder, renewed=time.time())
-        run.write(_NAME, json.dumps(asdict(self._holder)).encode())
+        if run.replace(_NAME, json.dumps(asdict(self._holder)).encode(), version):
+            return self._holder
+        return _read(run)[0]  # which may be this one all the same, see `Store.replace`
 
     def _is_mine(self, current: Holder | None) -> bool:
         return current is not None and current.token == self._holder.token
 
     def take(self) -> None:
-        first = current = _read(self._run)
+        first, version = _read(self._run)
+        current = first
         # clocks may differ, so a lease lapses only after it was seen unchanged for long enough
         until = time.monotonic() + LAPSE_S
         while current is not None and not current.gone:
@@ -97,10 +103,12 @@ class _Lease:
             if current is first:
                 print(f"waiting up to {LAPSE_S:.0f} s to see whether {current.host} still trains this run", flush=True)
             time.sleep(2)
-            current = _read(self._run)
-        self._write(self._run)
-        time.sleep(_SETTLE_S)
-        if not self._is_mine(_read(self._run)):
+            current, version = _read(self._run)
+        current = self._write(self._run, version)
+        if self._is_mine(current):
+            time.sleep(_SETTLE_S)
+            current, _ = _read(self._run)
+        if not self._is_mine(current):
             raise UserError(f"another program began to train {self._run.uri} at the same time; this one gives way")
 
     def renew(self) -> Holder | None:
@@ -108,11 +116,10 @@ class _Lease:
 
         Does not retry: while a write waits for the storage, another program may take the lease that was just read.
         """
-        current = _read(self._impatient)
-        if current is not None and not self._is_mine(current):
-            return current
-        self._write(self._impatient)
-        return None
+        current, version = _read(self._impatient)
+        if current is None or self._is_mine(current):
+            current = self._write(self._impatient, version)
+        return None if current is None or self._is_mine(current) else current
 
     def keep(self, ended: threading.Event, on_lost: Callable[[str], None]) -> None:
         """Renews until `ended` or until another program holds the lease; retries while the storage is unreachable."""
@@ -132,8 +139,9 @@ class _Lease:
                 return
 
     def give_back(self) -> None:
-        if self._is_mine(_read(self._run)):
-            self._run.delete(_NAME)
+        current, version = _read(self._run)
+        if self._is_mine(current):
+            self._run.delete(_NAME, version)
 
 
 @contextmanager
@@ -156,16 +164,18 @@ def lease(run: Store, on_lost: Callable[[str], None]) -> Iterator[str]:
 
 def check(run: Store, token: str) -> None:
     """Raises UserError if another token holds the lease of `run`."""
-    current = _read(run)
+    current, _ = _read(run)
     if current is not None and current.token != token:
         raise UserError(_taken_over(run, current))
 
 
-def _read(run: Store) -> Holder | None:
+def _read(run: Store) -> tuple[Holder | None, str | None]:
+    """Who holds the lease, and the version of that."""
     try:
-        return Holder(**json.loads(run.read(_NAME)))
+        content, version = run.read_version(_NAME)
     except FileNotFoundError:
-        return None
+        return None, None
+    return Holder(**json.loads(content)), version
 
 
 def _taken_over(run: Store, other: Holder) -> str:
