@@ -33,15 +33,17 @@ DONE = {"step": 10, "stopped": "", "again": False, "leaving": []}
 class World:
     """A cluster of nodes of one CPU, a worker each; and a script of runs: what each returns, raises or waits for."""
 
-    def __init__(self, tmp_path, monkeypatch, *script, nodes: str = "ab", slices=(6,), **changes):
+    def __init__(
+        self, tmp_path, monkeypatch, *script, nodes: str = "ab", phases=((10, 6),), autoscaling=False, **changes
+    ):
         self.nodes, self.broken = set(nodes), set()  # `broken`: listed, but nothing can be started there
         self.run, self.started, self.claimed = open_store(str(tmp_path), create=True), [], 0
-        self.script = list(script)
+        self.script, self.hopeless = list(script), False
         monkeypatch.setattr(launch, "Claims", lambda cpus, gpus: self)
         monkeypatch.setattr(launch, "living_nodes", lambda leaving: [Node(1)] * len(self.nodes - leaving))
         self.stop = Stop(self.run)
         cluster = ClusterConfig(**(vars(CLUSTER) | changes))
-        self.driver = _Driver(cluster, Share(1.0, 1, 3), False, self.run, self.stop, self.start, slices)
+        self.driver = _Driver(cluster, Share(1.0, 1, 3), autoscaling, self.run, self.stop, self.start, phases)
 
     # ---- as Claims ----
 
@@ -54,6 +56,10 @@ class World:
 
     def wait(self, seconds: float) -> bool:
         return self.standing() > 0
+
+    def check(self, cluster: ClusterConfig) -> None:
+        if self.hopeless:
+            raise UserError("no node has room")
 
     # ---- as Ray Train ----
 
@@ -142,10 +148,52 @@ def test_workers_are_left_alone_where_more_would_save_no_time(tmp_path, monkeypa
         time.sleep(1.5)
         return again("saved") if world.run.exists(RESIZE) else DONE
 
-    world = World(tmp_path, monkeypatch, for_a_while, slices=(4,))
+    world = World(tmp_path, monkeypatch, for_a_while, phases=[(10, 4)])
     assert world.driver.train() == DONE and world.started == [2] and world.claimed == 0
-    world = World(tmp_path, monkeypatch, for_a_while, DONE, slices=(4, 3))
+    world = World(tmp_path, monkeypatch, for_a_while, DONE, phases=[(5, 4), (5, 3)])
     assert world.driver.train() == DONE and world.started == [2, 3]
+
+
+def test_a_phase_that_is_over_gives_no_reason_for_more(tmp_path, monkeypatch):
+    def for_a_while() -> dict:
+        world.nodes |= {"c"}
+        time.sleep(1.5)
+        return again("saved") if world.run.exists(RESIZE) else DONE
+
+    run = open_store(str(tmp_path), create=True)
+    lost = checkpoint(run, 5)  # of the first phase, the only one that 3 workers would speed up
+    world = World(tmp_path, monkeypatch, lost, for_a_while, phases=[(5, 3), (5, 4)])
+    assert world.driver.train() == DONE and world.started == [2, 2]
+
+
+def test_no_more_workers_than_save_time_are_started(tmp_path, monkeypatch):
+    """Of 4 slices, the worker with the most has two, of 3 workers as of 2."""
+    world = World(tmp_path, monkeypatch, DONE, nodes="abc", phases=[(10, 4)])
+    assert world.driver.train() == DONE and world.started == [2] and world.claimed == 0
+    world = World(tmp_path, monkeypatch, DONE, nodes="abc", phases=[(10, 4)], min_workers=3)
+    assert world.driver.train() == DONE and world.started == [3]
+
+
+def test_an_autoscaler_is_asked_for_what_saves_time(tmp_path, monkeypatch):
+    """An empty cluster grows on request, to 2 of at most 3 nodes: a third would save no time."""
+    world = World(tmp_path, monkeypatch, DONE, nodes="", phases=[(10, 4)], autoscaling=True)
+    asked = []
+
+    def want(count: int) -> None:
+        world.claimed = count
+        asked.append(count)
+        world.nodes |= set("abc"[:count])
+
+    world.want = want
+    assert world.driver.train() == DONE and world.started == [2] and max(asked) == 2
+
+
+def test_workers_for_which_no_node_can_be_added_are_refused(tmp_path, monkeypatch):
+    world = World(tmp_path, monkeypatch, nodes="", autoscaling=True)
+    world.hopeless = True
+    with pytest.raises(UserError, match="no node has room"):
+        world.driver.train()
+    assert world.claimed == 0
 
 
 def test_what_the_user_can_mend_ends_the_run_at_once(tmp_path, monkeypatch):

@@ -1,12 +1,15 @@
 """How a cluster's CPUs and GPUs are shared among workers, and what Ray's scheduler says about the room for them."""
 
 import time
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
+from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
 
 from vlmo_ray.config import ClusterConfig
 from vlmo_ray.errors import UserError
-from vlmo_ray.launch import ray_private
+from vlmo_ray.launch import ray_private, resources
 from vlmo_ray.launch.resources import Claims, Node, Share, living_nodes, room, share
 
 
@@ -81,7 +84,28 @@ def test_a_claim_stands_when_its_resources_are_free(ray_cluster):
 @pytest.mark.ray
 @pytest.mark.slow
 def test_rays_private_names_are_there(ray_cluster):
-    assert ray_private.largest_cluster() is None  # this cluster has no autoscaler
+    assert ray_private.infeasible_groups() is None  # this cluster has no autoscaler
+    state = GetClusterStatusReply().autoscaling_state
+    assert not state.autoscaler_state_version and not list(state.infeasible_gang_resource_requests)
+
+
+@pytest.mark.parametrize("busy, refused", [([Node(4)], True), ([Node(4), Node(16)], False)])
+def test_a_worker_that_no_node_can_ever_hold_is_refused(monkeypatch, busy, refused):
+    """The autoscaler reports as much for a claim that waits for its turn; then there are nodes of that size."""
+    claims = Claims(8.0)
+    claims._groups = [SimpleNamespace(id=SimpleNamespace(hex=lambda: "1f"))]
+    monkeypatch.setattr(resources, "living_nodes", lambda: busy)
+    for report in (None, set(), {"2e"}):
+        monkeypatch.setattr(resources, "infeasible_groups", lambda report=report: report)
+        claims.check(ClusterConfig())
+    monkeypatch.setattr(resources, "infeasible_groups", lambda: {"1f", "2e"})
+    with pytest.raises(UserError, match="no node that the autoscaler may add") if refused else nullcontext():
+        claims.check(ClusterConfig())
+
+
+def test_with_an_autoscaler_an_empty_cluster_is_not_too_small():
+    assert share(ClusterConfig(4, 8), [Node(1)], autoscaling=True) == Share(3.0, 2, room=0)
+    assert share(ClusterConfig(4, 8, gpus_per_worker=0), [], autoscaling=True) == Share(3.0, 2, room=0)
 
 
 def test_nodes_that_are_lost_or_leaving_do_not_count(monkeypatch):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import functools
+import itertools
 import os
 import re
 import threading
@@ -21,7 +22,8 @@ from vlmo_ray.data.manifest import check_shards, load_manifest
 from vlmo_ray.data.prefetch import user_error
 from vlmo_ray.data.store import Store, open_store
 from vlmo_ray.errors import UserError
-from vlmo_ray.launch.resources import Claims, Share, largest_nodes, living_nodes, room, share
+from vlmo_ray.launch.ray_private import infeasible_groups
+from vlmo_ray.launch.resources import Claims, Share, living_nodes, room, share
 from vlmo_ray.launch.stop import Stop
 from vlmo_ray.launch.worker import RESIZE, work
 from vlmo_ray.runs.checkpoints import Checkpoints
@@ -62,14 +64,14 @@ def fit(
             if changed:
                 print(f"from here on with other settings: {'; '.join(changed)}", flush=True)
         cluster = config.cluster
-        nodes, autoscaling = largest_nodes()
-        each = share(cluster, nodes, autoscaling)
+        autoscaling = infeasible_groups() is not None
+        each = share(cluster, living_nodes(), autoscaling)
         rows = schedule_rows(config)
         print(
             f"{config.name}: {config.total_steps} steps, {rows:,} samples ({rows / manifest.num_rows:.2f} epochs of "
             f"{manifest.num_rows:,}); {cluster.min_workers} to {cluster.max_workers} workers with "
             f"{cluster.gpus_per_worker} GPU and {each.cpus:g} CPU each, of that for {each.data_tasks} data "
-            f"tasks; room for {each.room}",
+            f"tasks; room for {each.room}{' now, the cluster adds nodes' if autoscaling else ''}",
             flush=True,
         )
         spec = RunSpec(
@@ -83,8 +85,8 @@ def fit(
         )
         with scratch() as folder:
             start = functools.partial(_start, functools.partial(work, spec, token), cluster, each, name, folder)
-            slices = [phase.global_batch // config.slice_size for phase in config.phases]
-            outcome = _Driver(cluster, each, autoscaling, run, stop, start, slices).train()
+            phases = [(phase.steps, phase.global_batch // config.slice_size) for phase in config.phases]
+            outcome = _Driver(cluster, each, autoscaling, run, stop, start, phases).train()
     if outcome is None:
         raise UserError(
             f"run {name!r} ended on request while it had no workers; the same command goes on from its newest "
@@ -122,11 +124,12 @@ class _Driver:
         run: Store,
         stop: Stop,
         start: Callable[[int], concurrent.futures.Future],
-        slices: Sequence[int],
+        phases: Sequence[tuple[int, int]],
     ):
         self._cluster, self._each, self._autoscaling = cluster, each, autoscaling
         self._run, self._stop, self._start = run, stop, start
-        self._slices = slices  # of a global batch, in each phase
+        self._phases = phases  # (steps, slices of a global batch)
+        self._slices: list[int] = []  # of a global batch, in each phase that was not over at the newest checkpoint
         self._claims = Claims(each.cpus, cluster.gpus_per_worker)
         self._leaving: set[str] = set()  # ids of nodes with a notice
         self._problems: list[str] = []  # of the failures since the checkpoint of step `_failed_at`
@@ -198,13 +201,17 @@ class _Driver:
         """How many workers to start now; None if asked to end before `min_workers` have room."""
         cluster = self._cluster
         began, told, pause = time.monotonic(), 0, 0.05
+        self._slices = self._slices_left()
         while True:
             self._stop.check()
             if self._stop.asked:
                 return None
             counted = self._counted_room()
-            self._claims.want(cluster.max_workers if self._autoscaling else counted)
-            size = min(self._claims.standing(), counted)
+            wanted = self._fewest(cluster.max_workers if self._autoscaling else counted)
+            self._claims.want(wanted)
+            if self._autoscaling:
+                self._claims.check(cluster)
+            size, counted = min(self._claims.standing(), counted), min(wanted, counted)
             waited = time.monotonic() - began
             # a node that was just lost may still be counted: not every claim has to stand for ever
             if size >= cluster.min_workers and (size == counted or waited > cluster.start_timeout_s):
@@ -219,7 +226,7 @@ class _Driver:
             time.sleep(pause)
             pause = min(1.0, 1.5 * pause)
         self._claims.want(0)  # for Ray Train to reserve the same
-        return size
+        return self._fewest(size)
 
     def _watch(self, fit: concurrent.futures.Future, size: int) -> bool:
         """Returns when `fit` is over; whether its workers were asked to end as there is room for more."""
@@ -238,20 +245,34 @@ class _Driver:
                     print(f"room for {more} more workers: the {size} workers save and start again", flush=True)
         return resizing
 
-    def _speeds_up(self, size: int, larger: int) -> bool:
-        """Whether with `larger` workers the one with the most slices of a batch has fewer: the others wait for it."""
-        return any(-(-slices // larger) < -(-slices // size) for slices in self._slices)
+    def _slices_left(self) -> list[int]:
+        """The slices of a global batch in each phase that is not over."""
+        state = Checkpoints(self._run).newest()
+        ends = itertools.accumulate(steps for steps, _ in self._phases)
+        return [
+            slices for end, (_, slices) in zip(ends, self._phases, strict=True) if end > (state.step if state else 0)
+        ]
+
+    def _largest_shares(self, size: int) -> list[int]:
+        """In each phase, the slices of the worker with the most: the others wait for it."""
+        return [-(-slices // size) for slices in self._slices]
+
+    def _fewest(self, size: int) -> int:
+        """The fewest workers, at least `min_workers`, that are as fast as `size`."""
+        if size < self._cluster.min_workers:
+            return size
+        candidates = range(self._cluster.min_workers, size)
+        return next((few for few in candidates if self._largest_shares(few) == self._largest_shares(size)), size)
 
     def _more_room(self, size: int) -> int:
         """How many more than `size` workers have room, at most `max_workers` together; 0 if they save no time."""
-        limit = self._cluster.max_workers if self._autoscaling else self._counted_room()
-        useful = self._speeds_up(size, limit)
-        self._claims.want(max(0, limit - size) if useful else 0)
-        if useful and self._claims.wait(1.0):
-            more = self._claims.standing()
-            if self._speeds_up(size, size + more):
-                return more
-        if not self._autoscaling:
+        limit = self._fewest(self._cluster.max_workers if self._autoscaling else self._counted_room())
+        self._claims.want(max(0, limit - size))
+        if limit > size and self._claims.wait(1.0):
+            larger = self._fewest(size + self._claims.standing())
+            if larger > size:
+                return larger - size
+        if not self._autoscaling:  # where nodes are added, a claim waits, or holds its node, until they are enough
             self._claims.want(0)
         return 0
 

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 
+def infeasible_groups() -> set[str] | None:
+    """Ids (hex) of the placement groups that the autoscaler can add no nodes for; None where no autoscaler runs.
 
-def largest_cluster() -> Mapping[str, float] | None:
-    """The most of each resource that the autoscaler may provide; None where no autoscaler runs.
-
-    Without it an empty autoscaling cluster looks like one that is too small, and the run would be refused. Ray Train
-    asks the same function for the same reason: `WorkerGroup._check_cluster_resources_and_raise_if_insufficient` in
-    https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/train/v2/_internal/execution/worker_group/worker_group.py
+    Without it an empty autoscaling cluster looks like one that is too small, and the run would be refused. The
+    autoscaler (v2, the default of `ray up` and KubeRay) reports this to the head; what it may grow to it keeps to
+    itself: `ray._private.state.get_cluster_config` is None. `ray status` prints the same report.
     """
-    from ray._private.state import state
+    from ray._private.worker import global_worker
+    from ray.core.generated import autoscaler_pb2
 
-    return state.get_max_resources_from_cluster_config()
+    reply = autoscaler_pb2.GetClusterStatusReply()  # pyright: ignore[reportAttributeAccessIssue]  # generated
+    gcs_client = global_worker.gcs_client  # pyright: ignore[reportAttributeAccessIssue]  # set when Ray starts
+    reply.ParseFromString(gcs_client.get_cluster_status())
+    state = reply.autoscaling_state
+    if not state.autoscaler_state_version:
+        return None
+    # the details read "<id>:PACK|PENDING"
+    return {request.details.partition(":")[0] for request in state.infeasible_gang_resource_requests}

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from vlmo_ray.config import ClusterConfig
 from vlmo_ray.errors import UserError
-from vlmo_ray.launch.ray_private import largest_cluster
+from vlmo_ray.launch.ray_private import infeasible_groups
 
 _LEAST_CPUS = 0.1875  # of a CPU worker with its data
 
@@ -20,7 +20,7 @@ class Share:
 
     cpus: float  # reserved on its node, for itself and its data tasks
     data_tasks: int  # at once
-    room: int  # for how many workers there is room now, or can ever be
+    room: int  # for how many workers there is room now
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,17 +32,20 @@ class Node:
 def share(cluster: ClusterConfig, nodes: list[Node], autoscaling: bool = False) -> Share:
     """What each worker reserves on one of `nodes`; UserError if there is no room for `min_workers` of that.
 
+    With an autoscaler it is what the config says: the nodes are yet to come.
+
     A worker's data tasks run on its node and under its reservation, asking for no CPU of their own, so they always have
     theirs. Without GPUs a worker takes less than it asks for where else not even `min_workers` would have room.
     """
-    where = "the cluster can ever have" if autoscaling else "this cluster has"
     cpus, gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
     # sixteenths are exact in binary, so that sums of them divide without a remainder
     need = math.ceil(16 * (cluster.cpus_per_worker + cluster.data_cpus_per_worker)) / 16
+    if autoscaling:
+        return Share(need, cluster.data_cpus_per_worker, room(nodes, need, cluster.gpus_per_worker))
     if cluster.gpus_per_worker:
         if cluster.min_workers * cluster.gpus_per_worker > gpus:
             raise UserError(
-                f"{cluster.min_workers} workers with {cluster.gpus_per_worker} GPU each are more than {where} "
+                f"{cluster.min_workers} workers with {cluster.gpus_per_worker} GPU each are more than this cluster has "
                 f"({gpus:g} GPUs); lower cluster.min_workers, add nodes, or train on CPUs with "
                 "--set cluster.gpus_per_worker=0"
             )
@@ -50,8 +53,9 @@ def share(cluster: ClusterConfig, nodes: list[Node], autoscaling: bool = False) 
         if cluster.min_workers > found.room:
             raise UserError(
                 f"{cluster.min_workers} workers with {cluster.cpus_per_worker:g} CPUs and "
-                f"{cluster.data_cpus_per_worker} for data each are more than {where} room for: {found.room}, with "
-                f"{cpus:g} CPUs on {len(nodes)} nodes. Lower cluster.cpus_per_worker or cluster.data_cpus_per_worker"
+                f"{cluster.data_cpus_per_worker} for data each are more than this cluster has room for: {found.room}, "
+                f"with {cpus:g} CPUs on {len(nodes)} nodes; lower cluster.cpus_per_worker or "
+                "cluster.data_cpus_per_worker"
             )
         return found
     pieces = {math.floor(16 * node.cpus / k) / 16 for node in nodes for k in range(1, int(node.cpus / _LEAST_CPUS) + 1)}
@@ -59,8 +63,8 @@ def share(cluster: ClusterConfig, nodes: list[Node], autoscaling: bool = False) 
         if (fits := room(nodes, size)) >= cluster.min_workers:
             return Share(size, max(1, round(size / need * cluster.data_cpus_per_worker)), fits)
     raise UserError(
-        f"{cluster.min_workers} workers are more than {where} room for ({cpus:g} CPUs, at least {_LEAST_CPUS} for "
-        "a worker with its data); lower cluster.min_workers or add nodes"
+        f"{cluster.min_workers} workers are more than this cluster has room for ({cpus:g} CPUs, at least {_LEAST_CPUS} "
+        "for a worker with its data); lower cluster.min_workers or add nodes"
     )
 
 
@@ -75,15 +79,6 @@ def living_nodes(leaving: Iterable[str] = ()) -> list[Node]:
 
     listed = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]
     return [Node(node["Resources"].get("CPU", 0), node["Resources"].get("GPU", 0)) for node in listed]
-
-
-def largest_nodes() -> tuple[list[Node], bool]:
-    """(nodes, autoscaling). With an autoscaler, one virtual node holds the most that the cluster may ever have."""
-    nodes, most = living_nodes(), largest_cluster()
-    if most is None:
-        return nodes, False
-    cpus, gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
-    return [Node(max(cpus, most.get("CPU") or 0), max(gpus, most.get("GPU") or 0))], True
 
 
 class Claims:
@@ -124,6 +119,20 @@ class Claims:
         while not (found := self.standing()) and self._groups and time.monotonic() < until:
             time.sleep(0.05)
         return found > 0
+
+    def check(self, cluster: ClusterConfig) -> None:
+        """Raises UserError if the autoscaler says that no node it may add has room for a worker."""
+        hopeless = infeasible_groups() or set()
+        if not self._groups or any(group.id.hex() not in hopeless for group in self._groups):
+            return
+        cpus, gpus = self._bundle["CPU"], self._bundle.get("GPU", 0)
+        if any(room([node], cpus, int(gpus)) for node in living_nodes()):
+            return  # there are such nodes: they are full, and the cluster may have no more of them
+        raise UserError(
+            f"no node that the autoscaler may add has room for a worker with {cluster.cpus_per_worker:g} CPUs, "
+            f"{cluster.data_cpus_per_worker} more for data and {gpus:g} GPUs, all on one node; lower "
+            "cluster.cpus_per_worker or cluster.data_cpus_per_worker, or add a larger node type to the cluster's file"
+        )
 
     def _which_stand(self) -> set:
         from ray.util import placement_group_table
