@@ -32,6 +32,7 @@ from vlmo_ray.runs.checkpoint import STATE, _sealed, measured, parse_state
 from vlmo_ray.runs.checkpoints import Checkpoints
 from vlmo_ray.runs.load import load
 from vlmo_ray.runs.metrics import read_metrics
+from vlmo_ray.runs.state import TrainState
 from vlmo_ray.train.agree import Notice
 from vlmo_ray.train.loop import train
 
@@ -228,7 +229,7 @@ def test_a_failed_write_is_told_and_made_up_for(scenes, undisturbed, tmp_path, m
 
 @pytest.mark.parametrize("failing", ["checkpoint-00000004", "checkpoint-00000010"])
 def test_an_upload_that_fails_stops_the_run_with_its_sentence(scenes, undisturbed, tmp_path, monkeypatch, failing):
-    """In the background: at the latest two steps on, and at the end before the run is called finished."""
+    """In the background: soon after, and at the end before the run is called finished."""
     original = Store.upload
 
     def upload(store, file, name):
@@ -240,10 +241,39 @@ def test_an_upload_that_fails_stops_the_run_with_its_sentence(scenes, undisturbe
         patch.setattr(Store, "upload", upload)
         outcome = train(job(scenes, tmp_path, CONFIG))
     assert failing in outcome.stopped and "access was withdrawn" in outcome.stopped
-    assert int(failing[-2:]) <= outcome.step <= int(failing[-2:]) + 2
+    assert int(failing[-2:]) <= outcome.step <= min(10, int(failing[-2:]) + 4)
     assert not list((tmp_path / "model").glob("*"))
     assert train(job(scenes, tmp_path, CONFIG)).step == 10
     assert_same(tmp_path, undisturbed)
+
+
+def test_of_slow_uploads_one_may_run_and_one_may_wait(tmp_path, monkeypatch):
+    goes_on, begun = threading.Event(), []
+
+    def upload(store, file, name):
+        begun.append(name)
+        assert goes_on.wait(20)
+
+    monkeypatch.setattr(Store, "upload", upload)
+    checkpoints = Checkpoints(Store(str(tmp_path / "run")))
+    for step in (2, 4, 6):
+        (tmp_path / str(step)).mkdir()
+        (tmp_path / str(step) / "weights").touch()
+
+    def save(step: int) -> None:
+        checkpoints.upload(tmp_path / str(step), TrainState.of(step, CONFIG, "data", [(0, "attempt")]))
+
+    save(2)
+    save(4)
+    third = threading.Thread(target=save, args=(6,))
+    third.start()
+    third.join(0.3)
+    assert third.is_alive() and begun == ["checkpoint-00000002/attempt/weights"]
+    goes_on.set()
+    third.join(20)
+    checkpoints.wait()
+    checkpoints.close()
+    assert [name[:19] for name in begun] == [f"checkpoint-{step:08d}" for step in (2, 4, 6)]
 
 
 def notice_at(step: int, notice: Notice):

@@ -252,6 +252,35 @@ def test_bad_records_are_masked_counted_and_named(tmp_path, capsys):
     assert steps == sorted(steps) and steps[0] >= 0 and steps[-1] < 10
 
 
+def nothing_readable(rows):
+    for row in rows:
+        row["image"] = b"not an image"
+
+
+def one_image(rows):
+    for row in rows:
+        row |= {"image": rows[0]["image"], "image_id": rows[0]["image_id"]}
+
+
+def one_text(rows):
+    for row in rows:
+        row["text"] = rows[0]["text"]
+
+
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (nothing_readable, "all 8 rows are masked, so nothing is trained"),
+        (one_image, "no pair has a hard negative, so matching is not trained"),
+        (one_text, "no pair has a hard negative, so matching is not trained"),
+    ],
+)
+def test_a_run_that_trains_nothing_says_so_once(tmp_path, capsys, damage, words):
+    train(job(damaged(tmp_path, damage), tmp_path / "run", phases=(Phase(3, 8),), log_every=1))
+    said = [line for line in capsys.readouterr().out.splitlines() if words in line]
+    assert len(said) == 1 and said[0].startswith(f"step 1: {words}")
+
+
 @pytest.mark.slow
 def test_a_broken_shard_stops_all_workers_with_its_address(tmp_path):
     folder = damaged(tmp_path, lambda rows: None)

@@ -383,3 +383,28 @@ def test_several_workers_equal_the_plain_step(counts, trials):
             assert figures["exchanged_bytes"] == received <= int(wanted["kept"].sum()) * IMAGE_BYTES
         if trial.case == "plain" and trial.objective == "exact":
             assert received > 0
+
+
+def bf16_worker(rank, world):
+    out = []
+    for strategy in ("ddp", "fsdp"):
+        task = make_task(torch.float32)
+        parallel = parallelize(task, ClusterConfig(strategy=strategy), world, torch.device("cpu"), bf16=True)
+        kinds = set()
+        attention = task.model.layers[1].attention
+        attention.register_forward_hook(lambda module, *_, kinds=kinds: kinds.add(module.qkv.weight.dtype))
+        batch = make_batch().rows(slice(6 * rank, 6 * rank + 6))
+        figures = gradients(parallel, batch, Workers((6, 6), rank), STEP, 6, bf16=True)
+        out.append(({name: float(value) for name, value in figures.items()}, grads_of(task), kinds))
+    return out
+
+
+@pytest.mark.slow
+def test_in_bf16_sharded_workers_gather_half_the_bytes_and_agree_with_replicated_ones():
+    """Rounding norms, LayerScale and biases to bf16 is all that differs; all gradients are in float32."""
+    for (ddp, ddp_grads, whole_kind), (fsdp, fsdp_grads, gathered_kind) in in_processes(2, bf16_worker):
+        assert whole_kind == {torch.float32} and gathered_kind == {torch.bfloat16}
+        assert fsdp["loss"] == pytest.approx(ddp["loss"], rel=0.01)
+        assert all(grad.dtype == torch.float32 for grad in fsdp_grads.values())
+        a, b = (torch.cat([grads[name].flatten() for name in sorted(grads)]) for grads in (ddp_grads, fsdp_grads))
+        assert F.cosine_similarity(a, b, dim=0) > 0.995

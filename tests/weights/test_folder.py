@@ -127,15 +127,15 @@ def test_missing_parameters_are_reported_and_not_loaded_silently(tmp_path):
     _, ours, report = from_official(state)
     assert set(report.missing) == {our_name(name) for name in gone} and not set(report.missing) & set(ours)
     assert "2 missing: " in str(report)
-    torch.save(state, tmp_path / "in.pt")
+    save_file(state, tmp_path / "in.safetensors")
     with pytest.raises(UserError, match=r"lacks 2 parameters.*itm\.bias"):
-        load_model(tmp_path / "in.pt")
-    model = load_model(tmp_path / "in.pt", allow_missing=True, seed=3)
+        load_model(tmp_path / "in.safetensors")
+    model = load_model(tmp_path / "in.safetensors", allow_missing=True, seed=3)
     fresh = VLMo(model.config)
     init_weights(fresh, seed=3)
     name = "layers.2.experts.vl.fc1.weight"
     assert torch.equal(model.state_dict()[name], fresh.state_dict()[name])
-    assert set(import_official(tmp_path / "in.pt", tmp_path / "folder").missing) == set(report.missing)
+    assert set(import_official(tmp_path / "in.safetensors", tmp_path / "folder").missing) == set(report.missing)
 
 
 def test_a_text_stage_starts_vision_language_pretraining():
@@ -155,9 +155,10 @@ class Evil:
 
 def test_files_that_would_run_code_are_refused(tmp_path):
     torch.save({"state_dict": random_state_dict(**RELATIVE), "hook": Evil(tmp_path / "ran")}, tmp_path / "evil.pt")
-    for reader in (load_model, lambda path: import_official(path, tmp_path / "out")):
-        with pytest.raises(UserError, match="run code"):
-            reader(tmp_path / "evil.pt")
+    with pytest.raises(UserError, match="run code"):
+        import_official(tmp_path / "evil.pt", tmp_path / "out")
+    with pytest.raises(UserError, match=r"is a pickle; convert it: vlmo import .*evil\.pt OUT"):
+        load_model(tmp_path / "evil.pt")
     assert not (tmp_path / "ran").exists() and not (tmp_path / "out").exists()
 
 
@@ -170,10 +171,12 @@ def test_unreadable_files_are_user_errors(tmp_path):
     (tmp_path / "empty.pt").write_bytes(b"")
     for name in ("cut.pt", "cut.safetensors", "empty.pt"):
         with pytest.raises(UserError, match=name):
-            load_model(tmp_path / name)
+            import_official(tmp_path / name, tmp_path / "out")
+    with pytest.raises(UserError, match=r"cut\.safetensors"):
+        load_model(tmp_path / "cut.safetensors")
     torch.save([torch.zeros(2)], tmp_path / "list.pt")
     with pytest.raises(UserError, match="list"):
-        load_model(tmp_path / "list.pt")
+        import_official(tmp_path / "list.pt", tmp_path / "out")
     with pytest.raises(UserError, match=r"model\.json"):
         load_model(tmp_path)
 
@@ -183,13 +186,14 @@ def test_loads_at_another_image_size_with_other_heads(tmp_path):
     torch.save({"model": state}, tmp_path / "in.pt")
     import_official(tmp_path / "in.pt", tmp_path / "folder")
     expected = resample_table(state["relative_position_bias_table"], 3, 5, 196)
-    for path in (tmp_path / "in.pt", tmp_path / "folder"):
+    save_file(state, tmp_path / "in.safetensors")
+    for path in (tmp_path / "in.safetensors", tmp_path / "folder"):
         model = load_model(path, image_size=20, heads=("itc", "mlm"))
         assert torch.equal(model.relative.table, expected)
         assert model.config.image_size == 20 and model.itm is None
         assert model.encode(image=torch.zeros(1, 3, 20, 20)).image.shape == (1, 26, 24)
     with pytest.raises(UserError, match="not a multiple"):
-        load_model(tmp_path / "in.pt", image_size=21)
+        load_model(tmp_path / "folder", image_size=21)
 
 
 def test_a_model_of_ours_is_saved_loaded_and_exported_with_index_buffers(tmp_path):
@@ -207,7 +211,8 @@ def test_a_model_of_ours_is_saved_loaded_and_exported_with_index_buffers(tmp_pat
     assert out["text_imag_relative_position_index"].shape == (16, 16)
     assert torch.equal(out["text_imag_relative_position_index"][6:, 6:].long(), out["relative_position_index"])
     assert torch.equal(out["text_embeddings.position_ids"], torch.arange(6)[None])
-    again = vlmo_ray.load(tmp_path / "out.pt")
+    import_official(tmp_path / "out.pt", tmp_path / "again")
+    again = vlmo_ray.load(tmp_path / "again")
     assert again.config == config
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
 
@@ -276,4 +281,5 @@ def test_what_is_exported_of_a_recipe_can_be_imported(tmp_path, name):
     assert [getattr(found.config, field) for field in same] == [getattr(config, field) for field in same]
     torch.testing.assert_close(found.state_dict(), model.state_dict(), rtol=0, atol=0)
     export_official(tmp_path / "again", tmp_path / "twice.pt")
-    torch.testing.assert_close(load_model(tmp_path / "twice.pt").state_dict(), model.state_dict(), rtol=0, atol=0)
+    import_official(tmp_path / "twice.pt", tmp_path / "third")
+    torch.testing.assert_close(load_model(tmp_path / "third").state_dict(), model.state_dict(), rtol=0, atol=0)

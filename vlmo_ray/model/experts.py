@@ -16,12 +16,19 @@ from vlmo_ray.model.attention import SelfAttention
 Route = Literal["text", "image", "vl", "pair"]
 
 
+class LayerNorm(nn.LayerNorm):
+    """In the precision of its input, whatever that of its weights, which sharded workers may gather in bf16."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
 class Expert(nn.Module):
     """A feed-forward network with its own LayerNorm: V-FFN, L-FFN or VL-FFN."""
 
     def __init__(self, width: int):
         super().__init__()
-        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.norm = LayerNorm(width, eps=1e-6)
         self.fc1 = nn.Linear(width, 4 * width)
         self.fc2 = nn.Linear(4 * width, width)
 
@@ -34,7 +41,7 @@ class MoMELayer(nn.Module):
 
     def __init__(self, config: ModelConfig, index: int):
         super().__init__()
-        self.attention_norm = nn.LayerNorm(config.width, eps=1e-6)
+        self.attention_norm = LayerNorm(config.width, eps=1e-6)
         self.attention = SelfAttention(config.width, config.num_heads)
         names = ("text", "image", "vl") if index >= config.vl_start else ("text", "image")
         self.experts = nn.ModuleDict({name: Expert(config.width) for name in names})

@@ -26,7 +26,7 @@ class Nlvr2Config(TaskConfig):
 def nlvr2_base() -> Config:
     """VLMo-Base on NLVR2 at 384 px; aim: 82.77 on dev, 83.34 on test-P (paper Table 2).
 
-    `vlmo train nlvr2_base --data s3://... --set init=vlmo_base_patch16_224.pt`. Not run at this size.
+    `vlmo train nlvr2_base --data s3://... --set init=imported/`. Not run at this size.
     """
     return Config(
         name="nlvr2_base",

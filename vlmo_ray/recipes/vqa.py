@@ -26,7 +26,7 @@ class VqaConfig(TaskConfig):
 def vqa_base() -> Config:
     """VLMo-Base on VQA v2 at 480 px; aim: 76.64 on test-dev, 76.89 on test-std (paper Table 2).
 
-    `vlmo train vqa_base --data s3://... --set init=vlmo_base_patch16_224.pt`. Not run at this size.
+    `vlmo train vqa_base --data s3://... --set init=imported/`. Not run at this size.
     """
     return Config(
         name="vqa_base",

@@ -45,14 +45,15 @@ class Checkpoints:
     def upload(self, folder: Path, state: TrainState, more: Callable[[], dict[str, bytes]] = dict) -> None:
         """Uploads the files of the run that `more` gives, then this worker's files of the checkpoint; removes `folder`.
 
-        Returns at once, or when the previous upload has ended: at most one runs at a time. Errors of an upload are
-        raised by `check` and `wait`, never here, where only one worker would learn of them.
+        One upload runs at a time and another may wait for it; only with two of them this waits, for the first. Errors
+        of an upload are raised by `check` and `wait`, never here, where only one worker would learn of them.
         """
-        wait(self._pending)
+        if len(unfinished := [upload for upload in self._pending if not upload.done()]) > 1:
+            wait(unfinished[:1])
         self._pending.append(self._pool.submit(self._upload, folder, state, more))
 
     def wait(self) -> None:
-        """Waits for the current upload; raises the errors of that and of earlier ones."""
+        """Waits for all uploads; raises their errors."""
         wait(self._pending)
         self.check()
 
@@ -64,7 +65,7 @@ class Checkpoints:
             upload.result()
 
     def close(self) -> None:
-        """Ends the upload thread after the current upload."""
+        """Ends the upload thread after the last upload."""
         self._pool.shutdown()
 
     def _upload(self, folder: Path, state: TrainState, more: Callable[[], dict[str, bytes]]) -> None:

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
+from typing import Any
 
 from vlmo_ray.data.store import Store
 
@@ -50,10 +51,14 @@ class Meters:
             self._print(step)
         self._raise()
         if len(self.figures) >= _SEGMENT_STEPS:
-            self._writing.append(self._writer.submit(self._write, self.close_segment()))
+            self.later(self._write, self.close_segment())
         elif not self._writing and time.monotonic() - self.flushed > _FLUSH_S:
-            self._writing.append(self._writer.submit(self._write, self._segment()))
+            self.later(self._write, self._segment())
             self.flushed = time.monotonic()
+
+    def later(self, write: Callable[..., None], *given: Any) -> None:
+        """Calls `write` in the thread, after what is to be written already."""
+        self._writing.append(self._writer.submit(write, *given))
 
     def _print(self, step: int) -> None:
         # the figures of a step that was skipped are not finite
@@ -101,9 +106,10 @@ class Meters:
         return settled
 
     def close(self) -> None:
-        """Writes what is left, and ends the thread."""
-        self._writer.submit(self._write, self.close_segment()).result()
+        """Writes what is left, and ends the thread; raises the first error of what was to be written."""
+        self.later(self._write, self.close_segment())
         self._writer.shutdown()
+        self._raise()
 
 
 def _files(start: int, figures: list[tuple[float, dict[str, float]]]) -> dict[str, bytes]:

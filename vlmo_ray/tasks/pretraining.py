@@ -250,6 +250,11 @@ class Pretraining(GlobalTask):
             "exchanged_bytes": sums["exchanged_bytes"],
         }
 
+    def warning(self, figures: dict[str, float], num_rows: int) -> str:
+        nobody = figures["pairs_without_negative"] > 0 and figures["itm"] == 0.0
+        matching = "no pair has a hard negative, so matching is not trained; the data needs pairs of different images"
+        return super().warning(figures, num_rows) or (matching if nobody else "")
+
     def losses(self, batch: Batch, encoded: Unimodal, plan: Plan, totals: Totals, step: int) -> Losses:
         """The pair passes of a micro-batch: three for matching, one for masked language modelling.
 

@@ -172,6 +172,12 @@ class Task(nn.Module):
         """Figures of the step from the global sums; terms, loss and masked rows are reported anyway."""
         return {}
 
+    def warning(self, figures: dict[str, float], num_rows: int) -> str:
+        """What a person should know about a step of `num_rows` rows with these figures, "" if nothing."""
+        if figures["masked_rows"] >= num_rows:
+            return f"all {num_rows:,} rows are masked, so nothing is trained; masked/ in the run says why"
+        return ""
+
     def without_losses(self, batch: Batch) -> Batch:
         """The same rows, none of which counts; for passes that only keep the workers in step."""
         return batch.without_valid()

@@ -159,7 +159,7 @@ class _Run:
         self.rank, self.world, self.device, self.agreement = rank, world, device, agreement
         dtype, self.bf16 = precision_of(config, device)
         self.task = task.to(device, dtype)
-        self.parallel = parallelize(self.task, config.cluster, world, device)
+        self.parallel = parallelize(self.task, config.cluster, world, device, self.bf16)
         self.optimizer = build_optimizer(self.task, config)
         decay = config.optim.average_decay
         self.average = WeightAverage(self.task, decay) if decay else None
@@ -169,7 +169,7 @@ class _Run:
             stack.callback(_flush, self.meters)
         self.attempts: list[tuple[int, str]] = []
         self.consumed: Consumed | None = None
-        self.masked = Masked("", rank)
+        self.masked, self.warned = Masked("", rank), ""
         self.done = self.saved = 0  # steps
         self.uploading = False
 
@@ -226,6 +226,10 @@ class _Run:
             place = {"step": self.done, "samples": schedule.rows_before(self.done), "lr": lr_at(step, self.config)}
             values = {name: float(value) for name, value in figures.items()}
             self.agreement.attempt(self.meters.add, place | values | speed)
+            warning = self.task.warning(values, rows)
+            if warning != self.warned:  # once, and not in every step
+                print(f"step {self.done}: {warning or 'as it should be again'}", flush=True)
+            self.warned = warning
         self.masked.add(step, batch.problems)
         if self.done % self.config.log_every == 0:
             self.masked.tell()
@@ -248,7 +252,8 @@ class _Run:
         if self.average is not None:
             self.average.swap()
         if result is not None:
-            self.agreement.attempt(evaluations.keep, self.store, self.done, result)
+            if self.meters is not None:
+                self.meters.later(evaluations.keep, self.store, self.done, result)
             print(f"evaluation at step {self.done}: {evaluations.line(result)}", flush=True)
 
     def save(self) -> str:

@@ -133,7 +133,7 @@ def load_model(
     allow_missing: bool = False,
     seed: int = 0,
 ) -> VLMo:
-    """The model in one of our folders or in a released file (.pt, .ckpt, .safetensors), in float32, on the CPU.
+    """The model in one of our folders or in a released .safetensors file, in float32, on the CPU.
 
     `image_size`, `max_text_len` and `heads` change the model; positions are resampled. `num_heads` and `bias_text_len`
     are for released files that do not imply them. If the file lacks parameters, raises UserError, or with
@@ -142,6 +142,8 @@ def load_model(
     if Path(path).is_dir():
         description, state = _read(path)
         source = model_from_dict(description["config"])
+    elif Path(path).is_file() and Path(path).suffix != ".safetensors":
+        raise UserError(f"{path} is not read directly, as it is a pickle; convert it: vlmo import {path} OUT")
     else:
         official = translate(
             read_tensors(path), num_heads=num_heads, bias_text_len=bias_text_len, max_text_len=max_text_len
