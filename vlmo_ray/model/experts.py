@@ -19,8 +19,9 @@ Route = Literal["text", "image", "vl", "pair"]
 class LayerNorm(nn.LayerNorm):
     """In the precision of its input, whatever that of its weights, which sharded workers may gather in bf16."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+    def forward(self, input: Tensor) -> Tensor:
+        kind = input.dtype
+        return F.layer_norm(input, self.normalized_shape, self.weight.to(kind), self.bias.to(kind), self.eps)
 
 
 class Expert(nn.Module):
