@@ -12,6 +12,7 @@ from tyro.conf import Positional, UseAppendAction, arg
 from vlmo_ray.errors import UserError
 
 Settings = UseAppendAction[Annotated[tuple[str, ...], arg(name="set", metavar="A.B=C")]]
+Space = UseAppendAction[Annotated[tuple[str, ...], arg(name="space", metavar="A.B=log:LOW..HIGH")]]
 Options = UseAppendAction[Annotated[tuple[str, ...], arg(name="option", metavar="NAME=VALUE")]]
 
 
@@ -108,6 +109,7 @@ def train(
     name: str = "",
     eval_data: str = "",
     settings: Settings = (),
+    from_sweep: str = "",
     accept_changes: bool = False,
 ) -> None:
     """Train a recipe, for pre-training and fine-tuning. A run of the same name continues where it stopped.
@@ -119,16 +121,86 @@ def train(
         name: the name of the run; default: the recipe's.
         eval_data: the data set that is evaluated every `evaluate_every` steps.
         settings: change a field, for example `--set seed=2`; may be repeated.
+        from_sweep: a sweep that `vlmo tune` made of this recipe: take the settings of its best trial.
         accept_changes: continue although data or settings differ from those of the run's newest checkpoint.
     """
     from vlmo_ray.overrides import override
     from vlmo_ray.recipes import recipe as named
 
-    config = override(named(recipe), list(settings))
+    config = named(recipe)
+    if from_sweep:
+        from vlmo_ray.launch.sweep import best_settings
+
+        settings = (*best_settings(from_sweep, config), *settings)
+    config = override(config, list(settings))
     from vlmo_ray.launch.fit import fit  # takes seconds (torch and Ray), so only after the recipe was checked
 
     run = fit(config, data, storage, name or None, accept_changes=accept_changes, eval_data=eval_data)
     print(f"done: {run.uri} holds the metrics, the checkpoints and the final weights (model/)")
+
+
+def tune(
+    recipe: Positional[str],
+    data: str,
+    storage: str = "runs",
+    name: str = "",
+    space: Space = (),
+    eval_data: str = "",
+    settings: Settings = (),
+    trials: int = 16,
+    at_once: int = 1,
+    metric: str = "",
+    mode: Literal["", "min", "max"] = "",
+    prune: bool = True,
+    seed: int = 0,
+) -> None:
+    """Search settings of a recipe by many short runs. A sweep of the same name continues where it stopped.
+
+    Args:
+        recipe: a name that `vlmo recipes` lists.
+        data: the data set to train on: `s3://bucket/prefix` or a folder.
+        storage: where the sweep and its runs are kept: `s3://bucket/prefix` or a folder that all nodes share.
+        name: the name of the sweep; default: the recipe's and "-sweep".
+        space: what to search, `field=log:LOW..HIGH`, `field=LOW..HIGH` or `field=A,B`; may be repeated. Default: what
+            the recipe declares.
+        eval_data: the data set that is evaluated every `evaluate_every` steps, and in the end with the best run.
+        settings: change a field in all trials, for example `--set seed=2`; may be repeated.
+        trials: how many; of a space of choices alone, each combination once.
+        at_once: how many run at the same time.
+        metric: of the evaluation; default: its first one. Without eval_data, of training; default: loss.
+        mode: what is better; default: min for a loss, else max.
+        prune: stop trials that are behind (ASHA): at every rung the best third goes on.
+        seed: of the draws.
+    """
+    from vlmo_ray.overrides import override
+    from vlmo_ray.recipes import recipe as named
+
+    config = override(named(recipe), list(settings))
+    from vlmo_ray.launch.tune import tune as run  # takes seconds, so only after the recipe was checked
+
+    sweep = run(
+        config,
+        data,
+        storage,
+        space,
+        name=name,
+        eval_data=eval_data,
+        settings=settings,
+        trials=trials,
+        at_once=at_once,
+        metric=metric,
+        mode=mode,
+        prune=prune,
+        seed=seed,
+    )
+    print(f"done: {sweep.store.uri} holds sweep.json, sweep.png and the runs")
+    if sweep.best is None:
+        raise UserError("no trial finished; the table says why")
+    best = sweep.store.address(sweep.best.name)
+    if eval_data:
+        evaluate(best, eval_data)
+    print(f"the best run: {best}")
+    print(f"its settings for another run: vlmo train {recipe} --from-sweep {sweep.store.uri} ...")
 
 
 def evaluate(model: Positional[str], data: str, task: str = "", workers: int = 0, json_output: bool = False) -> None:
@@ -213,7 +285,7 @@ def audit(run: Positional[str], data: str, json_output: bool = False) -> None:
 
 def main() -> None:
     """Entry point. A mistake that the user can fix gives one sentence and exit code 2."""
-    functions = (recipes, show, prepare, train, evaluate, import_, export, audit)
+    functions = (recipes, show, prepare, train, tune, evaluate, import_, export, audit)
     commands = {function.__name__.rstrip("_"): function for function in functions}
     try:
         tyro.extras.subcommand_cli_from_dict(commands, prog="vlmo", description="VLMo on a Ray cluster.")

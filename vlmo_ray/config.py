@@ -214,6 +214,7 @@ class Config:
     # Record which pairs every step consumed, for `vlmo audit`.
     audit: bool = setting(False, resume="free")
     log_every: int = setting(20, at_least=1, resume="free")  # steps
+    search: tuple[str, ...] = setting((), resume="free")  # what `vlmo tune` searches, as its --space takes it
 
     @property
     def total_steps(self) -> int:

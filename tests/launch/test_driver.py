@@ -27,7 +27,7 @@ from vlmo_ray.runs.checkpoints import name_of
 from vlmo_ray.runs.state import TrainState
 
 CLUSTER = ClusterConfig(1, 3, gpus_per_worker=0, start_timeout_s=0.2, resize_interval_s=0.1, max_failures=2)
-DONE = {"step": 10, "stopped": "", "again": False, "leaving": []}
+DONE = {"step": 10, "stopped": "", "again": False, "requested": False, "leaving": []}
 
 
 class World:
@@ -81,7 +81,7 @@ class World:
 
 
 def again(why: str, leaving: tuple[str, ...] = ()) -> dict:
-    return {"step": 5, "stopped": f"step 5: {why}", "again": True, "leaving": list(leaving)}
+    return {"step": 5, "stopped": f"step 5: {why}", "again": True, "requested": False, "leaving": list(leaving)}
 
 
 def test_a_node_with_notice_is_left_out_from_then_on(tmp_path, monkeypatch):
@@ -242,7 +242,7 @@ def test_workers_are_left_alone_where_more_are_only_counted(tmp_path, monkeypatc
 
 def test_a_run_without_room_waits_and_ends_on_request(tmp_path, monkeypatch):
     world = World(tmp_path, monkeypatch, again("saved", ("a",)), min_workers=2)
-    threading.Timer(1.0, lambda: setattr(world.stop, "asked", True)).start()
+    threading.Timer(1.0, world.stop.ask).start()
     assert world.driver.train() is None and world.started == [2]
 
 

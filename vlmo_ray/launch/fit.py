@@ -34,26 +34,38 @@ from vlmo_ray.session import ray_session
 from vlmo_ray.train.build import RunSpec
 
 
+class Stopped(UserError):
+    """The run saved and ended on request."""
+
+
 def fit(
-    config: Config, data: str, storage: str, name: str | None = None, accept_changes: bool = False, eval_data: str = ""
+    config: Config,
+    data: str,
+    storage: str,
+    name: str | None = None,
+    accept_changes: bool = False,
+    eval_data: str = "",
+    stop: threading.Event | None = None,
+    parts: int = 1,
 ) -> Store:
     """Trains `config` on the data set at `data`; returns the run, `storage`/`name` (default: the recipe's).
 
     A run of that name that is already there goes on from its newest checkpoint; if data or settings have changed, only
     with `accept_changes`. A finished run is returned as it is. `eval_data` names the data set that is evaluated
-    every `evaluate_every` steps. Raises UserError for everything that the caller can mend, most of it before a
-    worker starts.
+    every `evaluate_every` steps. When `stop` is set, or at the first signal to this process, the workers save and
+    end, which raises `Stopped`. `parts` is the number of runs that share the cluster. Raises UserError for everything
+    that the caller can mend, most of it before a worker starts.
     """
     check(config)
     name = name or config.name
     manifest = load_manifest(data)
     check_shards(manifest, open_store(data))
-    _check_evaluation(config, eval_data)
+    check_evaluation(config, eval_data)
     open_store(storage, create=True)
     run = open_store(f"{storage.rstrip('/')}/{name}", create=True, retry_timeout_s=config.data.retry_timeout_s)
-    stop = Stop(run)
+    asked = Stop(run, stop)
     # Ray sets signal handlers of its own in ray_session
-    with lease(run, stop.lose) as token, ray_session(dashboard=True), stop.on_signals():
+    with lease(run, asked.lose) as token, ray_session(dashboard=True), asked.on_signals():
         state = Checkpoints(run).newest()
         if state is not None:
             changed = state.continue_with(config, manifest.fingerprint, accept_changes)
@@ -65,7 +77,7 @@ def fit(
                 print(f"from here on with other settings: {'; '.join(changed)}", flush=True)
         cluster = config.cluster
         autoscaling = infeasible_groups() is not None
-        each = share(cluster, living_nodes(), autoscaling)
+        each = share(cluster, living_nodes(), autoscaling, parts)
         rows = schedule_rows(config)
         print(
             f"{config.name}: {config.total_steps} steps, {rows:,} samples ({rows / manifest.num_rows:.2f} epochs of "
@@ -86,18 +98,18 @@ def fit(
         with scratch() as folder:
             start = functools.partial(_start, functools.partial(work, spec, token), cluster, each, name, folder)
             phases = [(phase.steps, phase.global_batch // config.slice_size) for phase in config.phases]
-            outcome = _Driver(cluster, each, autoscaling, run, stop, start, phases).train()
+            outcome = _Driver(cluster, each, autoscaling, run, asked, start, phases).train()
     if outcome is None:
-        raise UserError(
+        raise Stopped(
             f"run {name!r} ended on request while it had no workers; the same command goes on from its newest "
             "checkpoint"
         )
     if outcome["stopped"]:
-        raise UserError(f"run {name!r} stopped at {outcome['stopped']}")
+        raise (Stopped if outcome["requested"] else UserError)(f"run {name!r} stopped at {outcome['stopped']}")
     return run
 
 
-def _check_evaluation(config: Config, eval_data: str) -> None:
+def check_evaluation(config: Config, eval_data: str) -> None:
     if bool(eval_data) != bool(config.evaluate_every):
         raise UserError(
             f"evaluate_every={config.evaluate_every} and --eval-data={eval_data!r} go together: give both, or neither"

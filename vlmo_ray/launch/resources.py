@@ -29,30 +29,33 @@ class Node:
     gpus: float = 0.0
 
 
-def share(cluster: ClusterConfig, nodes: list[Node], autoscaling: bool = False) -> Share:
+def share(cluster: ClusterConfig, nodes: list[Node], autoscaling: bool = False, parts: int = 1) -> Share:
     """What each worker reserves on one of `nodes`; UserError if there is no room for `min_workers` of that.
+
+    `parts` is the number of runs that share the nodes.
 
     With an autoscaler it is what the config says: the nodes are yet to come.
 
     A worker's data tasks run on its node and under its reservation, asking for no CPU of their own, so they always have
     theirs. Without GPUs a worker takes less than it asks for where else not even `min_workers` would have room.
     """
+    least = parts * cluster.min_workers
     cpus, gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
     # sixteenths are exact in binary, so that sums of them divide without a remainder
     need = math.ceil(16 * (cluster.cpus_per_worker + cluster.data_cpus_per_worker)) / 16
     if autoscaling:
         return Share(need, cluster.data_cpus_per_worker, room(nodes, need, cluster.gpus_per_worker))
     if cluster.gpus_per_worker:
-        if cluster.min_workers * cluster.gpus_per_worker > gpus:
+        if least * cluster.gpus_per_worker > gpus:
             raise UserError(
-                f"{cluster.min_workers} workers with {cluster.gpus_per_worker} GPU each are more than this cluster has "
+                f"{least} workers with {cluster.gpus_per_worker} GPU each are more than this cluster has "
                 f"({gpus:g} GPUs); lower cluster.min_workers, add nodes, or train on CPUs with "
                 "--set cluster.gpus_per_worker=0"
             )
         found = Share(need, cluster.data_cpus_per_worker, room(nodes, need, cluster.gpus_per_worker))
-        if cluster.min_workers > found.room:
+        if least > found.room:
             raise UserError(
-                f"{cluster.min_workers} workers with {cluster.cpus_per_worker:g} CPUs and "
+                f"{least} workers with {cluster.cpus_per_worker:g} CPUs and "
                 f"{cluster.data_cpus_per_worker} for data each are more than this cluster has room for: {found.room}, "
                 f"with {cpus:g} CPUs on {len(nodes)} nodes; lower cluster.cpus_per_worker or "
                 "cluster.data_cpus_per_worker"
@@ -60,10 +63,10 @@ def share(cluster: ClusterConfig, nodes: list[Node], autoscaling: bool = False) 
         return found
     pieces = {math.floor(16 * node.cpus / k) / 16 for node in nodes for k in range(1, int(node.cpus / _LEAST_CPUS) + 1)}
     for size in sorted({need} | {size for size in pieces if size < need}, reverse=True):
-        if (fits := room(nodes, size)) >= cluster.min_workers:
+        if (fits := room(nodes, size)) >= least:
             return Share(size, max(1, round(size / need * cluster.data_cpus_per_worker)), fits)
     raise UserError(
-        f"{cluster.min_workers} workers are more than this cluster has room for ({cpus:g} CPUs, at least {_LEAST_CPUS} "
+        f"{least} workers are more than this cluster has room for ({cpus:g} CPUs, at least {_LEAST_CPUS} "
         "for a worker with its data); lower cluster.min_workers or add nodes"
     )
 

@@ -16,23 +16,34 @@ STOP = "stop"  # an object in the run's store: its workers save and end
 class Stop:
     """What has been asked of the run so far."""
 
-    def __init__(self, run: Store):
-        self.asked = False  # to save and end
+    def __init__(self, run: Store, event: threading.Event | None = None):
         self._run, self._lost = run, ""
+        self._event, self._told = event or threading.Event(), False
+
+    @property
+    def asked(self) -> bool:
+        """Whether the run is to save and end."""
+        return self._event.is_set()
+
+    def ask(self) -> None:
+        self._event.set()
 
     def lose(self, reason: str) -> None:
         """The run is another driver's from now on. Called from another thread."""
         self._lost = reason
 
     def check(self) -> None:
-        """Raises UserError if the run is another driver's; nothing is asked of it any more."""
+        """Tells the workers what has been asked. Raises UserError if the run is another driver's by now."""
         if self._lost:
             raise UserError(self._lost)
+        if self.asked and not self._told:
+            self._told = True
+            threading.Thread(target=self._run.write, args=(STOP, b""), daemon=True).start()
 
     @contextlib.contextmanager
     def on_signals(self) -> Iterator[None]:
-        """Inside the block a first SIGTERM or SIGINT (Ctrl-C) sets `asked` and tells the workers; a second one ends
-        this process. Outside the main thread, where Python allows no handlers, signals do what they did before."""
+        """Inside the block a first SIGTERM or SIGINT (Ctrl-C) asks the run to end; a second one ends this process.
+        Outside the main thread, where Python allows no handlers, signals do what they did before."""
         self._run.delete(STOP)
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -42,9 +53,7 @@ class Stop:
             restore()
             name = signal.Signals(number).name
             print(f"{name}: the workers save and end; a second one ends them at once", flush=True)
-            self.asked = True
-            if not self._lost:
-                threading.Thread(target=self._run.write, args=(STOP, b""), daemon=True).start()
+            self.ask()
 
         def restore() -> None:
             for number, handler in before.items():

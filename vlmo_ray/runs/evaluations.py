@@ -87,11 +87,11 @@ def keep_in_run(path: str, result: Result) -> None:
         keep(run, state.step, result)
 
 
-def read_evaluations(run: Store) -> list[tuple[int, Result]]:
-    """(step, result) of every evaluation that the run keeps, in the order of steps."""
+def read_evaluations(run: Store, after: int = -1) -> list[tuple[int, Result]]:
+    """(step, result) of every evaluation of a step after `after` that the run keeps, in the order of steps."""
     found = []
     for name in run.list(f"{_FOLDER}/"):
-        if not name.endswith(".json"):
+        if not name.endswith(".json") or int(Path(name).name.partition("-")[0]) <= after:
             continue
         content = json.loads(run.read(name))
         scores = {key: Score(**score) for key, score in content["scores"].items()}

@@ -169,6 +169,11 @@ def check(run: Store, token: str) -> None:
         raise UserError(_taken_over(run, current))
 
 
+def held(run: Store) -> bool:
+    """Whether a program holds the lease of `run`, or has ended without giving it back."""
+    return run.exists(_NAME)
+
+
 def _read(run: Store) -> tuple[Holder | None, str | None]:
     """Who holds the lease, and the version of that."""
     try:

@@ -45,6 +45,7 @@ class Outcome:
     step: int
     stopped: str = ""
     again: bool = False  # stopped to be started again, by other workers
+    requested: bool = False  # saved and stopped, as was asked
 
 
 _SENTENCES = {
@@ -110,7 +111,8 @@ def train(
                 return Outcome(step, run.save_before(stopped) if told is Notice.UNREADABLE else stopped)
             if told:
                 stopped = run.save_and_wait()
-                return Outcome(step, stopped or f"step {step}: {_SENTENCES[told]}", told is not Notice.STOP)
+                asked = told is Notice.STOP
+                return Outcome(step, stopped or f"step {step}: {_SENTENCES[told]}", not asked, asked and not stopped)
             assert batch is not None
             batch = batch.to(device)
             figures = gradients(

@@ -1,0 +1,383 @@
+"""Sweeps: Ray Tune draws settings and stops what is behind; every trial is an ordinary run.
+
+The sweep's own record (`launch/sweep.py`) is the only truth. Tune's state is scratch and never restored: a sweep that
+goes on is a new `Tuner`, to which the trials of the record are handed again in their order. Those that have ended
+answer from what their runs measured, so searcher and scheduler know what they knew, and nothing pickled is read.
+
+Tune ends what it stops by a kill. Here a trial that is stopped is asked to save by the mark in its run, and its actor
+begins the next trial only when that run has ended and given back its workers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import random
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import optuna
+from ray import tune as ray_tune
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
+from ray.tune.search import Searcher
+from ray.tune.search.optuna import OptunaSearch
+from rich.console import Console
+
+from vlmo_ray.config import Config, check
+from vlmo_ray.data.manifest import load_manifest
+from vlmo_ray.data.store import Store, open_store
+from vlmo_ray.errors import UserError
+from vlmo_ray.launch.fit import Stopped, check_evaluation, fit
+from vlmo_ray.launch.ray_private import infeasible_groups
+from vlmo_ray.launch.resources import living_nodes, share
+from vlmo_ray.launch.space import Space, grid, parse_space, settings_of
+from vlmo_ray.launch.stop import STOP
+from vlmo_ray.launch.sweep import LEAVING, Asked, Sweep
+from vlmo_ray.launch.sweep import Trial as Entry
+from vlmo_ray.overrides import override
+from vlmo_ray.runs.evaluations import read_evaluations
+from vlmo_ray.runs.lease import held, lease
+from vlmo_ray.runs.metrics import read_metrics
+from vlmo_ray.session import ray_session
+
+_LOOK_S = 1.0  # between two looks at a run
+_REDUCTION = 3  # one trial in so many goes on at each rung of the halving
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """What is the same in all trials."""
+
+    config: Config
+    data: str
+    eval_data: str
+    sweep: Store
+    metric: str
+    at_once: int
+
+
+class _Trial(ray_tune.Trainable):
+    """Starts and follows one run at a time; a step of Tune's is one measurement of it."""
+
+    def setup(self, config: dict[str, Any], job: _Job | None = None) -> None:
+        assert job is not None
+        self._job, self._thread = job, None
+        self.reset_config(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self.cleanup()
+        self._entry = Entry(**new_config["entry"])
+        self._run = open_store(f"{self._job.sweep.uri}/{self._entry.name}", create=True)
+        self._stop, self._outcome = threading.Event(), None
+        self._last: dict[str, Any] = {}  # the newest measurement that Tune was told
+        return True
+
+    def step(self) -> dict[str, Any]:
+        """The next measurement; the last one, with "done", only when the run has ended."""
+        entry, total = self._entry, self._job.config.total_steps
+        while True:
+            over = entry.state != "running" or (self._thread is not None and not self._thread.is_alive())
+            rows = [row for row in self._measured() if over or row["step"] < total]
+            if rows:
+                self._last = rows[0]
+            if over and len(rows) < 2:
+                return self._last | self._end()
+            if rows:
+                return dict(self._last)
+            if self._thread is None:
+                if self._job.sweep.exists(LEAVING):
+                    return self._last | {"ended": "running", "done": True}
+                self._thread = threading.Thread(target=self._fit, name=entry.name, daemon=True)
+                self._thread.start()
+            time.sleep(_LOOK_S)
+
+    def _end(self) -> dict[str, Any]:
+        """How the run ended."""
+        state, error = self._entry.state, self._entry.error
+        if state == "running" and not isinstance(self._outcome, Stopped):  # which saved; the same sweep goes on
+            if self._outcome is not None:
+                state, error = "failed", str(self._outcome) or type(self._outcome).__name__
+            elif not self._last:
+                state, error = "failed", f"the run measured no {self._job.metric or 'metric'}"
+            else:
+                state = "finished"
+        return {"ended": state, "error": error, "done": True}
+
+    def _measured(self) -> list[dict[str, Any]]:
+        """Step and metric of the measurements that Tune was not told yet, in the order of steps."""
+        job, told = self._job, self._last.get("step", 0)
+        found: list[tuple[int, float]] = []
+        if job.eval_data:
+            for step, result in read_evaluations(self._run, after=told):
+                if result.data == job.eval_data:
+                    name = job.metric or next(iter(result.scores))
+                    if name not in result.scores:
+                        self._outcome = UserError(f"there is no metric {name!r}; known: {', '.join(result.scores)}")
+                        self._stop.set()
+                        break
+                    found.append((step, result[name]))
+        else:
+            rows, every = read_metrics(self._run)[0], job.config.log_every
+            for end in range(every, len(rows) + 1, every):
+                if end > told:
+                    found.append((end, sum(row[job.metric] for row in rows[end - every : end]) / every))
+        most = self._entry.step if self._entry.state == "pruned" else job.config.total_steps
+        return [{"step": step, "metric": value} for step, value in found if step <= most]
+
+    def _fit(self) -> None:
+        job = self._job
+        try:
+            config = override(job.config, settings_of(self._entry.params))
+            fit(
+                config,
+                job.data,
+                job.sweep.uri,
+                self._entry.name,
+                eval_data=job.eval_data,
+                stop=self._stop,
+                parts=job.at_once,
+            )
+        except BaseException as error:
+            self._outcome = self._outcome or error
+
+    def cleanup(self) -> None:
+        """Waits until the run has saved and ended."""
+        if self._thread is not None:
+            self._stop.set()
+            self._thread.join()
+            self._thread = None
+
+    def save_checkpoint(self, checkpoint_dir: str) -> dict:
+        return {}  # Tune asks for one; runs keep their own
+
+    def load_checkpoint(self, checkpoint: Any) -> None:
+        pass
+
+
+class _Draws(OptunaSearch):
+    """The trials of the record first; then new ones, each noted before it begins."""
+
+    def __init__(self, sweep: Sweep, space: Space, count: int):
+        super().__init__(space=self._draw, metric="metric", mode=sweep.asked.mode)
+        self._sweep, self._fields, self._count, self._drawn = sweep, space, count, 0
+
+    def _draw(self, trial: optuna.Trial) -> None:
+        for path, values in self._fields.items():
+            values.draw(trial, path)
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | None:
+        sweep, number = self._sweep, self._drawn
+        if sweep.leaving or number >= self._count:
+            return Searcher.FINISHED  # pyright: ignore[reportReturnType]  # a str, as Tune documents
+        self._drawn += 1
+        study, everything = self._ot_study, grid(self._fields)
+        assert study is not None
+        if number < len(sweep.trials):
+            study.enqueue_trial(sweep.trials[number].params)
+        elif everything:
+            study.enqueue_trial(everything[number])
+        # a sampler with a fixed seed would draw the same again after a resume
+        seed = random.Random(f"{sweep.asked.seed}-{number}").getrandbits(31)
+        study.sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True, n_startup_trials=5)
+        super().suggest(trial_id)
+        params = self._ot_trials[trial_id].params
+        entry = sweep.trials[number] if number < len(sweep.trials) else sweep.draw(params)
+        return {"number": number, "entry": dataclasses.asdict(entry)}
+
+    def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
+        failed = error or (result or {}).get("ended") == "failed"
+        super().on_trial_complete(trial_id, None if failed else result, failed)
+
+
+class _Watch(ray_tune.Callback):
+    """Keeps the record, shows the table, and asks a run that is stopped to save and end."""
+
+    def __init__(self, sweep: Sweep):
+        self._sweep = sweep
+
+    def on_trial_result(self, iteration, trials, trial, result, **_) -> None:
+        entry = self._sweep.trials[trial.config["number"]]
+        if entry.state == "running" and "metric" in result:
+            entry.step, entry.metric = result["step"], result["metric"]
+            print(f"trial {entry.name[:3]}: step {entry.step}  metric {entry.metric:.4g}", flush=True)
+
+    def on_trial_complete(self, iteration, trials, trial, **_) -> None:
+        entry, last = self._sweep.trials[trial.config["number"]], trial.last_result
+        if entry.state == "running":
+            entry.state, entry.error = last.get("ended", "pruned"), last.get("error", "")
+            if entry.state == "pruned":
+                self._end(entry, wait=all(other.is_finished() for other in trials if other is not trial))
+            self._sweep.save()
+            if not self._sweep.leaving:
+                Console().print(self._sweep.table())
+            if entry.error:
+                print(f"trial {entry.name[:3]} failed: {entry.error}", flush=True)
+
+    def on_trial_error(self, iteration, trials, trial, **_) -> None:
+        """Its actor was lost more often than Tune starts it again."""
+        entry = self._sweep.trials[trial.config["number"]]
+        entry.state, entry.error = "failed", "the process that followed the run was lost again and again"
+        self._sweep.save()
+
+    def _end(self, entry: Entry, wait: bool) -> None:
+        """`wait`: after the last trial Tune ends its actors within seconds."""
+        run = Store(f"{self._sweep.store.uri}/{entry.name}")
+        if held(run):
+            run.write(STOP, b"")
+        while wait and held(run):
+            time.sleep(_LOOK_S)
+
+
+def tune(
+    config: Config,
+    data: str,
+    storage: str,
+    space: Sequence[str] = (),
+    *,
+    name: str = "",
+    eval_data: str = "",
+    settings: Sequence[str] = (),
+    trials: int = 16,
+    at_once: int = 1,
+    metric: str = "",
+    mode: Literal["", "min", "max"] = "",
+    prune: bool = True,
+    seed: int = 0,
+) -> Sweep:
+    """Searches `space` with runs of `config`; returns the sweep, `storage`/`name` (default: the recipe's and "-sweep").
+
+    A sweep of that name that is already there goes on: trials that have ended are not repeated, the others continue
+    from their checkpoints, and more are drawn if `trials` is larger now.
+
+    Args:
+        space: as `parse_space` takes it; default: what the recipe declares in `search`.
+        settings: what was changed of the recipe to get `config`, for the record.
+        trials: how many; a space of choices alone is tried in order, each combination once.
+        at_once: how many run at the same time; each needs room for `cluster.min_workers`.
+        metric: of the evaluation on `eval_data` (default: its first one), or of training (default: loss).
+        mode: what is better; default: "min" for a loss, else "max".
+        prune: stop trials that are behind (ASHA, Li et al. 2020): at every rung the best third goes on.
+    """
+    check(config)
+    parsed = parse_space(config, space or config.search)
+    if trials < 1 or at_once < 1:
+        raise UserError(f"trials={trials} and at_once={at_once} must be at least 1")
+    manifest = load_manifest(data)
+    check_evaluation(config, eval_data)
+    metric = metric or ("" if eval_data else "loss")
+    direction = mode or ("min" if metric.endswith("loss") else "max")
+    given = [f"{path}={values}" for path, _, values in (text.partition("=") for text in space or config.search)]
+    open_store(storage, create=True)
+    uri = f"{storage.rstrip('/')}/{name or f'{config.name}-sweep'}"
+    store = open_store(uri, create=True, retry_timeout_s=config.data.retry_timeout_s)
+    asked = Asked(config.name, list(settings), given, manifest.fingerprint, eval_data, metric, direction, prune, seed)
+    if everything := grid(parsed):
+        trials = min(trials, len(everything))
+    lost: list[str] = []
+    with lease(store, lost.append), ray_session(dashboard=True):
+        sweep = Sweep.open(store, asked)
+        config = _fitting(config, at_once)
+        with _leaving(sweep), tempfile.TemporaryDirectory(prefix="vlmo-tune-") as scratch:
+            _search(sweep, parsed, _Job(config, data, eval_data, store, metric, at_once), trials, scratch)
+        if lost:
+            raise UserError(lost[0])
+        if sweep.leaving:
+            raise UserError(f"the sweep {store.uri} saved and ended on request; the same command goes on from here")
+        sweep.save()
+        if any(trial.metric is not None for trial in sweep.trials):
+            store.write("sweep.png", sweep.picture())
+        Console().print(sweep.table())
+    return sweep
+
+
+def _fitting(config: Config, at_once: int) -> Config:
+    """`config` for trials of which `at_once` have room. Raises UserError if they have none."""
+    cluster, nodes = config.cluster, living_nodes()
+    if infeasible_groups() is not None:
+        return config  # the autoscaler adds nodes
+    try:
+        each = share(cluster, nodes, parts=at_once)
+    except UserError as error:
+        raise UserError(f"{at_once} trials at once have no room: {error}") from error
+    most = max(cluster.min_workers, min(cluster.max_workers, each.room // at_once))
+    return dataclasses.replace(config, cluster=dataclasses.replace(cluster, max_workers=most))
+
+
+def _search(sweep: Sweep, space: Space, job: _Job, trials: int, scratch: str) -> None:
+    os.environ |= {
+        "TUNE_DISABLE_SIGINT_HANDLER": "1",  # `_leaving` lets the runs save first
+        "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a failed trial has no metric
+        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    }
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    # it would miss the files of Tune's own loggers
+    logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
+    total = job.config.total_steps
+    every = job.config.evaluate_every if job.eval_data else job.config.log_every
+    first = max(every, total // _REDUCTION**2)
+    halving = ASHAScheduler(
+        time_attr="step", metric="metric", mode=sweep.asked.mode, max_t=total + 1, grace_period=first,
+        reduction_factor=_REDUCTION,
+    )  # fmt: skip
+    trainable = ray_tune.with_resources(
+        ray_tune.with_parameters(_Trial, job=job),
+        # on the head node, which no autoscaler takes away; the workers have their own resources
+        ray_tune.PlacementGroupFactory([{"node:__internal_head__": 0.001}]),
+    )
+    ray_tune.Tuner(
+        trainable,
+        tune_config=ray_tune.TuneConfig(
+            num_samples=trials,
+            max_concurrent_trials=job.at_once,
+            reuse_actors=True,  # the next trial waits until the run before has ended
+            search_alg=_Draws(sweep, space, trials),
+            scheduler=halving if sweep.asked.pruning and first < total else FIFOScheduler(),
+        ),
+        run_config=ray_tune.RunConfig(
+            name="tune",
+            storage_path=scratch,
+            callbacks=[_Watch(sweep)],
+            failure_config=ray_tune.FailureConfig(max_failures=3),  # of the processes that follow runs
+            checkpoint_config=ray_tune.CheckpointConfig(checkpoint_at_end=False),
+            verbose=0,
+        ),
+    ).fit()
+
+
+@contextmanager
+def _leaving(sweep: Sweep) -> Iterator[None]:
+    """Inside the block a first SIGTERM or SIGINT lets all runs save and end; a second one ends this process."""
+    over = threading.Event()
+
+    def leave() -> None:
+        sweep.store.write(LEAVING, b"")
+        while not over.wait(_LOOK_S):  # again: a run that is starting removes the mark of an earlier stop
+            for entry in list(sweep.trials):
+                run = Store(f"{sweep.store.uri}/{entry.name}")
+                if entry.state == "running" and held(run):
+                    run.write(STOP, b"")
+
+    def ask(number: int, _) -> None:
+        restore()
+        print(f"{signal.Signals(number).name}: all trials save and end; a second one ends them at once", flush=True)
+        sweep.leaving = True
+        threading.Thread(target=leave, name="leave", daemon=True).start()
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        before |= {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        over.set()
+        restore()
