@@ -163,7 +163,8 @@ def tune(
         name: the name of the sweep; default: the recipe's and "-sweep".
         space: what to search, `field=log:LOW..HIGH`, `field=LOW..HIGH` or `field=A,B`; may be repeated. Default: what
             the recipe declares.
-        eval_data: the data set that is evaluated every `evaluate_every` steps, and in the end with the best run.
+        eval_data: the data set that is evaluated every `evaluate_every` steps (default: nine times a trial), and in
+            the end with the best run.
         settings: change a field in all trials, for example `--set seed=2`; may be repeated.
         trials: how many; of a space of choices alone, each combination once.
         at_once: how many run at the same time.

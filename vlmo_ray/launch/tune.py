@@ -258,6 +258,7 @@ def tune(
     Args:
         space: as `parse_space` takes it; default: what the recipe declares in `search`.
         settings: what was changed of the recipe to get `config`, for the record.
+        eval_data: what is evaluated every `evaluate_every` steps, by default nine times a trial.
         trials: how many; a space of choices alone is tried in order, each combination once.
         at_once: how many run at the same time; each needs room for `cluster.min_workers`.
         metric: of the evaluation on `eval_data` (default: its first one), or of training (default: loss).
@@ -269,7 +270,12 @@ def tune(
     if trials < 1 or at_once < 1:
         raise UserError(f"trials={trials} and at_once={at_once} must be at least 1")
     manifest = load_manifest(data)
+    if eval_data and not config.evaluate_every:
+        config = dataclasses.replace(config, evaluate_every=max(1, config.total_steps // 9))
     check_evaluation(config, eval_data)
+    if (every := config.evaluate_every or config.log_every) > config.total_steps:
+        what = "evaluate_every" if eval_data else "log_every"
+        raise UserError(f"{what}={every} is more than the {config.total_steps} steps of a trial: it is never measured")
     metric = metric or ("" if eval_data else "loss")
     direction = mode or ("min" if metric.endswith("loss") else "max")
     given = [f"{path}={values}" for path, _, values in (text.partition("=") for text in space or config.search)]

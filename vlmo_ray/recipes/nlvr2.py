@@ -37,6 +37,7 @@ def nlvr2_base() -> Config:
         micro_batch=16,
         optim=OptimConfig(peak_lr=5e-5, warmup_steps=675),
         cluster=ClusterConfig(max_workers=8, cpus_per_worker=2, data_cpus_per_worker=6),
+        search=("optim.peak_lr=5e-5,1e-4",),
     )
 
 

@@ -39,6 +39,7 @@ def vqa_base() -> Config:
         data=DataConfig(flip=False),
         optim=OptimConfig(peak_lr=3e-5, warmup_steps=5_000),
         cluster=ClusterConfig(max_workers=8, cpus_per_worker=2, data_cpus_per_worker=6),
+        search=("optim.peak_lr=log:1e-5..1e-4",),
     )
 
 
@@ -81,4 +82,5 @@ def vqa_tiny() -> Config:
         optim=OptimConfig(peak_lr=5e-4, warmup_steps=40),
         checkpoint_every=100,
         log_every=20,
+        search=("optim.peak_lr=log:1e-4..3e-3",),
     )
