@@ -1,13 +1,15 @@
 """Does pre-training on pairs help VQA and NLVR2? On scenes, from the same pre-trained model and from random weights.
 
-    python benchmarks/finetuning.py --out FILE.jsonl [--pretrain-steps 600] [--steps 400] [--seeds 3]
+    python benchmarks/finetuning.py --out FILE.jsonl [--pretrain-steps 1000] [--steps 400] [--seeds 3] [--keep FOLDER]
 
 Pre-trains the demo's model once, fine-tunes it for each task with equal steps from there and from random weights, and
-writes a line for every run: the accuracy on unseen scenes and what the most frequent answer would reach. One process.
+writes a line for every run: the accuracy on unseen scenes and what the most frequent answer would reach. One process. With `--keep`, the data and the pre-trained model are kept for a
+second call.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -58,11 +60,17 @@ def run(config: Config, data: str, folder: str, eval_data: str = "") -> Store:
 
 
 def main(
-    out: Path, pretrain_steps: int = 600, steps: int = 400, seeds: int = 3, tasks: tuple[str, ...] = ("vqa", "nlvr2")
+    out: Path,
+    pretrain_steps: int = 1000,
+    steps: int = 400,
+    seeds: int = 3,
+    tasks: tuple[str, ...] = ("vqa", "nlvr2"),
+    keep: Path | None = None,
 ) -> None:
     torch.set_num_threads(1)
     pretraining = dataclasses.replace(recipe("demo"), phases=(Phase(pretrain_steps, 96),), log_every=100)
-    with tempfile.TemporaryDirectory() as folder:
+    with contextlib.ExitStack() as stack:
+        folder = str(keep or stack.enter_context(tempfile.TemporaryDirectory()))
         write_dataset(f"{folder}/pairs", declared(records(1, 20_000, image_size=32)))
         run(pretraining, f"{folder}/pairs", f"{folder}/pretrained")
         for task in tasks:
