@@ -3,8 +3,8 @@
     python benchmarks/finetuning.py --out FILE.jsonl [--pretrain-steps 1000] [--steps 400] [--seeds 3] [--keep FOLDER]
 
 Pre-trains the demo's model once, fine-tunes it for each task with equal steps from there and from random weights, and
-writes a line for every run: the accuracy on unseen scenes and what the most frequent answer would reach. One process. With `--keep`, the data and the pre-trained model are kept for a
-second call.
+writes a line for every run: the accuracy on unseen scenes and what the most frequent answer would reach. One process.
+With `--keep`, data and pre-trained model stay for a second call.
 """
 
 from __future__ import annotations
