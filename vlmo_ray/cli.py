@@ -220,10 +220,12 @@ def evaluate(model: Positional[str], data: str, task: str = "", workers: int = 0
 
     from vlmo_ray.evaluate import evaluate as run
     from vlmo_ray.runs.evaluations import keep_in_run, table
+    from vlmo_ray.runs.load import load_all
     from vlmo_ray.session import ray_session
 
+    weights = load_all(model)  # before Ray, whose start takes seconds
     with ray_session():
-        result = run(model, data, task, num_workers=workers or None)
+        result = run(weights, data, task, num_workers=workers or None)
     keep_in_run(model, result)
     if json_output:
         print(json.dumps(dataclasses.asdict(result)))
