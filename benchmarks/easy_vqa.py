@@ -1,7 +1,7 @@
 """Two data sets for `vlmo train vqa_tiny` from the package `easy-vqa`: questions about coloured shapes, on 64 px.
 
-    pip download easy-vqa --no-deps -d . && unzip easy_vqa-*.whl
-    python benchmarks/easy_vqa.py easy_vqa/data OUT        # writes OUT/train and OUT/test
+pip download easy-vqa --no-deps -d . && unzip easy_vqa-*.whl
+python benchmarks/easy_vqa.py easy_vqa/data OUT        # writes OUT/train and OUT/test
 """
 
 from __future__ import annotations

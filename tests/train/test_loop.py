@@ -19,12 +19,16 @@ from vlmo_ray.data.prepare.shards import write_dataset
 from vlmo_ray.data.read import read_chunk
 from vlmo_ray.data.store import Store
 from vlmo_ray.errors import UserError
+from vlmo_ray.runs import evaluations
 from vlmo_ray.runs.checkpoints import Checkpoints
 from vlmo_ray.runs.load import published
 from vlmo_ray.runs.metrics import read_metrics
+from vlmo_ray.tasks.task import Score
+from vlmo_ray.train import loop as schedule
+from vlmo_ray.train import validate as validation
 from vlmo_ray.train.agree import Agreement, Notice
 from vlmo_ray.train.loop import train
-from vlmo_ray.train.optim import build_optimizer
+from vlmo_ray.train.optim import build_optimizer, lr_at
 from vlmo_ray.train.step import gradients as real_gradients
 
 
@@ -191,6 +195,34 @@ def test_an_evaluation_that_cannot_be_read_costs_no_step(scenes, tmp_path, monke
     outcome = train(dataclasses.replace(spec, eval_data=str(tmp_path / "broken")))
     assert outcome.step == 3 and f"{shard}#" in outcome.stopped
     assert outcome.stopped.endswith("; the 3 steps before it are saved")
+
+
+def test_the_checkpoint_with_the_best_evaluation_stays(scenes, tmp_path, monkeypatch, capsys):
+    """Evaluations of steps that have no checkpoint otherwise; the best is not the last, and a resumed run knows it."""
+    values = iter([0.1, 0.9, 0.3, 0.4, 0.2])
+
+    def scored(evaluation, blocks, data):
+        list(blocks)
+        return evaluations.Result({"accuracy": Score(next(values), None, 1)}, data, 1)
+
+    monkeypatch.setattr(validation, "scored", scored)
+    spec = job(scenes, tmp_path, evaluate_every=2, checkpoint_every=5, keep_checkpoints=1)
+    spec = dataclasses.replace(spec, eval_data=scenes)
+    stops = iter([Notice.NONE] * 7 + [Notice.STOP])
+    looked = dataclasses.replace(spec.config.cluster, notice_every=1)
+    spec = dataclasses.replace(spec, config=dataclasses.replace(spec.config, cluster=looked))
+    assert train(spec, notice=lambda: next(stops, Notice.NONE)).step == 7
+    assert train(spec).step == 10
+    names = sorted(path.name for path in tmp_path.glob("checkpoint-*"))
+    assert names == ["checkpoint-00000004", "checkpoint-00000010"]
+    best = f"{tmp_path}/checkpoint-00000004"
+    assert f"the best evaluation was at step 4: {best}\n" in capsys.readouterr().out
+    again = tmp_path / "again"  # the oracle: the first steps, and no more
+    config = dataclasses.replace(spec.config, phases=(Phase(4, 8),), evaluate_every=0)
+    monkeypatch.setattr(schedule, "lr_at", lambda step, config: lr_at(step, spec.config))
+    assert train(job(scenes, again, config)).step == 4
+    for name, value in weights(best).items():
+        torch.testing.assert_close(value, weights(again)[name], rtol=1e-5, atol=1e-6)
 
 
 def test_the_gravest_problem_decides_whether_steps_are_saved():

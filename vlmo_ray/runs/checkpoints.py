@@ -37,6 +37,7 @@ class Checkpoints:
     run: Store
     keep: int = 3  # how many of the newest complete ones stay
     keep_every: int = 0  # those whose step is a multiple of this stay for good; 0: none
+    best: int | None = None  # the step whose checkpoint stays for its evaluation
     keeper: bool = False  # whether this worker deletes the others
     _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "checkpoint"), repr=False)
     _pending: list[Future] = field(default_factory=list, repr=False)
@@ -90,6 +91,8 @@ class Checkpoints:
             self.run.write(_BEGUN, b"")
             self._begun = True
         kept = {name for name, _, _ in complete}
+        if self.best is not None:
+            kept.add(name_of(self.best))
         if self.keep_every:
             steps = {name: name.removeprefix(_PREFIX) for name, sizes in listed.items() if STATE in sizes}
             kept |= {name for name, step in steps.items() if step.isdigit() and int(step) % self.keep_every == 0}
@@ -172,7 +175,7 @@ class Checkpoints:
         (folder / STATE).write_bytes(self.run.read(f"{name}/{STATE}"))
 
     def fetch_named(self, name: str, folder: Path) -> None:
-        """Downloads the checkpoint that another worker chose."""
+        """Downloads the checkpoint of this name."""
         self.fetch(name, *parse_state(self.run.read(f"{name}/{STATE}")), folder)
 
     def _set_aside(self, name: str, reason: str) -> None:

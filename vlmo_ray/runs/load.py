@@ -20,6 +20,7 @@ from vlmo_ray.errors import UserError
 from vlmo_ray.model.vlmo import VLMo
 from vlmo_ray.overrides import from_dict, to_dict
 from vlmo_ray.runs import checkpoint
+from vlmo_ray.runs.checkpoint import STATE
 from vlmo_ray.runs.checkpoints import Checkpoints
 from vlmo_ray.runs.scratch import scratch
 from vlmo_ray.runs.state import TrainState
@@ -83,8 +84,9 @@ def _address(state: TrainState) -> bytes:
 def load(path: str | Path, **options) -> VLMo:
     """The model at `path`, in float32, on the CPU.
 
-    `path` is a run, a folder that `vlmo import` wrote, or a released file. A run gives its final weights, or those of
-    its newest checkpoint if it has not ended; it may be `s3://bucket/prefix`. `options` are those of
+    `path` is a run, a checkpoint of one (RUN/checkpoint-00000400), a folder that `vlmo import` wrote, or a released
+    file. A run gives its final weights, or those of its newest checkpoint if it has not ended; it may be
+    `s3://bucket/prefix`. `options` are those of
     `weights.folder.load_model`.
     """
     with _model_folder(str(path)) as local:
@@ -132,6 +134,13 @@ def _model_folder(path: str) -> Iterator[str]:
         yield path  # a released file; `weights.folder` raises if there is none
         return
     store = open_store(path)
+    parent, _, name = path.rstrip("/").rpartition("/")
+    if store.exists(STATE):
+        with tempfile.TemporaryDirectory(prefix="vlmo-model-") as folder:
+            Checkpoints(run := open_store(parent or ".")).fetch_named(name, Path(folder) / name)
+            _from_checkpoint(run, Path(folder) / name, Path(folder))
+            yield folder
+        return
     if store.exists("model.json") and not store.is_s3:
         yield path
         return

@@ -21,7 +21,7 @@ from vlmo_ray.data.order import Schedule, deal
 from vlmo_ray.data.store import Store
 from vlmo_ray.objectives.gather import Workers
 from vlmo_ray.runs import checkpoint, evaluations
-from vlmo_ray.runs.checkpoints import Checkpoints
+from vlmo_ray.runs.checkpoints import Checkpoints, name_of
 from vlmo_ray.runs.consumed import Consumed
 from vlmo_ray.runs.load import describe, publish
 from vlmo_ray.runs.masked import Masked
@@ -129,9 +129,10 @@ def train(
             else:
                 run.update(step, float(figures["grad_norm"]))
             run.write_down(step, batch, figures, schedule, time.monotonic() - began, waited)
-            if config.evaluate_every and run.done % config.evaluate_every == 0:
+            evaluated = config.evaluate_every and run.done % config.evaluate_every == 0
+            if evaluated:
                 run.evaluate()
-            if run.done % config.checkpoint_every == 0 or run.done == config.total_steps:
+            if evaluated or run.done % config.checkpoint_every == 0 or run.done == config.total_steps:
                 run.save()
         unsaved = run.saved != config.total_steps or run.uploading
         if unsaved and (stopped := run.save_and_wait()):
@@ -174,6 +175,7 @@ class _Run:
         self.masked, self.warned = Masked("", rank), ""
         self.done = self.saved = 0  # steps
         self.uploading = False
+        self.best = -math.inf  # of the evaluations so far
 
     def resume(self, fetched: Path | None, attempt: str) -> None:
         """Takes the checkpoint in the folder `fetched`, if there is one. Raises UserError if it does not fit."""
@@ -191,7 +193,19 @@ class _Run:
         if self.rank == 0:
             if fetched is not None:
                 print(f"resumed at step {self.done} on {self.world} workers", flush=True)
+                self.agreement.attempt(self._find_best)
             self.agreement.attempt(describe, self.store, self.config, self.manifest.schema)
+
+    def _find_best(self) -> None:
+        for step, result in evaluations.read_evaluations(self.store):
+            if result.data == self.spec.eval_data and step <= self.done:
+                self._rate(step, result)
+
+    def _rate(self, step: int, result: evaluations.Result) -> None:
+        """Keeps the checkpoint of the step with the best first metric."""
+        value = next(iter(result.scores.values())).value
+        if value > self.best:
+            self.best, self.checkpoints.best = value, step
 
     def update(self, step: int, grad_norm: float) -> None:
         """One optimizer step."""
@@ -254,6 +268,7 @@ class _Run:
         if self.average is not None:
             self.average.swap()
         if result is not None:
+            self._rate(self.done, result)
             if self.meters is not None:
                 self.meters.later(evaluations.keep, self.store, self.done, result)
             print(f"evaluation at step {self.done}: {evaluations.line(result)}", flush=True)
@@ -305,6 +320,9 @@ class _Run:
             self.agreement.attempt(self.checkpoints.retire)
             arguments = self.store, self.task.model, weights, self.config, self.manifest.schema
             self.agreement.attempt(publish, *arguments)
+            if self.checkpoints.best is not None:
+                address = self.store.address(name_of(self.checkpoints.best))
+                print(f"the best evaluation was at step {self.checkpoints.best}: {address}", flush=True)
 
 
 def _fetch(
