@@ -156,7 +156,7 @@ def test_our_own_shards_keep_their_columns(ray_cluster, places):
 class Undeclared:
     """A source with a column more than it says."""
 
-    format, schema, listing, uri = "undeclared", PAIRS, "", "made up"
+    format, schema, listing, versions, uri = "undeclared", PAIRS, "", "", "made up"
     image = make_image(0)  # not in `records`: other processes do not find conftest
 
     def units(self) -> list[WorkUnit]:

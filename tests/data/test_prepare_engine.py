@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -19,7 +20,7 @@ from sources import dropped, files, ids, put, tar_of, tars
 
 from vlmo_ray.data import prepare as package
 from vlmo_ray.data.manifest import MANIFEST, load_manifest
-from vlmo_ray.data.prepare import Counts, prepare, shuffle
+from vlmo_ray.data.prepare import STATE, Counts, prepare, shuffle
 from vlmo_ray.data.prepare.source import WorkUnit
 from vlmo_ray.data.prepare.stage import WORK
 from vlmo_ray.data.schema import PAIRS, Record
@@ -61,7 +62,7 @@ def test_shards_of_the_wished_size(ray_cluster, tmp_path):
 class Faulty:
     """40 pairs in each of 6 units; the last three cannot be read while the file `fault` exists."""
 
-    format, schema, listing = "faulty", PAIRS, "made up"
+    format, schema, listing, versions = "faulty", PAIRS, "made up", ""
 
     def __init__(self, uri: str, rows: list[dict]) -> None:
         self.uri, self.rows = uri, rows
@@ -146,6 +147,16 @@ def test_refusals(ray_cluster, tmp_path):
         prepare("webdataset", source, out)
     (tmp_path / "source" / "001.tar").unlink()
     assert files(tmp_path) == before
+    shard = tmp_path / "source" / "000.tar"
+    assert prepare("webdataset", source, out).kept == 5
+    shard.write_bytes(shard.read_bytes().replace(b"caption", b"kaption"))  # of the same size
+    with pytest.raises(UserError, match=r"another preparation \(the source has changed\)"):
+        prepare("webdataset", source, out)
+    state = json.loads((tmp_path / "out" / STATE).read_text())
+    del state["versions"]  # as an older program wrote it
+    (tmp_path / "out" / STATE).write_text(json.dumps(state))
+    assert prepare("webdataset", source, out).kept == 5
+    before = files(tmp_path)
     put(str(tmp_path / "taken"), {"thesis.txt": b"dear"})
     cases = {
         r"thesis\.txt is in the way": ("webdataset", source, str(tmp_path / "taken"), {}),

@@ -36,6 +36,12 @@ def test_write_read_list_delete(store):
     assert store.read("b.bin", 8, 100) == b"89"
     assert store.list() == ["b.bin", "sub-a.bin", "sub/a.bin"]
     assert store.sizes("sub") == {"sub-a.bin": 0, "sub/a.bin": 3}
+    versions = store.versions("sub")
+    store.write("sub/a.bin", b"zyx")
+    later = store.versions("sub")
+    assert later.keys() == versions.keys() and later["sub/a.bin"] != versions["sub/a.bin"]
+    assert later["sub-a.bin"] == versions["sub-a.bin"]
+    store.write("sub/a.bin", b"xyz")
     assert store.list("sub/") == ["sub/a.bin"]
     assert store.list("none/") == []
     assert store.exists("sub/a.bin") and not store.exists("sub") and store.size("b.bin") == 10

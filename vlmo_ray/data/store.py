@@ -243,11 +243,18 @@ class Store:
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
         """Name -> bytes of the files whose names begin with `prefix`, in subfolders too, sorted by name."""
-        found = self.patiently(prefix, lambda: dict(self._listed(prefix)))
+        return {name: size for name, (size, _) in self._found(prefix).items()}
+
+    def versions(self, prefix: str = "") -> dict[str, str]:
+        """As `sizes`, but name -> what changes when the file is written again: its ETag, in a folder its time."""
+        return {name: version for name, (_, version) in self._found(prefix).items()}
+
+    def _found(self, prefix: str) -> dict[str, tuple[int, str]]:
+        found = self.patiently(prefix, lambda: {name: (size, version) for name, size, version in self._listed(prefix)})
         return {name: found[name] for name in sorted(found) if f"/{_TEMPORARY}" not in f"/{name}"}
 
-    def _listed(self, prefix: str) -> Iterator[tuple[str, int]]:
-        """Name and bytes of the files under a prefix; nothing else is looked at."""
+    def _listed(self, prefix: str) -> Iterator[tuple[str, int, str]]:
+        """Name, bytes and version of the files under a prefix; nothing else is looked at."""
         cut = len(self.root.rstrip("/")) + 1
         if self.is_s3:
             bucket, key = self._bucket_key(prefix) if prefix else self._bucket_key("")
@@ -255,7 +262,7 @@ class Store:
             for page in self._client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=start):
                 for entry in page.get("Contents", ()):
                     if not entry["Key"].endswith("/"):  # a mark that some programs put in place of a folder
-                        yield f"{bucket}/{entry['Key']}"[cut:], entry["Size"]
+                        yield f"{bucket}/{entry['Key']}"[cut:], entry["Size"], entry["ETag"]
             return
         folder, _, first = prefix.rpartition("/")
         top = Path(self.path(folder))
@@ -266,7 +273,8 @@ class Store:
                 continue
             inner = pafs.FileSelector(str(entry), allow_not_found=True, recursive=True)
             infos = self.fs.get_file_info(inner) if entry.is_dir() else [self.fs.get_file_info(str(entry))]
-            yield from ((info.path[cut:], info.size) for info in infos if info.type == pafs.FileType.File)
+            files = (info for info in infos if info.type == pafs.FileType.File)
+            yield from ((info.path[cut:], info.size, str(info.mtime_ns)) for info in files)
 
     def list(self, prefix: str = "") -> list[str]:
         """The names of `sizes`."""

@@ -95,6 +95,7 @@ def prepare(
         "format": format,
         "source": opened.uri,
         "listing": hashlib.sha256(listing.encode()).hexdigest(),
+        "versions": hashlib.sha256(opened.versions.encode()).hexdigest(),
         "index": index,
         "rows_per_group": rows_per_group,
         "forbid": sorted(forbid),
@@ -177,7 +178,8 @@ def _begin(out: Store, state: dict, index: bool) -> Counts | None:
         out.write(STATE, json.dumps(state, indent=1).encode())
         return None
     try:
-        before: dict[str, Any] = {"schema": PAIRS.to_json()} | dict(json.loads(found))  # older ones state none
+        # what older ones do not state
+        before: dict[str, Any] = {"schema": PAIRS.to_json(), "versions": state["versions"]} | dict(json.loads(found))
         counts: dict[str, Any] | None = before.pop("counts", None)
         if counts is not None:  # finished, so the work folder has no files
             before["version"] = state["version"]
@@ -185,8 +187,8 @@ def _begin(out: Store, state: dict, index: bool) -> Counts | None:
         raise UserError(f"{out.uri} has a {STATE} that cannot be read; {again}") from error
     if before != state:
         changes = {key: f"{key} was {before.get(key)!r}, is now {state.get(key)!r}" for key in state | before}
-        changes["listing"] = "the source has changed"
-        different = [change for key, change in changes.items() if before.get(key) != state.get(key)]
+        changes["listing"] = changes["versions"] = "the source has changed"
+        different = dict.fromkeys(change for key, change in changes.items() if before.get(key) != state.get(key))
         raise UserError(f"{out.uri} holds another preparation ({'; '.join(different)}); {again}")
     return Counts(**counts) if counts is not None and out.exists(MANIFEST) else None
 

@@ -39,6 +39,7 @@ class Folders(Source):
         if not found:
             raise UserError(f"{self.uri} holds no folder with files; give a folder that has one for each class")
         self.schema = Schema((Field("image", "image"), Field("label", "label", tuple(classes))))
+        self.versions = json.dumps({name: v for name, v in self.store.versions().items() if name in sizes})
         self.listing = hashlib.sha256(json.dumps([sizes, classes]).encode()).hexdigest()
         number = {name: label for label, name in enumerate(classes)}
         self._units = cut_units("images", (((n, number.get(n.partition("/")[0])), size) for n, size in sizes.items()))

@@ -39,6 +39,7 @@ class Source:
     format: ClassVar[str]
     uri: str  # complete
     listing: str  # changes when the source does
+    versions: str = ""  # changes when a file of the source is written again, if `listing` does not tell
     schema: Schema = PAIRS  # of its records
     _units: list[WorkUnit]
 
@@ -53,7 +54,11 @@ class Source:
         raise NotImplementedError
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_units": [], "listing": ""}  # both are large, and a task is given its unit
+        return self.__dict__ | {
+            "_units": [],
+            "listing": "",
+            "versions": "",
+        }  # both are large, and a task is given its unit
 
 
 class Shards(Source):
@@ -82,6 +87,8 @@ class Shards(Source):
         if not sizes:
             raise UserError(f"{self.uri} holds no {what} ({', '.join(suffixes)})")
         self.listing = json.dumps(sizes)
+        found = self.store.versions(next(iter(sizes)) if len(sizes) == 1 else "")
+        self.versions = json.dumps({name: found.get(name) for name in sizes})
         self._units = [WorkUnit(name, size) for name, size in sizes.items()]
 
     def _matching(self, suffixes: tuple[str, ...]) -> dict[str, int]:
