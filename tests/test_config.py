@@ -81,7 +81,7 @@ def test_override_sets_typed_values():
         ("data.retry_timeout_s=-1", "data.retry_timeout_s=-1.0 must be at least 0; 0 does not retry"),
         ("checkpoint_every=0", "checkpoint_every=0 must be at least 1"),
         ("model.num_answers=10", "no effect here: model.heads has no 'vqa'"),
-        ("model.heads=itc,itm", "needs the heads"),
+        ("model.heads=itc,itm", "model.heads lacks itc_vl, mlm"),
         ("task.contrast=sigmoid", "needs a bias to learn: set model.init_logit_bias"),
         ("task.contrast=triplet", "must be one of 'softmax', 'sigmoid'"),
         ("model.init_logit_bias=-10", "would never be used by task.contrast='softmax'"),
@@ -138,6 +138,8 @@ def test_recipes_are_the_public_functions_that_return_a_config():
         "entailment_base", "entailment_base_plus", "entailment_large", "entailment_tiny",
         "nlvr2_base", "nlvr2_base_plus", "nlvr2_large", "nlvr2_base_224", "nlvr2_tiny",
         "pretrain_base", "pretrain_base_plus", "pretrain_large", "pretrain_1b",
+        "retrieval_coco_base", "retrieval_coco_base_plus", "retrieval_coco_large", "retrieval_flickr_base",
+        "retrieval_flickr_base_plus", "retrieval_flickr_large", "retrieval_coco_base_224", "retrieval_tiny",
         "tiny", "demo", "pretrain_1b_tiny", "small_photos", "medium_photos",
         "vqa_base", "vqa_base_plus", "vqa_large", "vqa_base_224", "vqa_tiny",
     ]  # fmt: skip

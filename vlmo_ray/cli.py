@@ -80,12 +80,6 @@ def prepare(
     """
     from vlmo_ray.data.prepare import prepare as run
 
-    options = {}
-    for text in option:
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise UserError(f"--option {text!r} has no '='; write --option name=value, for example split=val")
-        options[name] = value
     counts = run(
         format,
         source,
@@ -97,9 +91,27 @@ def prepare(
         rows_per_group=rows_per_group,
         verify=verify,
         forbid=forbid,
-        **options,
+        **_options(option),
     )
     print(counts)
+
+
+def _options(texts: Options) -> dict[str, str]:
+    found = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise UserError(f"--option {text!r} has no '='; write --option name=value, for example split=val")
+        found[name] = value
+    return found
+
+
+def _json(text: str) -> object:
+    """A number, a list or true as such, anything else as text."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
 
 
 def train(
@@ -204,13 +216,16 @@ def tune(
     print(f"its settings for another run: vlmo train {recipe} --from-sweep {sweep.store.uri} ...")
 
 
-def evaluate(model: Positional[str], data: str, task: str = "", workers: int = 0, json_output: bool = False) -> None:
+def evaluate(
+    model: Positional[str], data: str, task: str = "", option: Options = (), workers: int = 0, json_output: bool = False
+) -> None:
     """Evaluate weights on a data set. A run keeps the result beside its metrics.
 
     Args:
         model: a run, an imported folder or an official checkpoint.
         data: the data set: `s3://bucket/prefix` or a folder.
         task: what to measure; default: the task that the run was trained for, or retrieval.
+        option: an option of the evaluation, `--option name=value`. retrieval: subset, folds; matching: top.
         workers: the number of actors; 0: one per GPU, or half the CPUs.
         json_output: print one JSON object instead of a table.
     """
@@ -223,9 +238,10 @@ def evaluate(model: Positional[str], data: str, task: str = "", workers: int = 0
     from vlmo_ray.runs.load import load_all
     from vlmo_ray.session import ray_session
 
+    options = {name: _json(value) for name, value in _options(option).items()}
     weights = load_all(model)  # before Ray, whose start takes seconds
     with ray_session():
-        result = run(weights, data, task, num_workers=workers or None)
+        result = run(weights, data, task, num_workers=workers or None, **options)
     keep_in_run(model, result)
     if json_output:
         print(json.dumps(dataclasses.asdict(result)))

@@ -16,13 +16,17 @@ from vlmo_ray.fields import setting
 
 @dataclass(frozen=True)
 class PretrainingConfig(TaskConfig):
-    """Weights and options of the terms. The contrastive term is the mean of its two branches."""
+    """Weights and options of the terms. The contrastive term is the mean of its branches.
+
+    Matching and masked words of weight 0 are left out, with their passes.
+    """
 
     kind: ClassVar[str] = "pretraining"
 
     itc: float = setting(1.0, at_least=0)
     itm: float = setting(1.0, at_least=0)
     mlm: float = setting(0.25, at_least=0)
+    vl_contrast: bool = True  # a second branch, of states that went through the vision-language experts
     mlm_probability: float = setting(0.15, at_least=0, at_most=1)  # of masking a word
     contrast: Literal["softmax", "sigmoid"] = "softmax"
     label_smoothing: float = setting(0.0, at_least=0, below=1)  # of the softmax contrast
@@ -31,13 +35,23 @@ class PretrainingConfig(TaskConfig):
     negatives: Literal["global", "local"] = "global"  # from the whole batch, or from the row's own slice
     itm_share: float = 1.0  # the fraction of each slice's rows that matching is computed for
 
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """Those that the terms need."""
+        used = {"itc": True, "itc_vl": self.vl_contrast, "itm": self.itm > 0, "mlm": self.mlm > 0}
+        return tuple(name for name, is_used in used.items() if is_used)
+
+    def ineffective(self, config: Config) -> dict[str, str]:
+        without = {} if self.itm else {"negatives": "task.itm is 0", "itm_share": "task.itm is 0"}
+        return without | ({} if self.mlm else {"mlm_probability": "task.mlm is 0"})
+
     def check(self, config: Config) -> None:
         model, slice_size = config.model, config.slice_size
-        if model.vl_start == model.depth:
+        if model.vl_start == model.depth and (self.vl_contrast or self.itm or self.mlm):
             raise UserError(f"model.vl_start={model.vl_start} leaves no layer with a vision-language expert; lower it")
-        if missing := [head for head in ("itc", "itc_vl", "itm", "mlm") if head not in model.heads]:
+        if missing := [head for head in self.heads if head not in model.heads]:
             raise UserError(
-                f"model.heads lacks {', '.join(missing)}: pre-training needs the heads itc, itc_vl, itm and mlm"
+                f"model.heads lacks {', '.join(missing)}: the terms of this task need {', '.join(self.heads)}"
             )
         if self.contrast == "sigmoid" and model.init_logit_bias is None:
             raise UserError(

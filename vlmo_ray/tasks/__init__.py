@@ -31,7 +31,7 @@ def build_task(model: VLMo, config: Config, schema: Schema) -> Task:
 def build_evaluation(kind: str, model: VLMo, schema: Schema, **options: Any) -> Evaluation:
     """The evaluation called `kind`, on data of this schema, of any model that has the heads for it.
 
-    Raises UserError for other names.
+    Raises UserError for other names, also of options.
     """
     if kind not in kinds():
         raise UserError(f"there is no task {kind!r}; known: {', '.join(kinds())}")
@@ -40,6 +40,9 @@ def build_evaluation(kind: str, model: VLMo, schema: Schema, **options: Any) -> 
         raise UserError(
             f"{kind} needs weights that were trained for it: evaluate a run of a {kind} recipe with --task {kind}"
         )
+    known = list(inspect.signature(found).parameters)[2:]
+    if unknown := [name for name in options if name not in known]:
+        raise UserError(f"{unknown[0]!r} is not an option of {kind}; it has {', '.join(known) or 'none'}")
     return found(model, schema, **options)
 
 

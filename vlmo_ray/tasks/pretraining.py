@@ -7,14 +7,17 @@ gradient and its hard negatives; `losses` runs the passes over pairs. `train/ste
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from vlmo_ray.config import Config
+from vlmo_ray.config import HEADS, Config
 from vlmo_ray.data.batch import Batch
+from vlmo_ray.data.encoders import Encoder
 from vlmo_ray.data.encoders.pairs import MaskedPairs
+from vlmo_ray.data.encoders.pairs import Pairs as PairEncoder
 from vlmo_ray.data.schema import PAIRS, Schema
 from vlmo_ray.data.text import IGNORED_LABEL
 from vlmo_ray.model.flops import step_flops
@@ -27,17 +30,16 @@ from vlmo_ray.objectives.matching import hard_negatives, matching_loss, rows_to_
 from vlmo_ray.objectives.pairs import Pairs
 from vlmo_ray.recipes.pretraining import PretrainingConfig
 from vlmo_ray.rng import Noise, stream
-from vlmo_ray.tasks.retrieval import Retrieval
-from vlmo_ray.tasks.task import Counts, GlobalTask, Losses, Pass, Term, given, pixels
+from vlmo_ray.tasks.task import Counts, Evaluation, GlobalTask, Losses, Pass, Term, given, pixels
 
-IMAGE, TEXT, IMAGE_VL, TEXT_VL = range(4)
+IMAGE, TEXT = range(2)  # of the main branch; then those of the VL branch
 
 
 @dataclass
 class Unimodal:
     """The dual-encoder side of a micro-batch, and what its pair passes share with it."""
 
-    features: Tensor  # [b, 4, D], L2-normalised: image, text, image and text of the VL branch
+    features: Tensor  # [b, 4, D], L2-normalised: image, text, image and text of the VL branch (2 without that)
     image_tokens: Tensor  # [b, P, D] embedded, before the first layer
     bias: Tensor | None  # [L, H, S, S]
 
@@ -46,7 +48,7 @@ class Unimodal:
 class Plan:
     """What the global batch means for local rows; sliced along with the micro-batches."""
 
-    feature_grad: Tensor  # [b, 4, D], of the contrastive losses
+    feature_grad: Tensor  # as the features, of the contrastive losses
     asked: Tensor  # bool [b], on the CPU: the rows that matching is computed for
     negative_image: Tensor  # uint8 [b, 3, H, W], one for each text
     negative_text: Tensor  # int64 [b, T], one for each image
@@ -67,16 +69,14 @@ class Totals:
 
     kept: Tensor  # pairs with all three matching rows
     targets: Tensor  # masked tokens to predict
-    branches: tuple[Contrast, Contrast]
+    branches: list[Contrast]  # main, VL
     negative_similarity: Tensor  # local sum of the cosines of the chosen negatives, 2 per kept pair
     without_negative: Tensor  # local count of valid rows that were asked and have no candidate
     exchanged_bytes: int
 
 
 class Pretraining(GlobalTask):
-    """VLMo pre-training; the three objectives share every weight of the model."""
-
-    shown = ("itc", "itm", "mlm")
+    """VLMo pre-training; the three objectives share every weight of the model. Terms may be left out."""
 
     def __init__(self, model: VLMo, config: Config, schema: Schema = PAIRS):
         super().__init__(model, config, schema)
@@ -84,44 +84,57 @@ class Pretraining(GlobalTask):
         self.settings = config.task
         self.data = config.data
         self.slice_size = config.slice_size
+        self.matches, self.predicts = self.settings.itm > 0, self.settings.mlm > 0
+        self.shown = tuple(name for name in self.settings.heads if name != "itc_vl")
 
     @property
-    def itc(self) -> ContrastHead:
-        return given(self.model.itc)
+    def contrasts(self) -> dict[str, ContrastHead]:
+        """The contrastive terms and their heads."""
+        main = {"itc": given(self.model.itc)}
+        return main | {"itc_vl": given(self.model.itc_vl)} if self.settings.vl_contrast else main
 
-    @property
-    def itc_vl(self) -> ContrastHead:
-        return given(self.model.itc_vl)
-
-    def encoder(self) -> MaskedPairs:
+    def encoder(self) -> Encoder:
         config = self.model.config
+        if not self.predicts:
+            return PairEncoder(config.image_size, config.max_text_len, self.data)
         return MaskedPairs(
             config.image_size, config.max_text_len, self.data, config.vocab_size, self.settings.mlm_probability
         )
 
     def trainable(self, name: str) -> bool:
-        """Not the heads of other tasks, which no term reaches."""
-        return not name.startswith(("model.vqa.", "model.nlvr2."))
+        """Only what a term reaches: not the heads of others, nor VL experts that nothing passes through."""
+        _, inside, rest = name.partition("model.layers.")
+        if inside and ".experts.vl." in rest:
+            return self.matches or self.predicts or self.settings.vl_contrast
+        head = name.removeprefix("model.").partition(".")[0]
+        return head in self.settings.heads if head in HEADS else head != "pooler" or self.matches
 
-    def evaluation(self, schema: Schema) -> Retrieval:
+    def evaluation(self, schema: Schema) -> Evaluation:
+        from vlmo_ray.tasks.retrieval import Retrieval  # which trains by this module
+
         return Retrieval(self.model, schema)
 
     def passes(self) -> list[Pass]:
         config = self.model.config
         text_len, top = config.max_text_len, config.depth - config.vl_start
         pair = Pass(text_len, image=True)
-        unimodal = [Pass(0, True), Pass(text_len, False), Pass(0, True, top), Pass(text_len, False, top)]
-        return [*unimodal, pair, pair, pair, pair]
+        unimodal = [Pass(0, True), Pass(text_len, False)]
+        branch = [Pass(0, True, top), Pass(text_len, False, top)] if self.settings.vl_contrast else []
+        return [*unimodal, *branch, *[pair] * (3 * self.matches + self.predicts)]
 
     def head_bytes_per_row(self) -> float:
         """Masked words alone get logits: bf16, float32, and their log-softmax."""
         config = self.model.config
-        return 10.0 * self.settings.mlm_probability * config.max_text_len * config.vocab_size
+        each = 10.0 * self.settings.mlm_probability * config.max_text_len * config.vocab_size
+        return each if self.predicts else 0.0
 
     def flops_per_row(self) -> float:
-        return step_flops(self.model.config, self.model.config.max_text_len)
+        config, whole = self.model.config, len(self.settings.heads) == 4
+        return step_flops(config, config.max_text_len) if whole else super().flops_per_row()
 
     def without_losses(self, batch: Batch) -> Batch:
+        if not self.predicts:
+            return batch.without_valid()
         labels = torch.full_like(batch.mlm_labels, IGNORED_LABEL)
         return batch.without_valid().with_columns(mlm_labels=labels)
 
@@ -133,34 +146,37 @@ class Pretraining(GlobalTask):
 
         bias = model.position_bias(batch.text_ids.shape[1])
         tokens = model.embed_image(pixels(model, batch.image))
-        image = model.encode(image=tokens, bias=bias, vl_branch=True, noise=noise("image"))
+        both = self.settings.vl_contrast
+        image = model.encode(image=tokens, bias=bias, vl_branch=both, noise=noise("image"))
         text = model.encode(
-            text=batch.text_ids, text_mask=batch.text_mask, bias=bias, vl_branch=True, noise=noise("text")
+            text=batch.text_ids, text_mask=batch.text_mask, bias=bias, vl_branch=both, noise=noise("text")
         )
-        features = torch.stack(
-            [
-                self.itc.image(given(image.image)[:, 0]),
-                self.itc.text(given(text.text)[:, 0]),
-                self.itc_vl.image(given(image.image_vl)[:, 0]),
-                self.itc_vl.text(given(text.text_vl)[:, 0]),
-            ],
-            dim=1,
-        )
-        return Unimodal(features, tokens, bias)
+        states = [(image.image, text.text), (image.image_vl, text.text_vl)]
+        features: list[Tensor] = []
+        for head, (images, texts) in zip(self.contrasts.values(), states, strict=False):
+            features += [head.image(given(images)[:, 0]), head.text(given(texts)[:, 0])]
+        return Unimodal(torch.stack(features, dim=1), tokens, bias)
 
     @torch.no_grad()
     def plan(self, batch: Batch, features: Tensor, workers: Workers, step: int) -> tuple[Plan, Totals]:
-        """`batch` and `features` `[b, 4, D]` are all rows of this worker; the collectives of a step are here."""
-        facts = torch.stack(
-            [batch.image_key, batch.text_key, batch.valid.long(), (batch.mlm_labels >= 0).sum(dim=1)], dim=1
-        )
+        """`batch` and `features` are all rows of this worker; the collectives of a step are here."""
+        own_targets = (batch.mlm_labels >= 0).sum(dim=1) if self.predicts else torch.zeros_like(batch.position)
+        facts = torch.stack([batch.image_key, batch.text_key, batch.valid.long(), own_targets], dim=1)
         image_key, text_key, valid, targets = workers.gather(facts).unbind(1)
         valid = valid.bool()
         pairs = Pairs(image_key, text_key, valid, workers.first, len(batch))
 
         everything = workers.gather(features)
-        main = self._contrast(self.itc, features[:, :2], everything[:, :2], pairs, workers)
-        vl = self._contrast(self.itc_vl, features[:, 2:], everything[:, 2:], pairs, workers)
+        branches = [
+            self._contrast(head, features[:, i : i + 2], everything[:, i : i + 2], pairs, workers)
+            for head, i in zip(self.contrasts.values(), (0, 2), strict=False)
+        ]
+        feature_grad = torch.stack([grad for c in branches for grad in (c.image_grad, c.text_grad)], dim=1)
+        feature_grad *= self.settings.feature_grad_scale
+        if not self.matches:
+            nobody, nothing = torch.zeros_like(batch.valid), torch.zeros((), device=features.device)
+            plan = Plan(feature_grad, nobody.cpu(), batch.image, batch.text_ids, batch.text_mask, nobody)
+            return plan, Totals(nobody.sum(), targets.sum(), branches, nothing, nothing, 0)
 
         asked = rows_to_match(workers.first, len(batch), self.slice_size, self.settings.itm_share)
         rows = asked.to(features.device)
@@ -170,7 +186,7 @@ class Pretraining(GlobalTask):
             chosen = hard_negatives(
                 features[:, of],
                 everything[:, among],
-                self.itc.log_scale,
+                given(self.model.itc).log_scale,
                 pairs,
                 stream(self.seed, purpose, step),
                 asked=rows,
@@ -192,9 +208,8 @@ class Pretraining(GlobalTask):
         texts = workers.gather(batch.text_ids.masked_fill(~batch.text_mask, -1).to(torch.int32))
         text = texts[text_for_image].long()
 
-        feature_grad = torch.stack([main.image_grad, main.text_grad, vl.image_grad, vl.text_grad], dim=1)
         plan = Plan(
-            feature_grad=feature_grad * self.settings.feature_grad_scale,
+            feature_grad=feature_grad,
             asked=torch.zeros(len(batch), dtype=torch.bool).index_fill_(0, asked, True),
             negative_image=images,
             negative_text=text.clamp(min=0),
@@ -204,7 +219,7 @@ class Pretraining(GlobalTask):
         totals = Totals(
             kept=choice[:, 1].sum(),
             targets=targets.sum(),
-            branches=(main, vl),
+            branches=branches,
             negative_similarity=(similarity * kept).sum(),
             without_negative=batch.valid[rows].sum() - kept.sum(),
             exchanged_bytes=exchanged,
@@ -224,8 +239,7 @@ class Pretraining(GlobalTask):
     def closing(self, totals: Totals) -> Losses:
         """The contrast's values, and terms whose backward gives its gradients to temperatures and biases."""
         terms = {}
-        heads = {"itc": self.itc, "itc_vl": self.itc_vl}
-        for (name, head), branch in zip(heads.items(), totals.branches, strict=True):
+        for (name, head), branch in zip(self.contrasts.items(), totals.branches, strict=True):
             term = head.log_scale * branch.scale_grad
             if head.logit_bias is not None:
                 term = term + head.logit_bias * given(branch.bias_grad)
@@ -238,62 +252,73 @@ class Pretraining(GlobalTask):
         return Losses(terms, sums)
 
     def metrics(self, sums: Counts, totals: Totals) -> dict[str, Tensor]:
-        kept, targets = totals.kept.to(torch.float64), totals.targets.to(torch.float64)
-        main, vl = totals.branches
-        return {
-            "itm_accuracy": sums["itm_right"] / (3 * kept).clamp(min=1),
-            "mlm_accuracy": sums["mlm_right"] / targets.clamp(min=1),
-            "negative_similarity": sums["negative_similarity"] / (2 * kept).clamp(min=1),
-            "temperature": main.temperature,
-            "temperature_vl": vl.temperature,
-            "pairs_without_negative": sums["without_negative"],
-            "exchanged_bytes": sums["exchanged_bytes"],
-        }
+        temperatures = [branch.temperature for branch in totals.branches]
+        names = ["temperature", "temperature_vl"]
+        found = dict(zip(names, temperatures, strict=False))
+        if self.matches:
+            kept = totals.kept.to(torch.float64)
+            found |= {
+                "itm_accuracy": sums["itm_right"] / (3 * kept).clamp(min=1),
+                "negative_similarity": sums["negative_similarity"] / (2 * kept).clamp(min=1),
+                "pairs_without_negative": sums["without_negative"],
+                "exchanged_bytes": sums["exchanged_bytes"],
+            }
+        if self.predicts:
+            found["mlm_accuracy"] = sums["mlm_right"] / totals.targets.to(torch.float64).clamp(min=1)
+        return found
 
     def warning(self, figures: dict[str, float], num_rows: int) -> str:
-        nobody = figures["pairs_without_negative"] > 0 and figures["itm"] == 0.0
+        nobody = figures.get("pairs_without_negative", 0) > 0 and figures["itm"] == 0.0
         matching = "no pair has a hard negative, so matching is not trained; the data needs pairs of different images"
         return super().warning(figures, num_rows) or (matching if nobody else "")
 
     def losses(self, batch: Batch, encoded: Unimodal, plan: Plan, totals: Totals, step: int) -> Losses:
-        """The pair passes of a micro-batch: three for matching, one for masked language modelling.
+        """The terms of a micro-batch, with its pair passes: three for matching, one for masked language modelling.
 
         The contrastive terms hand on the gradients at the features; their values are in `totals.branches`.
         """
+        model, weights = self.model, self.settings
+        terms: dict[str, Term] = {}
+        sums: Counts = {}
+
+        def pair(name: str, position: Tensor, image: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+            noise = self.noise(name, position, step)
+            return given(model.encode(image=image, text=text, text_mask=mask, bias=encoded.bias, noise=noise).text)
+
+        branches = (encoded.features * plan.feature_grad).sum(dim=(0, 2)).view(-1, 2).sum(dim=1)
+        for name, term, total in zip(self.contrasts, branches, totals.branches, strict=True):
+            terms[name] = Term(term, weights.itc / len(branches), torch.zeros_like(total.loss))
+        if self.matches:
+            term, sums["itm_right"] = self._matching(batch, encoded, plan, totals, pair)
+            terms["itm"] = Term(term, weights.itm)
+        if self.predicts:
+            hidden = pair("mlm", batch.position, encoded.image_tokens, batch.mlm_ids, batch.text_mask)
+            target = batch.mlm_labels >= 0
+            logits = given(model.mlm)(hidden[target])
+            term, sums["mlm_right"] = masked_lm_loss(logits, batch.mlm_labels[target], totals.targets)
+            terms["mlm"] = Term(term, weights.mlm)
+        return Losses(terms, sums)
+
+    def _matching(
+        self, batch: Batch, encoded: Unimodal, plan: Plan, totals: Totals, pair: Callable[..., Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """(loss, number of right predictions) of a micro-batch's rows that matching is computed for."""
         model, itm_head, pooler = self.model, given(self.model.itm), given(self.model.pooler)
         rows = None if plan.asked.all() else plan.asked.nonzero().squeeze(1).to(batch.position.device)
 
         def asked(x: Tensor) -> Tensor:
             return x if rows is None else x[rows]
 
-        def pair(name: str, position: Tensor, image: Tensor, text: Tensor, mask: Tensor) -> Tensor:
-            noise = self.noise(name, position, step)
-            return given(model.encode(image=image, text=text, text_mask=mask, bias=encoded.bias, noise=noise).text)
-
         def match(name: str, image: Tensor, text: Tensor, mask: Tensor) -> Tensor:
             states = pair(name, asked(batch.position), image, asked(text), asked(mask))
             return itm_head(pooler(states[:, 0]))
 
-        tokens = encoded.image_tokens
-        shown = asked(tokens)
+        shown = asked(encoded.image_tokens)
         other = model.embed_image(pixels(model, asked(plan.negative_image)))
-        itm, itm_right = matching_loss(
+        return matching_loss(
             match("itm_positive", shown, batch.text_ids, batch.text_mask),
             match("itm_negative_image", other, batch.text_ids, batch.text_mask),
             match("itm_negative_text", shown, plan.negative_text, plan.negative_mask),
             asked(plan.kept),
             totals.kept,
         )
-        hidden = pair("mlm", batch.position, tokens, batch.mlm_ids, batch.text_mask)
-        target = batch.mlm_labels >= 0
-        mlm, mlm_right = masked_lm_loss(given(model.mlm)(hidden[target]), batch.mlm_labels[target], totals.targets)
-
-        itc, itc_vl = (encoded.features * plan.feature_grad).sum(dim=(0, 2)).view(2, 2).sum(dim=1)
-        weights, nothing = self.settings, torch.zeros_like(totals.branches[0].loss)
-        terms = {  # the contrastive term is the mean of its two branches
-            "itc": Term(itc, weights.itc * 0.5, nothing),
-            "itc_vl": Term(itc_vl, weights.itc * 0.5, nothing),
-            "itm": Term(itm, weights.itm),
-            "mlm": Term(mlm, weights.mlm),
-        }
-        return Losses(terms, {"itm_right": itm_right, "mlm_right": mlm_right})

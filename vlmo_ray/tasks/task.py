@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -135,7 +135,7 @@ class Task(nn.Module):
     attributes beside `model`; they are stored as `task.<name>`, those of the model under their own names.
     """
 
-    shown: ClassVar[tuple[str, ...]] = ()  # metrics on the console line, beside the loss
+    shown: tuple[str, ...] = ()  # metrics on the console line, beside the loss
 
     def __init__(self, model: VLMo, config: Config, schema: Schema):
         super().__init__()
