@@ -225,7 +225,8 @@ def evaluate(
         model: a run, an imported folder or an official checkpoint.
         data: the data set: `s3://bucket/prefix` or a folder.
         task: what to measure; default: the task that the run was trained for, or retrieval.
-        option: an option of the evaluation, `--option name=value`. retrieval: subset, folds; matching: top.
+        option: an option of the evaluation, `--option name=value`. retrieval: subset, folds; matching:
+            top; zero_shot: templates, names.
         workers: the number of actors; 0: one per GPU, or half the CPUs.
         json_output: print one JSON object instead of a table.
     """

@@ -23,7 +23,7 @@ class RetrievalConfig(PretrainingConfig):
 
 
 def retrieval_coco_base() -> Config:
-    """VLMo-Base on COCO at 384 px; aim: R@1 of texts 74.8, of images 57.2 on 5k (paper Table 3).
+    """VLMo-Base on COCO at 384 px; aim: R@1 of texts 74.8, of images 57.2 on 5k (paper section 4.3).
 
     `vlmo train retrieval_coco_base --data s3://... --set init=imported/`. Not run at this size.
     """
@@ -54,7 +54,7 @@ def retrieval_coco_base_plus() -> Config:
 
 
 def retrieval_coco_large() -> Config:
-    """VLMo-Large on COCO; aim: R@1 78.2 and 60.6 (paper Table 3). Not run at this size."""
+    """VLMo-Large on COCO; aim: R@1 78.2 and 60.6 (paper section 4.3). Not run at this size."""
     return _of_size(retrieval_coco_base(), "large", 2e-5, micro_batch=32)
 
 

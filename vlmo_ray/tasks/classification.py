@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -91,12 +92,18 @@ class TopK(Evaluation):
         return self.task.encoder()
 
     def rows(self, batch: Batch) -> dict[str, Tensor]:
-        logits = self.task.logits(batch.image)
-        own = logits.gather(1, batch.label[:, None])
-        # a wrong class as high as the right one stands before it
-        return {"rank": (logits >= own).sum(dim=1) - 1}
+        return {"rank": rank_of(self.task.logits(batch.image), batch.label)}
 
     def score(self, blocks: Iterable[Columns]) -> dict[str, Score]:
-        rank, num_classes = joined(blocks)["rank"], len(self.task.names)
-        ks = (1, 5) if num_classes > 5 else (1,)
-        return {f"top{k}": Score(float((rank < k).mean()), k / num_classes, len(rank)) for k in ks}
+        return top_k(joined(blocks)["rank"], len(self.task.names))
+
+
+def rank_of(logits: Tensor, label: Tensor) -> Tensor:
+    """How many classes stand before the right one, [B]; a wrong class as high as the right one does."""
+    return (logits >= logits.gather(1, label[:, None])).sum(dim=1) - 1
+
+
+def top_k(rank: np.ndarray, num_classes: int) -> dict[str, Score]:
+    """The shares of images whose class is among the 1 and the 5 highest."""
+    ks = (1, 5) if num_classes > 5 else (1,)
+    return {f"top{k}": Score(float((rank < k).mean()), k / num_classes, len(rank)) for k in ks}
