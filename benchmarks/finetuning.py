@@ -52,6 +52,11 @@ def nlvr2_rows(count: int, split: str):
         yield {name: row[name] for name in ("id", "image_id", "image", "text", "label", "forbid")} | own
 
 
+def write(place: str, rows, **options) -> None:
+    if not Path(place).exists():
+        write_dataset(place, rows, **options)
+
+
 def run(config: Config, data: str, folder: str, eval_data: str = "") -> Store:
     spec = RunSpec(config, data, folder, load_manifest(data).fingerprint, eval_data, in_process_data=True)
     outcome = train(spec)
@@ -71,7 +76,7 @@ def main(
     pretraining = dataclasses.replace(recipe("demo"), phases=(Phase(pretrain_steps, 96),), log_every=100)
     with contextlib.ExitStack() as stack:
         folder = str(keep or stack.enter_context(tempfile.TemporaryDirectory()))
-        write_dataset(f"{folder}/pairs", declared(records(1, 20_000, image_size=32)))
+        write(f"{folder}/pairs", declared(records(1, 20_000, image_size=32)))
         run(pretraining, f"{folder}/pairs", f"{folder}/pretrained")
         for task in tasks:
             rows, schema = {"vqa": (vqa_rows, VQA), "nlvr2": (nlvr2_rows, NLVR2)}[task]
@@ -79,7 +84,7 @@ def main(
                 ("train", 6000 if task == "vqa" else 20_000),
                 ("eval", 500 if task == "vqa" else 2000),
             ):
-                write_dataset(f"{folder}/{task}-{split}", rows(count, split), schema=schema)
+                write(f"{folder}/{task}-{split}", rows(count, split), schema=schema)
             for seed in range(1, seeds + 1):
                 for start in (f"{folder}/pretrained", ""):
                     config = recipe(f"{task}_tiny")
@@ -87,7 +92,7 @@ def main(
                     config = dataclasses.replace(
                         config, model=model, phases=(Phase(steps, 64),), seed=seed, init=start, evaluate_every=steps
                     )
-                    place = f"{folder}/{task}-{seed}-{bool(start)}"
+                    place = f"{folder}/{task}-{steps}-{seed}-{bool(start)}"
                     store = run(config, f"{folder}/{task}-train", place, f"{folder}/{task}-eval")
                     [(_, result)] = read_evaluations(store)
                     score = result.scores["accuracy"]

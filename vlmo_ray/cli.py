@@ -217,7 +217,13 @@ def tune(
 
 
 def evaluate(
-    model: Positional[str], data: str, task: str = "", option: Options = (), workers: int = 0, json_output: bool = False
+    model: Positional[str],
+    data: str,
+    task: str = "",
+    option: Options = (),
+    submission: str = "",
+    workers: int = 0,
+    json_output: bool = False,
 ) -> None:
     """Evaluate weights on a data set. A run keeps the result beside its metrics.
 
@@ -227,15 +233,17 @@ def evaluate(
         task: what to measure; default: the task that the run was trained for, or retrieval.
         option: an option of the evaluation, `--option name=value`. retrieval: subset, folds; matching:
             top; zero_shot: templates, names.
+        submission: also write the file for the benchmark's server, of VQA (EvalAI's JSON) and NLVR2 (CSV); may be on
+            `s3://`. Refused if a row of the data set is missing.
         workers: the number of actors; 0: one per GPU, or half the CPUs.
         json_output: print one JSON object instead of a table.
     """
-    import dataclasses
-
     from rich.console import Console
 
+    from vlmo_ray.data.store import store_and_name
     from vlmo_ray.evaluate import evaluate as run
-    from vlmo_ray.runs.evaluations import keep_in_run, table
+    from vlmo_ray.runs.evaluations import as_dict, keep_in_run, table
+    from vlmo_ray.runs.evaluations import submission as file_of
     from vlmo_ray.runs.load import load_all
     from vlmo_ray.session import ray_session
 
@@ -244,12 +252,17 @@ def evaluate(
     with ray_session():
         result = run(weights, data, task, num_workers=workers or None, **options)
     keep_in_run(model, result)
+    if submission:
+        store, name = store_and_name(submission)
+        store.write(name, file_of(result))
     if json_output:
-        print(json.dumps(dataclasses.asdict(result)))
+        print(json.dumps(as_dict(result)))
     else:
         Console().print(table(result, f"{task or 'evaluation'} on {data}"))
         for problem in result.problems:
             print(f"left out: {problem}")
+        if result.remark:
+            print(result.remark)
 
 
 def import_(official: Positional[str], out: Positional[str]) -> None:

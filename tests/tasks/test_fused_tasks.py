@@ -4,8 +4,10 @@ The oracles are a plain step with autograd, one process where there are several,
 """
 
 import dataclasses
+import json
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 import torch.nn.functional as F
@@ -24,7 +26,7 @@ from vlmo_ray.objectives.gather import Workers
 from vlmo_ray.recipes.entailment import EntailmentConfig
 from vlmo_ray.recipes.nlvr2 import Nlvr2Config
 from vlmo_ray.recipes.vqa import VqaConfig
-from vlmo_ray.runs.evaluations import read_evaluations
+from vlmo_ray.runs.evaluations import Result, read_evaluations, submission
 from vlmo_ray.runs.metrics import read_metrics
 from vlmo_ray.tasks import build_task
 from vlmo_ray.tasks.entailment import Entailment
@@ -264,3 +266,63 @@ def test_what_does_not_fit_is_refused():
         Entailment(model, config_of("entailment"), Schema((IMAGE, TEXT)))
     with pytest.raises(UserError, match="'image_2'"):
         Nlvr2Accuracy(VLMo(config_of("nlvr2").model), SCHEMAS["entailment"])
+
+
+def result_of(kind: str, data: str, **changes) -> Result:
+    ids = changes.pop("ids", ["7", "12", "3"])
+    words = {"vqa": ["red", "2", "yes"], "nlvr2": ["True", "False", "True"], "entailment": ["neutral"] * 3}[kind]
+    table = pa.table({"id": ids, "prediction": words, "score": [0.5] * 3})
+    evaluation = make_task(kind).evaluation(SCHEMAS[kind])
+    return dataclasses.replace(Result({}, data, 3, (), "", table, evaluation.submission), **changes)
+
+
+def test_submissions_have_the_form_that_servers_take(tmp_path):
+    vqa = json.loads(submission(result_of("vqa", str(tmp_path))))
+    assert vqa == [
+        {"question_id": 7, "answer": "red"},
+        {"question_id": 12, "answer": "2"},
+        {"question_id": 3, "answer": "yes"},
+    ]
+    ids = ["dev-1-0-0", "dev-1-0-1", "dev-2-0-0"]
+    lines = submission(result_of("nlvr2", str(tmp_path), ids=ids)).decode()
+    assert lines == "dev-1-0-0,True\ndev-1-0-1,False\ndev-2-0-0,True\n"
+
+
+def test_half_a_submission_is_refused(tmp_path):
+    data = str(tmp_path)
+    with pytest.raises(UserError, match="1 rows are missing in the file, the first: shard#3: no image"):
+        submission(result_of("vqa", data, problems=("shard#3: no image",)))
+    with pytest.raises(UserError, match="has '7' and 0 other ids twice"):
+        submission(result_of("vqa", data, ids=["7", "12", "7"]))
+    with pytest.raises(UserError, match="no form of submission"):
+        submission(result_of("entailment", data))
+    with pytest.raises(UserError, match="no predictions"):
+        submission(result_of("vqa", data, predictions=None))
+    counts = {"read": 5, "kept": 3, "dropped": {"the image is missing": 2}}
+    (tmp_path / "prepare.json").write_text(json.dumps({"counts": counts}))
+    with pytest.raises(UserError, match=r"lacks 2 records that were dropped .* \(2: the image is missing\)"):
+        submission(result_of("vqa", data))
+    (tmp_path / "prepare.json").write_text(json.dumps({"counts": counts | {"read": 3, "dropped": {}}}))
+    assert len(json.loads(submission(result_of("vqa", data)))) == 3
+
+
+def test_a_model_that_sits_at_the_majority_class_is_told():
+    evaluation = make_task("nlvr2").evaluation(SCHEMAS["nlvr2"])
+    rows = {"label": np.arange(100) % 2, "sentence_key": np.arange(100) // 2}
+    for chosen, words in ((np.ones(100), "judged True"), (np.zeros(100), "judged False"), (rows["label"], "")):
+        scores = evaluation.score([rows | {"chosen": chosen.astype(int)}])
+        remark = evaluation.remark(scores)
+        assert words in remark and bool(words) == bool(remark)
+
+
+def test_weights_with_another_head_or_list_are_refused_with_both_named(data, tmp_path):
+    answers = Field("answers", "answers", ("red", "left", "2", "yes", "no"))
+    other = Schema((IMAGE, TEXT, answers, *SCHEMAS["vqa"].fields[3:]))
+    trained = config_of("vqa")
+    first = train(job(f"{data}/vqa", tmp_path / "first", dataclasses.replace(trained, evaluate_every=0)))
+    assert first.step == 6
+    rows = ({**record("vqa", i), "answers": [{"answer": "left", "score": 1.0}]} for i in range(23))
+    write_dataset(str(tmp_path / "other"), rows, schema=other)
+    start = dataclasses.replace(trained, evaluate_every=0, init=str(tmp_path / "first"))
+    outcome = train(job(str(tmp_path / "other"), tmp_path / "second", start))
+    assert "another list of answers" in outcome.stopped and "'blue'" in outcome.stopped and "'left'" in outcome.stopped

@@ -307,6 +307,15 @@ class Store:
                 self.fs.delete_dir(self.path(folder))
 
 
+def store_and_name(uri: str) -> tuple[Store, str]:
+    """Where a file is to be written. Raises UserError for a folder."""
+    folder, _, name = uri.rpartition("/")
+    store = Store(folder or ("/" if uri.startswith("/") else "."))
+    if not name or (not store.is_s3 and os.path.isdir(store.path(name))):
+        raise UserError(f"{uri} does not name a file; add its name")
+    return store, name
+
+
 def open_store(uri: str, *, create: bool = False, retry_timeout_s: float = 0.0) -> Store:
     """The store at `uri`, after a check that takes seconds, whatever `retry_timeout_s` is.
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from vlmo_ray.runs.checkpoints import Checkpoints
 from vlmo_ray.tasks.task import Columns, Evaluation, Score
 
 _FOLDER = "evaluations"
+PREPARED = "prepare.json"  # what `vlmo prepare` leaves in a data set
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,10 @@ class Result:
     data: str  # URI of the data set
     num_rows: int  # that were scored
     problems: tuple[str, ...] = ()  # address and reason of rows that were left out
+    remark: str = ""
     predictions: pa.Table | None = field(default=None, compare=False, repr=False)
+    # makes the file for the benchmark's server from ids and predictions
+    submission: Callable[[list[str], list[str]], bytes] | None = field(default=None, compare=False, repr=False)
 
     def __getitem__(self, name: str) -> float:
         return self.scores[name].value
@@ -64,7 +69,9 @@ def scored(evaluation: Evaluation, blocks: Iterable[Columns], data: str) -> Resu
             raise UserError(why)
 
     scores = evaluation.score(valid_rows())
-    return Result(scores, data, num_valid, tuple(problems), pa.concat_tables(predicted) if predicted else None)
+    predictions = pa.concat_tables(predicted) if predicted else None
+    remark = evaluation.remark(scores)
+    return Result(scores, data, num_valid, tuple(problems), remark, predictions, evaluation.submission)
 
 
 def keep(run: Store, step: int, result: Result) -> None:
@@ -73,9 +80,36 @@ def keep(run: Store, step: int, result: Result) -> None:
     if result.predictions is not None:
         with run.create(f"{name}.parquet") as file:
             pq.write_table(result.predictions, file, compression="zstd")
-    content = {"step": step} | dataclasses.asdict(dataclasses.replace(result, predictions=None))
-    del content["predictions"]
+    content = {"step": step} | as_dict(result)
     run.write(f"{name}.json", json.dumps(content, indent=1, default=np.generic.item).encode())
+
+
+def as_dict(result: Result) -> dict:
+    """The result for JSON, without predictions."""
+    content = dataclasses.asdict(dataclasses.replace(result, predictions=None, submission=None))
+    del content["predictions"], content["submission"]
+    return content
+
+
+def submission(result: Result) -> bytes:
+    """The file that the benchmark's server takes, of all rows of the data set.
+
+    Raises UserError if rows are missing or doubled, and for a task without such a file: servers refuse half a file.
+    """
+    if result.predictions is None or result.submission is None:
+        raise UserError("this task has no predictions to submit")
+    if result.problems:
+        raise UserError(f"{len(result.problems):,} rows are missing in the file, the first: {result.problems[0]}")
+    prepared = Store(result.data)
+    if prepared.exists(PREPARED):
+        counts = json.loads(prepared.read(PREPARED)).get("counts") or {"dropped": {"unfinished": 1}}
+        if lost := sum(counts["dropped"].values()):
+            reasons = "; ".join(f"{n:,}: {reason}" for reason, n in counts["dropped"].items())
+            raise UserError(f"{result.data} lacks {lost:,} records that were dropped when it was prepared ({reasons})")
+    ids, predicted = (result.predictions[name].to_pylist() for name in ("id", "prediction"))
+    if twice := [name for name, count in Counter(ids).items() if count > 1]:
+        raise UserError(f"{result.data} has {twice[0]!r} and {len(twice) - 1:,} other ids twice")
+    return result.submission(ids, predicted)
 
 
 def keep_in_run(path: str, result: Result) -> None:
@@ -95,7 +129,8 @@ def read_evaluations(run: Store, after: int = -1) -> list[tuple[int, Result]]:
             continue
         content = json.loads(run.read(name))
         scores = {key: Score(**score) for key, score in content["scores"].items()}
-        result = Result(scores, content["data"], content["num_rows"], tuple(content["problems"]))
+        problems, remark = tuple(content["problems"]), content.get("remark", "")
+        result = Result(scores, content["data"], content["num_rows"], problems, remark)
         found.append((content["step"], result))
     return found
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vlmo_ray.config import Config
 from vlmo_ray.data.schema import PAIRS, Schema
-from vlmo_ray.data.store import Store, open_store
+from vlmo_ray.data.store import Store, open_store, store_and_name
 from vlmo_ray.errors import UserError
 from vlmo_ray.model.vlmo import VLMo
 from vlmo_ray.overrides import from_dict, to_dict
@@ -93,10 +93,10 @@ def load(path: str | Path, **options) -> VLMo:
         return folders.load_model(local, **options)
 
 
-def load_all(path: str | Path) -> Loaded:
+def load_all(path: str | Path, **options) -> Loaded:
     """The model at `path`, as for `load`, with what is known about its task."""
     with _model_folder(str(path)) as local:
-        model = folders.load_model(local)
+        model = folders.load_model(local, **options)
         described = Path(local) / _TASK
         if not described.is_file():
             return Loaded(model)
@@ -108,10 +108,9 @@ def load_all(path: str | Path) -> Loaded:
 
 def export(path: str | Path, out: str | Path) -> None:
     """Writes the model at `path` (as for `load`) under the official keys into the file `out`, which may be `s3://`."""
-    folder, _, name = str(out).rstrip("/").rpartition("/")
-    target = Store(folder or ("/" if str(out).startswith("/") else "."))
-    if str(out).endswith("/") or not Path(name).suffix or (not target.is_s3 and Path(target.path(name)).is_dir()):
-        raise UserError(f"{out} does not name a file; write for example {str(out).rstrip('/')}/model.pt")
+    target, name = store_and_name(str(out))
+    if not Path(name).suffix:
+        raise UserError(f"{out} does not name a file; write for example {out}/model.pt")
     with _model_folder(str(path)) as local, scratch() as folder:
         folders.export_official(local, folder / name)
         target.upload(folder / name, name)

@@ -118,11 +118,23 @@ class Nlvr2Accuracy(ZeroShot):
         chosen, truth = names[block["chosen"]], names[block["label"]]
         return {"id": block["id"], "prediction": chosen, "score": block["score"], "truth": truth}
 
+    def submission(self, ids: list[str], predictions: list[str]) -> bytes:
+        """The CSV of the official `metrics.py`: identifier,True or identifier,False, without a header."""
+        return "".join(f"{name},{word}\n" for name, word in zip(ids, predictions, strict=True)).encode()
+
+    def remark(self, scores: dict[str, Score]) -> str:
+        share_true = scores["predicted_true"].value
+        if min(share_true, 1 - share_true) > 0.02:
+            return ""
+        word = NAMES[int(share_true > 0.5)]
+        return f"nearly all statements are judged {word}: the model has not left the majority class"
+
     def score(self, blocks: Iterable[Columns]) -> dict[str, Score]:
         found = joined(blocks)
         label, right = found["label"], found["chosen"] == found["label"]
         majority = np.bincount(label, minlength=2).argmax()
         scores = {"accuracy": share(right, float((label == majority).mean()))}
+        scores["predicted_true"] = share(found["chosen"] == 1)
         if "sentence_key" in found:
             _, sentence = np.unique(found["sentence_key"], return_inverse=True)
             chance = _all_of_each(label == majority, sentence).mean()

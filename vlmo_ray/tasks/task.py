@@ -20,6 +20,7 @@ from vlmo_ray.config import HEADS, Config, ModelConfig
 from vlmo_ray.data.batch import Batch
 from vlmo_ray.data.encoders import Encoder
 from vlmo_ray.data.schema import Schema
+from vlmo_ray.errors import UserError
 from vlmo_ray.model.flops import pass_flops
 from vlmo_ray.model.vlmo import VLMo
 from vlmo_ray.objectives.gather import Workers
@@ -105,6 +106,14 @@ class Evaluation:
     def predictions(self, block: Columns) -> Columns:
         """What was predicted for each valid row: id, prediction, score and, where it is known, truth; {} if nothing."""
         return {}
+
+    def remark(self, scores: dict[str, Score]) -> str:
+        """What a person should know beside the scores, "" if nothing."""
+        return ""
+
+    def submission(self, ids: list[str], predictions: list[str]) -> bytes:
+        """The file that the benchmark's server takes. Raises UserError if there is no such form."""
+        raise UserError("this task has no form of submission; the run keeps its predictions as Parquet")
 
 
 class ZeroShot(Evaluation):

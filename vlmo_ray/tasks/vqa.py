@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 
 import numpy as np
@@ -131,6 +132,11 @@ class VqaAccuracy(ZeroShot):
         names = np.array([*self.names, ""], dtype=object)  # -1: no answer of the list is right
         truth = {"truth": names[block["truth"]]} if "truth" in block else {}
         return {"id": block["id"], "prediction": names[block["answer"]], "score": block["score"], **truth}
+
+    def submission(self, ids: list[str], predictions: list[str]) -> bytes:
+        """EvalAI's JSON list."""
+        pairs = zip(ids, predictions, strict=True)
+        return json.dumps([{"question_id": int(name), "answer": answer} for name, answer in pairs]).encode()
 
     def score(self, blocks: Iterable[Columns]) -> dict[str, Score]:
         found = joined(blocks)

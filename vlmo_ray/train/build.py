@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -12,9 +13,10 @@ from vlmo_ray.data.manifest import Manifest, load_manifest
 from vlmo_ray.data.order import Order, Schedule
 from vlmo_ray.data.pipeline import Stream
 from vlmo_ray.data.reader import Reader, Sources
+from vlmo_ray.data.schema import Schema
 from vlmo_ray.errors import UserError
 from vlmo_ray.model.vlmo import VLMo, init_weights
-from vlmo_ray.runs.load import load
+from vlmo_ray.runs.load import load_all
 from vlmo_ray.tasks import build_task
 from vlmo_ray.tasks.task import Task
 from vlmo_ray.weights.resize import fit_state
@@ -46,10 +48,11 @@ class _Uninitialised(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def build_model(config: Config, start: bool = True) -> VLMo:
+def build_model(config: Config, schema: Schema, start: bool = True) -> VLMo:
     """The model at its starting point: random from the seed, or the weights named by `config.init`.
 
-    Without `start` its weights are whatever was in memory, to be filled from a checkpoint.
+    Without `start` its weights are whatever was in memory, to be filled from a checkpoint. Raises UserError if the
+    weights were trained for the same task with other classes or answers than `schema` has.
     """
     with _Uninitialised():
         model = VLMo(config.model)
@@ -57,10 +60,26 @@ def build_model(config: Config, start: bool = True) -> VLMo:
         return model
     init_weights(model, config.seed)
     if config.init:
-        given = load(config.init, allow_missing=True)
-        fitted = fit_state(given.state_dict(), given.config, config.model)
+        given = load_all(config.init, allow_missing=True)
+        if given.config and given.schema and given.config.task.kind == config.task.kind:
+            _check_values(config.init, given.schema, schema)
+        fitted = fit_state(given.model.state_dict(), given.model.config, config.model)
         model.load_state_dict(fitted.state, strict=False)
     return model
+
+
+def _check_values(init: str, trained: Schema, schema: Schema) -> None:
+    for name, what in (("answers", "answers"), ("label", "classes")):
+        if name not in trained or name not in schema:
+            continue
+        before, now = trained.field(name).values, schema.field(name).values
+        if before != now:
+            old, new = next((a, b) for a, b in itertools.zip_longest(before, now) if a != b)
+            raise UserError(
+                f"{init} was trained for another list of {what}: {len(before):,} there and {len(now):,} in the data "
+                f"set, the first difference is {old!r} there and {new!r} here. Prepare the data set with the list of "
+                "the weights, or start from the weights before that training"
+            )
 
 
 def begin(spec: RunSpec, start: bool = True) -> tuple[Manifest, Task]:
@@ -69,7 +88,7 @@ def begin(spec: RunSpec, start: bool = True) -> tuple[Manifest, Task]:
     manifest = load_manifest(spec.data, config.data.retry_timeout_s)
     if manifest.fingerprint != spec.fingerprint:
         raise UserError(f"the data set at {spec.data} changed while the run was starting; start it again")
-    return manifest, build_task(build_model(config, start), config, manifest.schema)
+    return manifest, build_task(build_model(config, manifest.schema, start), config, manifest.schema)
 
 
 def schedule_of(config: Config) -> Schedule:

@@ -272,6 +272,8 @@ class _Run:
             if self.meters is not None:
                 self.meters.later(evaluations.keep, self.store, self.done, result)
             print(f"evaluation at step {self.done}: {evaluations.line(result)}", flush=True)
+            if result.remark:
+                print(result.remark, flush=True)
 
     def save(self) -> str:
         """Writes a checkpoint, and uploads it in the background; or the sentence that says why not.
