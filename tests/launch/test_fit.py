@@ -42,7 +42,9 @@ def test_other_settings_are_taken_on_request(ray_cluster, scenes, tmp_path, monk
     train(job(scenes, tmp_path / "alone"))
     run = begin_at(tmp_path / "runs" / "small", tmp_path / "alone" / "checkpoint-00000008")
     monkeypatch.setitem(RECIPES, "small", lambda: SMALL)
-    command = ["vlmo", "train", "small", "--data", scenes, "--storage", str(run.parent)]
+    monkeypatch.chdir(tmp_path)  # workers have another working directory
+    shutil.copytree(scenes, "data")
+    command = ["vlmo", "train", "small", "--data", "data", "--storage", "runs", "--set", "init=alone"]
     command += ["--set", "seed=5", "--set", "cluster.max_workers=1"]
     monkeypatch.setattr("sys.argv", command)
     with pytest.raises(SystemExit, match="2"):

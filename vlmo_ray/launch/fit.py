@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import functools
 import itertools
 import os
@@ -57,6 +58,7 @@ def fit(
     that the caller can mend, most of it before a worker starts.
     """
     check(config)
+    config, data, eval_data = absolute(config, data, eval_data)
     name = name or config.name
     manifest = load_manifest(data)
     check_shards(manifest, open_store(data))
@@ -107,6 +109,12 @@ def fit(
     if outcome["stopped"]:
         raise (Stopped if outcome["requested"] else UserError)(f"run {name!r} stopped at {outcome['stopped']}")
     return run
+
+
+def absolute(config: Config, data: str, eval_data: str) -> tuple[Config, str, str]:
+    """The same with absolute addresses: workers have another working directory."""
+    init, data, eval_data = (uri and Store(uri).uri for uri in (config.init, data, eval_data))
+    return dataclasses.replace(config, init=init), data, eval_data
 
 
 def check_evaluation(config: Config, eval_data: str) -> None:

@@ -33,7 +33,7 @@ from vlmo_ray.config import Config, check
 from vlmo_ray.data.manifest import load_manifest
 from vlmo_ray.data.store import Store, open_store
 from vlmo_ray.errors import UserError
-from vlmo_ray.launch.fit import Stopped, check_evaluation, fit
+from vlmo_ray.launch.fit import Stopped, absolute, check_evaluation, fit
 from vlmo_ray.launch.ray_private import infeasible_groups
 from vlmo_ray.launch.resources import living_nodes, share
 from vlmo_ray.launch.space import Space, grid, parse_space, settings_of
@@ -266,6 +266,7 @@ def tune(
         prune: stop trials that are behind (ASHA, Li et al. 2020): at every rung the best third goes on.
     """
     check(config)
+    config, data, eval_data = absolute(config, data, eval_data)
     parsed = parse_space(config, space or config.search)
     if trials < 1 or at_once < 1:
         raise UserError(f"trials={trials} and at_once={at_once} must be at least 1")
