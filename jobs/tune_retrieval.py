@@ -1,6 +1,6 @@
 """Search the learning rate of retrieval fine-tuning on COCO.
 
-    ray job submit --working-dir . -- python jobs/tune_retrieval.py --data s3://coco/train \
+    ray job submit --working-dir . -- python jobs/tune_retrieval.py --data s3://coco/train \\
         --eval-data s3://coco/val --storage s3://runs/vlmo --set init=s3://runs/vlmo/pretrain_base
 
 Submit it again after any failure: trials that have ended are not repeated, the others continue from their checkpoints.

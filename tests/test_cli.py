@@ -6,9 +6,11 @@ Most tests call it in their own process; `test_the_process_itself` starts it as 
 import dataclasses
 import json
 import os
+import runpy
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +23,8 @@ from vlmo_ray.model.vlmo import VLMo, init_weights
 from vlmo_ray.recipes import RECIPES
 from vlmo_ray.runs.load import load
 from vlmo_ray.weights.folder import export_official, save_model
+
+JOBS = Path(__file__).parent.parent / "jobs"
 
 
 @pytest.fixture(scope="module")
@@ -141,3 +145,14 @@ def test_a_folder_that_is_a_file_is_refused(vlmo, tmp_path):
     save_model(model, tmp_path / "ours")
     export_official(tmp_path / "ours", tmp_path / "model.pt")
     refused(vlmo("import", f"{tmp_path}/model.pt", f"{tmp_path}/model.pt/below"), f"{tmp_path}/model.pt/below")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("job", sorted(JOBS.glob("tune_*.py")), ids=lambda job: job.stem)
+def test_jobs_that_tune_are_commands(job, monkeypatch, capsys):
+    """What they search is declared by their recipes; the rest is `vlmo tune`."""
+    assert len(job.read_text().splitlines()) < 40
+    monkeypatch.setattr("sys.argv", [str(job), "--data", "/no/such/data", "--storage", "/tmp/never"])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(str(job), run_name="__main__")
+    assert "/no/such/data does not exist" in capsys.readouterr().err
