@@ -1,4 +1,4 @@
-"""Does pre-training on pairs help VQA and NLVR2? On scenes, from the same pre-trained model and from random weights.
+"""Does pre-training on pairs help VQA, NLVR2 and retrieval? On scenes, from the same pre-trained model and from random weights.
 
     python benchmarks/finetuning.py --out FILE.jsonl [--pretrain-steps 1000] [--steps 400] [--seeds 3] [--keep FOLDER]
 
@@ -21,6 +21,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
+from matching import measure
 from scenes.questions import ANSWERS
 from scenes.records import nlvr2_records, vqa_records
 
@@ -30,9 +31,13 @@ from vlmo_ray.data.prepare.nlvr2 import SCHEMA as NLVR2
 from vlmo_ray.data.prepare.shards import write_dataset
 from vlmo_ray.data.schema import Field, Schema
 from vlmo_ray.data.store import Store
-from vlmo_ray.demo.scenes.records import declared, records
+from vlmo_ray.demo.scenes.records import declared, records, retrieval_records
 from vlmo_ray.recipes import recipe
+from vlmo_ray.recipes.retrieval import RetrievalConfig
 from vlmo_ray.runs.evaluations import read_evaluations
+from vlmo_ray.runs.load import load
+from vlmo_ray.tasks.matching import Matching
+from vlmo_ray.tasks.retrieval import Retrieval
 from vlmo_ray.train.build import RunSpec
 from vlmo_ray.train.loop import train
 
@@ -64,6 +69,30 @@ def run(config: Config, data: str, folder: str, eval_data: str = "") -> Store:
     return Store(folder)
 
 
+def retrieval(out: Path, pretraining: Config, folder: str, steps: int, seeds: int) -> None:
+    """Zero-shot, fine-tuned by contrast, and by contrast and matching; each also re-ranked if it can be."""
+    write(f"{folder}/unseen", declared(retrieval_records(1, 500, image_size=32)))
+    starts = [(0, "zero-shot", load(f"{folder}/pretrained"))]
+    for seed in range(1, seeds + 1):
+        for kind, heads in (("contrast", ("itc",)), ("contrast and matching", ("itc", "itm"))):
+            model = dataclasses.replace(pretraining.model, heads=heads)
+            config = dataclasses.replace(
+                recipe("retrieval_tiny"),
+                model=model,
+                task=RetrievalConfig(itm=float("itm" in heads)),
+                phases=(Phase(steps, 96),),
+                seed=seed,
+                init=f"{folder}/pretrained",
+            )
+            store = run(config, f"{folder}/pairs", f"{folder}/retrieval-{steps}-{seed}-{len(heads)}")
+            starts.append((seed, kind, load(store.uri)))
+    for seed, kind, model in starts:
+        scores = measure(model, f"{folder}/unseen", Matching if model.itm is not None else Retrieval).scores
+        shown = {name: score.value for name, score in scores.items() if "retrieval" in name or name == "rsum"}
+        with out.open("a") as file:
+            file.write(json.dumps({"task": "retrieval", "seed": seed, "kind": kind, "steps": steps} | shown) + "\n")
+
+
 def main(
     out: Path,
     pretrain_steps: int = 1000,
@@ -79,6 +108,9 @@ def main(
         write(f"{folder}/pairs", declared(records(1, 20_000, image_size=32)))
         run(pretraining, f"{folder}/pairs", f"{folder}/pretrained")
         for task in tasks:
+            if task == "retrieval":
+                retrieval(out, pretraining, folder, steps, seeds)
+                continue
             rows, schema = {"vqa": (vqa_rows, VQA), "nlvr2": (nlvr2_rows, NLVR2)}[task]
             for split, count in (
                 ("train", 6000 if task == "vqa" else 20_000),

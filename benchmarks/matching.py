@@ -37,8 +37,8 @@ from vlmo_ray.train.parallel import parallelize
 from vlmo_ray.train.step import gradients
 
 
-def measure(model, data: str):
-    evaluation = Matching(model)
+def measure(model, data: str, kind=Matching):
+    evaluation = kind(model)
     sources = Sources((load_manifest(data),))
     reader = Reader(sources.places, evaluation.encoder())
 

@@ -33,16 +33,17 @@ class Matching(ZeroShot):
     a false one, `accuracy` the mean of the shares of true and of false pairs that are told apart, at the odds that
     training with one true pair in three implies.
 
-    `reranked` is recall at 1 after the `top` candidates by cosine are put in the order of cosine / temperature + log
-    odds. Negatives in training are drawn from softmax(cosine / temperature), so this sum is the logarithm of the
-    probability of the candidate, up to a constant (Deng et al. 2020, "Residual energy-based models", section 3).
+    `reranked` is recall (at 1, 5 and 10, as far as `top` goes) after the `top` candidates by cosine are put in the
+    order of cosine / temperature + log odds. Negatives in training are drawn from softmax(cosine / temperature), so
+    this sum is the logarithm of the probability of the candidate, up to a constant (Deng et al. 2020, "Residual
+    energy-based models", section 3).
 
     `masked_words` is the loss on masked words with the right image, `masked_words_gain` how much higher it is with the
-    image of another pair; pairs that no other may oppose are left out of both.
+    image of another pair; pairs that no other may oppose are left out of both. Neither is there without the head mlm.
     """
 
     def __init__(self, model: VLMo, schema: Schema = PAIRS, top: int = 10):
-        if missing := [head for head in ("itc", "itm", "mlm") if head not in model.config.heads]:
+        if missing := [head for head in ("itc", "itm") if head not in model.config.heads]:
             raise UserError(
                 f"this model has no head {missing[0]!r}, which the task matching needs; load a pre-trained one"
             )
@@ -80,7 +81,8 @@ class Matching(ZeroShot):
             }
         error = auc_error(scores["auc_mined"].value, count, scores["auc_mined"].count)
         scores["auc_mined_standard_error"] = Score(error, None, scores["auc_mined"].count)
-        return scores | self._reranked(rows, pairs) | self._masked_words(rows, pairs)
+        words = self._masked_words(rows, pairs) if self.model.mlm is not None else {}
+        return scores | self._reranked(rows, pairs) | words
 
     def _negatives(self, rows: dict[str, Tensor], pairs: Pairs, log_scale: Tensor) -> Tensor:
         """The log odds of each text with one other image, and of each image with one other text."""
@@ -111,7 +113,7 @@ class Matching(ZeroShot):
         return torch.cat(found) if found else torch.zeros(0)
 
     def _reranked(self, rows: dict[str, Tensor], pairs: Pairs) -> dict[str, Score]:
-        """Recall at 1 in both directions, before and after; a tie counts against the model."""
+        """Recall in both directions, before and after; a tie counts against the model."""
         scale = given(self.model.itc).log_scale.exp().float()
         images, texts = rows["image_feature"], rows["text_feature"]
         # equal images and equal texts are one candidate each, and all their partners are right answers
@@ -141,9 +143,12 @@ class Matching(ZeroShot):
             wanted = right.gather(1, best)
             chance = float(right.float().mean())
             for kind, order in (("dual", cosine.gather(1, best)), ("reranked", reranked)):
-                wrong = order.masked_fill(wanted, -torch.inf).max(dim=1).values
-                hit = (order.masked_fill(~wanted, -torch.inf).max(dim=1).values > wrong).float().mean()
-                scores[f"{name}_r@1_{kind}"] = Score(float(hit), chance, len(queries))
+                own = order.masked_fill(~wanted, -torch.inf).max(dim=1).values
+                # wrong candidates that stand before the best right one; without that, all of them and more
+                before = (~wanted & (order >= own[:, None])).sum(dim=1) + k * own.isinf()
+                for at in (at for at in (1, 5, 10) if at <= k):
+                    hit = float((before < at).float().mean())
+                    scores[f"{name}_r@{at}_{kind}"] = Score(hit, chance if at == 1 else None, len(queries))
         return scores
 
     def _masked_words(self, rows: dict[str, Tensor], pairs: Pairs) -> dict[str, Score]:
