@@ -1,4 +1,4 @@
-"""Does pre-training on pairs help VQA, NLVR2 and retrieval? On scenes, from the same pre-trained model and from random weights.
+"""Does pre-training on pairs help VQA, NLVR2 and retrieval? Scenes, from one pre-trained model and from random weights.
 
     python benchmarks/finetuning.py --out FILE.jsonl [--pretrain-steps 1000] [--steps 400] [--seeds 3] [--keep FOLDER]
 
