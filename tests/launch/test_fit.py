@@ -81,6 +81,7 @@ def test_a_run_that_waits_for_nodes_ends_on_request(ray_cluster, scenes, tmp_pat
         others.want(0)
 
 
+@pytest.mark.full
 def test_a_driver_that_lost_its_run_ends_and_leaves_it_alone(ray_cluster, scenes, tmp_path, monkeypatch):
     """Another driver has taken it over, in the belief that this one is gone."""
     monkeypatch.setattr(lease, "RENEW_S", 0.5)
@@ -124,6 +125,7 @@ def test_a_sharded_run_equals_one_process(ray_cluster, bucket, scenes, tmp_path)
     assert all(torch.equal(value, again[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.full
 def test_a_broken_shard_ends_the_run_with_its_address(ray_cluster, scenes, tmp_path):
     broken = tmp_path / "broken"
     shutil.copytree(scenes, broken)

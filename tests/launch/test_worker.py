@@ -68,7 +68,7 @@ def test_training_goes_on_while_the_storage_does_not_answer(scenes, tmp_path, mo
 
         return call
 
-    for name in ("write", "read", "size"):
+    for name in ("write", "read_version", "size"):
         monkeypatch.setattr(Store, name, holding(getattr(Store, name)))
     monkeypatch.setattr("vlmo_ray.runs.metrics._FLUSH_S", 0.0)
     monkeypatch.setattr("vlmo_ray.runs.metrics._SEGMENT_STEPS", 3)
