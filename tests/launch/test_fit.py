@@ -102,6 +102,7 @@ def test_a_driver_that_lost_its_run_ends_and_leaves_it_alone(ray_cluster, scenes
     assert Checkpoints(Store(str(name.parent))).newest().step < 160
 
 
+@pytest.mark.full
 def test_a_sharded_run_equals_one_process(ray_cluster, bucket, scenes, tmp_path):
     cluster = dataclasses.replace(SMALL.cluster, strategy="fsdp", activation_checkpointing=True)
     config = dataclasses.replace(SMALL, name="sharded", cluster=cluster, keep_checkpoints=2)

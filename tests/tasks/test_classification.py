@@ -231,7 +231,7 @@ def test_other_classes_are_refused(data, alone, tmp_path):
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.full
 def test_scenes_from_folders_to_90_percent(ray_cluster, tmp_path):
     """The colour of the main shape: prepare, train, evaluate in the run and by the command's own path."""
     for split, count in (("train", 2400), ("eval", 200)):
