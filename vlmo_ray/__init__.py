@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def load(path, **options) -> VLMo:
-    """The model of a run, an imported folder or a released file; see `vlmo_ray.runs.load.load`."""
+    """The model of a run, one of its checkpoints, or an imported folder; see `vlmo_ray.runs.load.load`."""
     from vlmo_ray.runs import load as loading  # not at the top: data tasks import this package without torch
 
     return loading.load(path, **options)

@@ -228,7 +228,7 @@ def evaluate(
     """Evaluate weights on a data set. A run keeps the result beside its metrics.
 
     Args:
-        model: a run, an imported folder or an official checkpoint.
+        model: a run, one of its checkpoints, or an imported folder.
         data: the data set: `s3://bucket/prefix` or a folder.
         task: what to measure; default: the task that the run was trained for, or retrieval.
         option: an option of the evaluation, `--option name=value`. retrieval: subset, folds; matching:
@@ -248,12 +248,13 @@ def evaluate(
     from vlmo_ray.session import ray_session
 
     options = {name: _json(value) for name, value in _options(option).items()}
+    target = store_and_name(submission) if submission else None
     weights = load_all(model)  # before Ray, whose start takes seconds
     with ray_session():
         result = run(weights, data, task, num_workers=workers or None, **options)
     keep_in_run(model, result)
-    if submission:
-        store, name = store_and_name(submission)
+    if target:
+        store, name = target
         store.write(name, file_of(result))
     if json_output:
         print(json.dumps(as_dict(result)))

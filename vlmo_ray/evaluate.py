@@ -73,7 +73,7 @@ def evaluate(
     """Scores weights on the data set at `data`, by Ray Data batch inference. Ray must be initialised.
 
     Args:
-        weights: a model, or where one is: a run, an imported folder or a released file.
+        weights: a model, or where one is: a run, one of its checkpoints, or an imported folder.
         task: what to measure; default: what the run was trained for, or retrieval for other weights.
         num_workers: how many actors work at once (default: one per GPU, or half the CPUs). It changes nothing
             but the time: a batch is a chunk of the data set.

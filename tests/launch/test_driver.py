@@ -17,8 +17,8 @@ from small_run import SMALL
 from vlmo_ray.config import ClusterConfig
 from vlmo_ray.data.store import open_store
 from vlmo_ray.errors import UserError
-from vlmo_ray.launch import fit as launch
-from vlmo_ray.launch.fit import _Driver, first_user_error
+from vlmo_ray.launch import driver as launch
+from vlmo_ray.launch.driver import Driver, first_user_error
 from vlmo_ray.launch.resources import Node, Share
 from vlmo_ray.launch.stop import Stop
 from vlmo_ray.launch.worker import RESIZE
@@ -43,7 +43,7 @@ class World:
         monkeypatch.setattr(launch, "living_nodes", lambda leaving: [Node(1)] * len(self.nodes - leaving))
         self.stop = Stop(self.run)
         cluster = ClusterConfig(**(vars(CLUSTER) | changes))
-        self.driver = _Driver(cluster, Share(1.0, 1, 3), autoscaling, self.run, self.stop, self.start, phases)
+        self.driver = Driver(cluster, Share(1.0, 1, 3), autoscaling, self.run, self.stop, self.start, phases)
 
     # ---- as Claims ----
 

@@ -7,6 +7,8 @@ import pytest
 
 from vlmo_ray.data.store import Store
 from vlmo_ray.errors import UserError
+from vlmo_ray.launch import tune as tuning
+from vlmo_ray.launch.resources import Node
 from vlmo_ray.launch.space import Choice, Range, grid, parse_space, settings_of
 from vlmo_ray.launch.sweep import Asked, Sweep, best_settings, read_sweep
 from vlmo_ray.overrides import override
@@ -103,6 +105,31 @@ def test_a_record_that_cannot_be_read_is_named(tmp_path, content):
     store.write("sweep.json", content)
     with pytest.raises(UserError, match=r"sweep\.json"):
         Sweep.open(store, ASKED)
+
+
+def test_a_sweep_that_is_another_drivers_is_not_written(tmp_path):
+    store = Store(str(tmp_path))
+    sweep = Sweep.open(store, ASKED)
+    sweep.draw({"seed": 1})
+    written = store.read("sweep.json")
+    sweep.lose("taken over by process 7 on elsewhere")
+    with pytest.raises(UserError, match="taken over by process 7"):
+        sweep.draw({"seed": 2})
+    assert store.read("sweep.json") == written and sweep.leaving
+
+
+def test_more_trials_at_once_than_have_room_are_refused(monkeypatch):
+    """Of workers of 1 CPU and 1 for data, 6 CPUs hold three; on CPUs each takes less if needed, but not nothing."""
+    monkeypatch.setattr(tuning, "infeasible_groups", lambda: None)
+    monkeypatch.setattr(tuning, "living_nodes", lambda: [Node(6, 3)])
+    cluster = dataclasses.replace(TINY.cluster, min_workers=1, max_workers=3, gpus_per_worker=1, data_cpus_per_worker=1)
+    config = dataclasses.replace(TINY, cluster=cluster)
+    assert tuning._fitting(config, 1).cluster.max_workers == 3
+    assert tuning._fitting(config, 3).cluster.max_workers == 1  # side by side
+    with pytest.raises(UserError, match=r"4 trials at once have no room: 4 workers with 1 GPU each are more than"):
+        tuning._fitting(config, 4)
+    monkeypatch.setattr(tuning, "infeasible_groups", set)  # an autoscaler adds nodes
+    assert tuning._fitting(config, 4) == config
 
 
 def test_no_sweep_and_no_finished_trial_are_sentences(tmp_path):

@@ -59,6 +59,7 @@ class Sweep:
     asked: Asked
     trials: list[Trial] = field(default_factory=list)
     leaving: bool = False  # no more trials are begun
+    lost: str = ""  # why the sweep is another driver's by now: it must not be written any more
 
     @classmethod
     def open(cls, store: Store, asked: Asked) -> Sweep:
@@ -79,7 +80,14 @@ class Sweep:
         self.save()
         return self.trials[-1]
 
+    def lose(self, reason: str) -> None:
+        """Another driver has taken the sweep over. Called from another thread."""
+        self.lost, self.leaving = reason, True
+
     def save(self) -> None:
+        """Raises UserError if the sweep is another driver's."""
+        if self.lost:
+            raise UserError(self.lost)
         best = self.best
         content = {
             "format": "vlmo_ray sweep",
@@ -141,22 +149,28 @@ def read_sweep(store: Store) -> Sweep:
     try:
         content: dict[str, Any] = json.loads(store.read(_FILE))
         if content["version"] != 1:
-            raise UserError(f"{store.address(_FILE)} has version {content['version']}, this program reads 1")
+            raise UserError(
+                f"{store.address(_FILE)} has version {content['version']}, this program reads 1; use a newer vlmo_ray"
+            )
         asked = Asked(**{name: content[name] for name in (f.name for f in dataclasses.fields(Asked))})
         return Sweep(store, asked, [Trial(**trial) for trial in content["trials"]])
     except FileNotFoundError as error:
-        raise UserError(f"{store.uri} holds no sweep: it has no {_FILE}") from error
+        raise UserError(
+            f"{store.uri} holds no sweep: it has no {_FILE}; name the folder that `vlmo tune` wrote"
+        ) from error
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{store.address(_FILE)} cannot be read ({error!r})") from error
+        raise UserError(
+            f"{store.address(_FILE)} cannot be read ({error!r}); restore it from a copy, or give another --name"
+        ) from error
 
 
 def best_settings(uri: str, config: Config) -> list[str]:
     """What the best trial of the sweep at `uri` set, as `--set` takes it."""
     sweep = read_sweep(open_store(uri))
     if sweep.asked.recipe != config.name:
-        raise UserError(f"{uri} is a sweep of {sweep.asked.recipe}, not of {config.name}")
+        raise UserError(f"{uri} is a sweep of {sweep.asked.recipe}, not of {config.name}; name one of this recipe")
     if sweep.best is None:
-        raise UserError(f"no trial of the sweep {uri} has finished yet")
+        raise UserError(f"no trial of the sweep {uri} has finished yet; run `vlmo tune` again, it goes on")
     return [*sweep.asked.settings, *settings_of(sweep.best.params)]
 
 

@@ -33,131 +33,18 @@ from vlmo_ray.config import Config, check
 from vlmo_ray.data.manifest import load_manifest
 from vlmo_ray.data.store import Store, open_store
 from vlmo_ray.errors import UserError
-from vlmo_ray.launch.fit import Stopped, absolute, check_evaluation, fit
+from vlmo_ray.launch.fit import absolute, check_evaluation
 from vlmo_ray.launch.ray_private import infeasible_groups
 from vlmo_ray.launch.resources import living_nodes, share
-from vlmo_ray.launch.space import Space, grid, parse_space, settings_of
+from vlmo_ray.launch.space import Space, grid, parse_space
 from vlmo_ray.launch.stop import STOP
 from vlmo_ray.launch.sweep import LEAVING, Asked, Sweep
 from vlmo_ray.launch.sweep import Trial as Entry
-from vlmo_ray.overrides import override
-from vlmo_ray.runs.evaluations import read_evaluations
+from vlmo_ray.launch.trial import LOOK_S, Job, TrialActor
 from vlmo_ray.runs.lease import held, lease
-from vlmo_ray.runs.metrics import read_metrics
 from vlmo_ray.session import ray_session
 
-_LOOK_S = 1.0  # between two looks at a run
 _REDUCTION = 3  # one trial in so many goes on at each rung of the halving
-
-
-@dataclasses.dataclass(frozen=True)
-class _Job:
-    """What is the same in all trials."""
-
-    config: Config
-    data: str
-    eval_data: str
-    sweep: Store
-    metric: str
-    at_once: int
-
-
-class _Trial(ray_tune.Trainable):
-    """Starts and follows one run at a time; a step of Tune's is one measurement of it."""
-
-    def setup(self, config: dict[str, Any], job: _Job | None = None) -> None:
-        assert job is not None
-        self._job, self._thread = job, None
-        self.reset_config(config)
-
-    def reset_config(self, new_config: dict[str, Any]) -> bool:
-        self.cleanup()
-        self._entry = Entry(**new_config["entry"])
-        self._run = open_store(f"{self._job.sweep.uri}/{self._entry.name}", create=True)
-        self._stop, self._outcome = threading.Event(), None
-        self._last: dict[str, Any] = {}  # the newest measurement that Tune was told
-        return True
-
-    def step(self) -> dict[str, Any]:
-        """The next measurement; the last one, with "done", only when the run has ended."""
-        entry, total = self._entry, self._job.config.total_steps
-        while True:
-            over = entry.state != "running" or (self._thread is not None and not self._thread.is_alive())
-            rows = [row for row in self._measured() if over or row["step"] < total]
-            if rows:
-                self._last = rows[0]
-            if over and len(rows) < 2:
-                return self._last | self._end()
-            if rows:
-                return dict(self._last)
-            if self._thread is None:
-                if self._job.sweep.exists(LEAVING):
-                    return self._last | {"ended": "running", "done": True}
-                self._thread = threading.Thread(target=self._fit, name=entry.name, daemon=True)
-                self._thread.start()
-            time.sleep(_LOOK_S)
-
-    def _end(self) -> dict[str, Any]:
-        """How the run ended."""
-        state, error = self._entry.state, self._entry.error
-        if state == "running" and not isinstance(self._outcome, Stopped):  # which saved; the same sweep goes on
-            if self._outcome is not None:
-                state, error = "failed", str(self._outcome) or type(self._outcome).__name__
-            elif not self._last:
-                state, error = "failed", f"the run measured no {self._job.metric or 'metric'}"
-            else:
-                state = "finished"
-        return {"ended": state, "error": error, "done": True}
-
-    def _measured(self) -> list[dict[str, Any]]:
-        """Step and metric of the measurements that Tune was not told yet, in the order of steps."""
-        job, told = self._job, self._last.get("step", 0)
-        found: list[tuple[int, float]] = []
-        if job.eval_data:
-            for step, result in read_evaluations(self._run, after=told):
-                if result.data == job.eval_data:
-                    name = job.metric or next(iter(result.scores))
-                    if name not in result.scores:
-                        self._outcome = UserError(f"there is no metric {name!r}; known: {', '.join(result.scores)}")
-                        self._stop.set()
-                        break
-                    found.append((step, result[name]))
-        else:
-            rows, every = read_metrics(self._run)[0], job.config.log_every
-            for end in range(every, len(rows) + 1, every):
-                if end > told:
-                    found.append((end, sum(row[job.metric] for row in rows[end - every : end]) / every))
-        most = self._entry.step if self._entry.state == "pruned" else job.config.total_steps
-        return [{"step": step, "metric": value} for step, value in found if step <= most]
-
-    def _fit(self) -> None:
-        job = self._job
-        try:
-            config = override(job.config, settings_of(self._entry.params))
-            fit(
-                config,
-                job.data,
-                job.sweep.uri,
-                self._entry.name,
-                eval_data=job.eval_data,
-                stop=self._stop,
-                parts=job.at_once,
-            )
-        except BaseException as error:
-            self._outcome = self._outcome or error
-
-    def cleanup(self) -> None:
-        """Waits until the run has saved and ended."""
-        if self._thread is not None:
-            self._stop.set()
-            self._thread.join()
-            self._thread = None
-
-    def save_checkpoint(self, checkpoint_dir: str) -> dict:
-        return {}  # Tune asks for one; runs keep their own
-
-    def load_checkpoint(self, checkpoint: Any) -> None:
-        pass
 
 
 class _Draws(OptunaSearch):
@@ -231,7 +118,7 @@ class _Watch(ray_tune.Callback):
         if held(run):
             run.write(STOP, b"")
         while wait and held(run):
-            time.sleep(_LOOK_S)
+            time.sleep(LOOK_S)
 
 
 def tune(
@@ -286,14 +173,19 @@ def tune(
     asked = Asked(config.name, list(settings), given, manifest.fingerprint, eval_data, metric, direction, prune, seed)
     if everything := grid(parsed):
         trials = min(trials, len(everything))
-    lost: list[str] = []
-    with lease(store, lost.append), ray_session(dashboard=True):
+    sweep = Sweep(store, asked)
+    with lease(store, lambda reason: sweep.lose(reason)), ray_session(dashboard=True):
         sweep = Sweep.open(store, asked)
         config = _fitting(config, at_once)
         with _leaving(sweep), tempfile.TemporaryDirectory(prefix="vlmo-tune-") as scratch:
-            _search(sweep, parsed, _Job(config, data, eval_data, store, metric, at_once), trials, scratch)
-        if lost:
-            raise UserError(lost[0])
+            try:
+                _search(sweep, parsed, Job(config, data, eval_data, store, metric, at_once), trials, scratch)
+            except Exception as error:  # Tune wraps what `Sweep.save` raises
+                if sweep.lost:
+                    raise UserError(sweep.lost) from error
+                raise
+        if sweep.lost:
+            raise UserError(sweep.lost)
         if sweep.leaving:
             raise UserError(f"the sweep {store.uri} saved and ended on request; the same command goes on from here")
         sweep.save()
@@ -316,7 +208,7 @@ def _fitting(config: Config, at_once: int) -> Config:
     return dataclasses.replace(config, cluster=dataclasses.replace(cluster, max_workers=most))
 
 
-def _search(sweep: Sweep, space: Space, job: _Job, trials: int, scratch: str) -> None:
+def _search(sweep: Sweep, space: Space, job: Job, trials: int, scratch: str) -> None:
     os.environ |= {
         "TUNE_DISABLE_SIGINT_HANDLER": "1",  # `_leaving` lets the runs save first
         "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a failed trial has no metric
@@ -333,7 +225,7 @@ def _search(sweep: Sweep, space: Space, job: _Job, trials: int, scratch: str) ->
         reduction_factor=_REDUCTION,
     )  # fmt: skip
     trainable = ray_tune.with_resources(
-        ray_tune.with_parameters(_Trial, job=job),
+        ray_tune.with_parameters(TrialActor, job=job),
         # on the head node, which no autoscaler takes away; the workers have their own resources
         ray_tune.PlacementGroupFactory([{"node:__internal_head__": 0.001}]),
     )
@@ -364,7 +256,7 @@ def _leaving(sweep: Sweep) -> Iterator[None]:
 
     def leave() -> None:
         sweep.store.write(LEAVING, b"")
-        while not over.wait(_LOOK_S):  # again: a run that is starting removes the mark of an earlier stop
+        while not over.wait(LOOK_S):  # again: a run that is starting removes the mark of an earlier stop
             for entry in list(sweep.trials):
                 run = Store(f"{sweep.store.uri}/{entry.name}")
                 if entry.state == "running" and held(run):

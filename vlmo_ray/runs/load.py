@@ -1,4 +1,4 @@
-"""Loads models from a run, an imported folder or a released file; writes the final weights of a run."""
+"""Loads models from a run, a checkpoint or an imported folder; writes the final weights of a run."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def load(path: str | Path, **options) -> VLMo:
     """The model at `path`, in float32, on the CPU.
 
     `path` is a run, a checkpoint of one (RUN/checkpoint-00000400), a folder that `vlmo import` wrote, or a released
-    file. A run gives its final weights, or those of its newest checkpoint if it has not ended; it may be
+    .safetensors file. A run gives its final weights, or those of its newest checkpoint if it has not ended; it may be
     `s3://bucket/prefix`. `options` are those of
     `weights.folder.load_model`.
     """
@@ -130,7 +130,7 @@ def import_official(official: str, out: str) -> folders.Report:
 def _model_folder(path: str) -> Iterator[str]:
     """A local folder or file that `weights.folder` reads. A run is converted to one."""
     if not path.startswith("s3://") and not Path(path).is_dir():
-        yield path  # a released file; `weights.folder` raises if there is none
+        yield path  # a released .safetensors file; `weights.folder` raises if there is none
         return
     store = open_store(path)
     parent, _, name = path.rstrip("/").rpartition("/")
@@ -155,7 +155,7 @@ def _model_folder(path: str) -> Iterator[str]:
         else:
             raise UserError(
                 f"{path} holds no model: it has neither a model.json, nor a {_MODEL}/ folder, nor a checkpoint. Name a "
-                "run, a folder that `vlmo import` wrote, or a released file"
+                "run, or a folder that `vlmo import` wrote"
             )
         yield folder
 

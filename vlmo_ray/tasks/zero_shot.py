@@ -47,10 +47,8 @@ class ZeroShotClasses(ZeroShot):
         if called and len(called) != len(classes):
             raise UserError(f"names={names!r} has {len(called)} names for the {len(classes)} classes of the data set")
         templates = (templates,) if isinstance(templates, str) else tuple(templates)
-        if wrong := [text for text in templates if text.count("{}") != 1] or not templates:
-            raise UserError(
-                f"templates={wrong or templates!r}: write texts with one {{}} each, for the name of a class"
-            )
+        if not templates or any(text.count("{}") != 1 for text in templates):
+            raise UserError(f"templates={list(templates)}: write texts with one {{}} each, for the name of a class")
         self.model, self.classes = model, classes
         self._sentences = [
             [text.replace("{}", name) for text in templates]

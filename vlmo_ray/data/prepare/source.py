@@ -54,11 +54,8 @@ class Source:
         raise NotImplementedError
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {
-            "_units": [],
-            "listing": "",
-            "versions": "",
-        }  # both are large, and a task is given its unit
+        # all are large, and a task is given its unit
+        return self.__dict__ | dict(_units=[], listing="", versions="")
 
 
 class Shards(Source):
