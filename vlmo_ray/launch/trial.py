@@ -1,4 +1,4 @@
-"""One trial of a sweep after another: the process that starts a run, follows it, and tells Ray Tune what it measured."""
+"""The process that starts the run of a trial, follows it, and tells Ray Tune what it measured; one run at a time."""
 
 from __future__ import annotations
 
