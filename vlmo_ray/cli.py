@@ -230,7 +230,7 @@ def evaluate(
     Args:
         model: a run, one of its checkpoints, or an imported folder.
         data: the data set: `s3://bucket/prefix` or a folder.
-        task: what to measure; default: the task that the run was trained for, or retrieval.
+        task: what to measure; default: what the weights were trained for, or retrieval.
         option: an option of the evaluation, `--option name=value`. retrieval: subset, folds; matching:
             top; zero_shot: templates, names.
         submission: also write the file for the benchmark's server, of VQA (EvalAI's JSON) and NLVR2 (CSV); may be on

@@ -25,7 +25,10 @@ from vlmo_ray.runs.load import Loaded, load_all
 from vlmo_ray.tasks import build_evaluation, build_task
 from vlmo_ray.tasks.task import Columns, Evaluation
 
-DEFAULT = "retrieval"  # of weights that no run of ours made
+
+def _default(config: ModelConfig) -> str:
+    """What weights are measured on that no run of ours made: what they were tuned for, or retrieval."""
+    return next((head for head in ("vqa", "nlvr2") if head in config.heads), "retrieval")
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,8 @@ def evaluate(
 
     Args:
         weights: a model, or where one is: a run, one of its checkpoints, or an imported folder.
-        task: what to measure; default: what the run was trained for, or retrieval for other weights.
+        task: what to measure; default: what the run was trained for. Of imported weights: what their head is for,
+            or retrieval.
         num_workers: how many actors work at once (default: one per GPU, or half the CPUs). It changes nothing
             but the time: a batch is a chunk of the data set.
         options: of an evaluation that any model can have, such as `subset` of retrieval.
@@ -87,7 +91,7 @@ def evaluate(
         weights = Loaded(weights)
     loaded = weights if isinstance(weights, Loaded) else load_all(weights)
     trained = loaded.config.task.kind if loaded.config else ""
-    kind = task or trained or DEFAULT
+    kind = task or trained or _default(loaded.model.config)
     own = kind == trained and loaded.schema is not None and not options
     manifest = load_manifest(data)
     run = (loaded.config, loaded.schema) if own else (None, None)

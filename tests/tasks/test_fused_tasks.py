@@ -4,6 +4,7 @@ The oracles are a plain step with autograd, one process where there are several,
 """
 
 import dataclasses
+import functools
 import json
 
 import numpy as np
@@ -12,6 +13,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import make_image
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from small_run import SMALL, job, train_on
 
 from vlmo_ray.config import Config, OptimConfig, Phase
@@ -21,12 +24,14 @@ from vlmo_ray.data.prepare.shards import write_dataset
 from vlmo_ray.data.schema import Field, Schema
 from vlmo_ray.data.store import Store
 from vlmo_ray.errors import UserError
+from vlmo_ray.evaluate import evaluate
 from vlmo_ray.model.vlmo import VLMo, init_weights
 from vlmo_ray.objectives.gather import Workers
 from vlmo_ray.recipes.entailment import EntailmentConfig
 from vlmo_ray.recipes.nlvr2 import Nlvr2Config
 from vlmo_ray.recipes.vqa import VqaConfig
 from vlmo_ray.runs.evaluations import Result, read_evaluations, submission
+from vlmo_ray.runs.load import Loaded, import_official, load_all
 from vlmo_ray.runs.metrics import read_metrics
 from vlmo_ray.tasks import build_task
 from vlmo_ray.tasks.entailment import Entailment
@@ -35,6 +40,7 @@ from vlmo_ray.tasks.vqa import Vqa, VqaAccuracy
 from vlmo_ray.train.loop import train
 from vlmo_ray.train.parallel import parallelize
 from vlmo_ray.train.step import gradients
+from vlmo_ray.weights.folder import export_official, save_model
 
 ANSWERS = ("red", "blue", "2", "yes", "no")
 TYPES = ("number", "other", "yes/no")
@@ -252,6 +258,47 @@ def test_consistency_counts_sentences_whose_pairs_are_all_right():
     assert scores["consistency"].count == len(set(sentences)) == 12
     labels = found["label"]
     assert scores["accuracy"].chance == pytest.approx(max(np.mean(labels), 1 - np.mean(labels)))
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans(), st.integers(0, 4)), min_size=1, max_size=30))
+@settings(max_examples=50, deadline=None)
+def test_nlvr2_metrics_are_the_official_loops(rows):
+    """The two loops of the official metrics.py, over (label, prediction, sentence)."""
+    evaluation = make_nlvr2_accuracy()
+    label, chosen, key = (np.array(column) for column in zip(*rows, strict=True))
+    scores = evaluation.score(iter([{"label": label.astype(int), "chosen": chosen.astype(int), "sentence_key": key}]))
+    total, sentences = 0, {}
+    for truth, said, sentence in rows:
+        total += truth == said
+        sentences[sentence] = sentences.get(sentence, True) and truth == said
+    assert scores["accuracy"].value == pytest.approx(total / len(rows))
+    assert scores["consistency"].value == pytest.approx(sum(sentences.values()) / len(sentences))
+
+
+@functools.cache
+def make_nlvr2_accuracy() -> Nlvr2Accuracy:
+    return Nlvr2Accuracy(make_task("nlvr2").model.float(), SCHEMAS["nlvr2"])
+
+
+@pytest.mark.ray
+@pytest.mark.full
+@pytest.mark.parametrize("kind", SCHEMAS)
+def test_weights_as_released_have_the_same_scores_on_any_number_of_workers(kind, ray_cluster, data, tmp_path):
+    """Entailment has no released form: there the weights are those of a task of ours."""
+    task = make_task(kind).float()
+    if kind == "entailment":
+        own = {f"task.{name}": value for name, value in task.state_dict().items() if not name.startswith("model.")}
+        weights = Loaded(task.model, config_of(kind), SCHEMAS[kind], own)
+    else:
+        save_model(task.model, tmp_path / "ours")
+        export_official(tmp_path / "ours", tmp_path / "released.pt")
+        import_official(str(tmp_path / "released.pt"), str(tmp_path / "imported"))
+        weights = load_all(tmp_path / "imported")
+    results = [evaluate(weights, f"{data}/{kind}", num_workers=n) for n in (1, 2, 3)]
+    assert results[0] == results[1] == results[2]
+    found = evaluated(task.evaluation(SCHEMAS[kind]), kind)
+    wanted = task.evaluation(SCHEMAS[kind]).score(iter([found]))
+    assert results[0].scores == wanted and results[0].num_rows == 23
 
 
 def test_what_does_not_fit_is_refused():

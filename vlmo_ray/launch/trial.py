@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
+from collections.abc import Collection
 from typing import Any
 
 from ray import tune as ray_tune
@@ -90,18 +91,26 @@ class TrialActor(ray_tune.Trainable):
             for step, result in read_evaluations(self._run, after=told):
                 if result.data == job.eval_data:
                     name = job.metric or next(iter(result.scores))
-                    if name not in result.scores:
-                        self._outcome = UserError(f"there is no metric {name!r}; known: {', '.join(result.scores)}")
-                        self._stop.set()
+                    if not self._known(name, result.scores):
                         break
                     found.append((step, result[name]))
         else:
             rows, every = read_metrics(self._run)[0], job.config.log_every
             for end in range(every, len(rows) + 1, every):
+                if not self._known(job.metric, rows[0]):
+                    break
                 if end > told:
                     found.append((end, sum(row[job.metric] for row in rows[end - every : end]) / every))
         most = self._entry.step if self._entry.state == "pruned" else job.config.total_steps
         return [{"step": step, "metric": value} for step, value in found if step <= most]
+
+    def _known(self, name: str, metrics: Collection[str]) -> bool:
+        """Whether there is a metric of that name; if not, the run ends as failed."""
+        if name in metrics:
+            return True
+        self._outcome = UserError(f"there is no metric {name!r}; known: {', '.join(metrics)}")
+        self._stop.set()
+        return False
 
     def _fit(self) -> None:
         job = self._job
