@@ -46,6 +46,49 @@ def show(recipe: Positional[str], settings: Settings = ()) -> None:
     print(f"a step takes some {memory_of(on_meta(config), config)} (computed)", file=sys.stderr)
 
 
+def plan(
+    recipe: Positional[str],
+    gpus: int,
+    gpu: str = "H100",
+    nodes: int = 0,
+    spot: float = 0.0,
+    price: float = 0.0,
+    mfu: float = 0.0,
+    settings: Settings = (),
+    explain: bool = False,
+    json_output: bool = False,
+) -> None:
+    """Say what a run would take on given GPUs: memory, time, traffic, data, days, cost. Computed, not measured.
+
+    Args:
+        recipe: a name that `vlmo recipes` lists.
+        gpus: how many.
+        gpu: H100, H200, A100 (40 GB) or V100 (32 GB).
+        nodes: machines; 0: eight GPUs in each.
+        spot: how often a node is lost without notice, per node and day.
+        price: of a GPU-hour.
+        mfu: what share of its peak a GPU reaches while it computes; 0: what is assumed for its kind.
+        settings: change a field, for example `--set micro_batch=16`; may be repeated.
+        explain: also print every assumption and formula, with its source.
+        json_output: print one JSON object instead of a table.
+    """
+    from rich.console import Console
+
+    from vlmo_ray.overrides import override
+    from vlmo_ray.recipes import recipe as named
+
+    config = override(named(recipe), list(settings))
+    from vlmo_ray.launch.plan import plan as run  # takes seconds, so only after the recipe was checked
+
+    found = run(config, gpus, gpu, nodes, spot=spot, price=price, utilisation=mfu)
+    if json_output:
+        print(json.dumps(found.as_dict()))
+        return
+    Console().print(found.table())
+    if explain:
+        print(found.explained())
+
+
 def prepare(
     format: Positional[str],
     source: Positional[str],
@@ -319,7 +362,7 @@ def audit(run: Positional[str], data: str, json_output: bool = False) -> None:
 
 def main() -> None:
     """Entry point. A mistake that the user can fix gives one sentence and exit code 2."""
-    functions = (recipes, show, prepare, train, tune, evaluate, import_, export, audit)
+    functions = (recipes, show, plan, prepare, train, tune, evaluate, import_, export, audit)
     commands = {function.__name__.rstrip("_"): function for function in functions}
     try:
         tyro.extras.subcommand_cli_from_dict(commands, prog="vlmo", description="VLMo on a Ray cluster.")

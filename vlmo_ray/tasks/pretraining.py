@@ -122,6 +122,23 @@ class Pretraining(GlobalTask):
         branch = [Pass(0, True, top), Pass(text_len, False, top)] if self.settings.vl_contrast else []
         return [*unimodal, *branch, *[pair] * (3 * self.matches + self.predicts)]
 
+    @property
+    def repeated(self) -> int:  # type: ignore[override]
+        return 4 if self.settings.vl_contrast else 2
+
+    def traffic(self, global_batch: int, workers: int) -> dict[str, float]:
+        config, rows = self.model.config, global_batch / workers
+        remote, branches = global_batch - rows, len(self.contrasts)
+        features = 2 * branches * 4 * config.width
+        keys = 4 * 8  # of image and text, whether a row is valid, its masked words
+        sums = branches * 3 * 4 if self.settings.contrast == "softmax" else 0
+        found = {"features": remote * (features + keys + sums)}
+        if self.matches:
+            distinct = global_batch * (1 - (1 - 1 / global_batch) ** rows)  # negatives drawn evenly
+            found["negative images"] = distinct * (1 - 1 / workers) * 3 * config.image_size**2
+            found["texts and choices"] = remote * (4 * config.max_text_len + 2 * 8)
+        return found
+
     def head_bytes_per_row(self) -> float:
         """Masked words alone get logits: bf16, float32, and their log-softmax."""
         config = self.model.config

@@ -200,6 +200,12 @@ class Task(nn.Module):
         config = self.model.config
         return 3.0 * sum(pass_flops(config, p.text_len, p.image, p.num_layers) for p in self.passes())
 
+    repeated: int = 0  # how many of `passes`, from the first, run twice if there are several micro-batches
+
+    def traffic(self, global_batch: int, workers: int) -> dict[str, float]:
+        """Bytes that a worker receives in a step from collectives of the task's own, by term."""
+        return {}
+
     def head_bytes_per_row(self) -> float:
         """What the backward of the heads keeps of one row, where it matters: logits over a vocabulary."""
         return 0.0

@@ -16,7 +16,7 @@ from vlmo_ray.tasks.task import Pass, Task
 SAVED, SAVED_INPUT = 43.0, 4.0
 # Bytes per parameter: float32 weight, gradient and two moments of AdamW; and the bf16 copy of a step.
 STATE, COPY = 16.0, 2.0
-_ROOM = 0.9  # of a GPU's memory that may be planned for: the rest is for the allocator, NCCL and the contrast's blocks
+ROOM = 0.9  # of a GPU's memory that may be planned for: the rest is for the allocator, NCCL and the contrast's blocks
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,10 @@ def memory_of(task: Task, config: Config, workers: int = 1) -> Memory:
 def check_memory(task: Task, config: Config, available: int, workers: int) -> None:
     """Raises UserError, with the setting to change, if a step does not fit a GPU with `available` bytes."""
     needed = memory_of(task, config, workers)
-    if needed.total <= _ROOM * available:
+    if needed.total <= ROOM * available:
         return
     per_row = needed.passes / needed.rows
-    fits = max(0, int((_ROOM * available - needed.state) / per_row) // config.slice_size * config.slice_size)
+    fits = max(0, int((ROOM * available - needed.state) / per_row) // config.slice_size * config.slice_size)
     remedies = [f"--set micro_batch={fits}"] if fits else []
     if not config.cluster.activation_checkpointing:
         remedies.append("--set cluster.activation_checkpointing=true")
