@@ -78,7 +78,7 @@ def plan(
     from vlmo_ray.recipes import recipe as named
 
     config = override(named(recipe), list(settings))
-    from vlmo_ray.launch.plan import plan as run  # takes seconds, so only after the recipe was checked
+    from vlmo_ray.train.plan import plan as run  # takes seconds, so only after the recipe was checked
 
     found = run(config, gpus, gpu, nodes, spot=spot, price=price, utilisation=mfu)
     if json_output:
@@ -266,6 +266,7 @@ def evaluate(
     option: Options = (),
     submission: str = "",
     workers: int = 0,
+    device: Literal["auto", "cpu", "gpu"] = "auto",
     json_output: bool = False,
 ) -> None:
     """Evaluate weights on a data set. A run keeps the result beside its metrics.
@@ -279,6 +280,7 @@ def evaluate(
         submission: also write the file for the benchmark's server, of VQA (EvalAI's JSON) and NLVR2 (CSV); may be on
             `s3://`. Refused if a row of the data set is missing.
         workers: the number of actors; 0: one per GPU, or half the CPUs.
+        device: of the actors; auto: GPUs if the cluster has any now. gpu asks for them where nodes are added on demand.
         json_output: print one JSON object instead of a table.
     """
     from rich.console import Console
@@ -294,7 +296,7 @@ def evaluate(
     target = store_and_name(submission) if submission else None
     weights = load_all(model)  # before Ray, whose start takes seconds
     with ray_session():
-        result = run(weights, data, task, num_workers=workers or None, **options)
+        result = run(weights, data, task, num_workers=workers or None, device=device, **options)
     keep_in_run(model, result)
     if target:
         store, name = target

@@ -6,7 +6,7 @@ from collections.abc import Generator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -71,7 +71,13 @@ class _Actor:
 
 
 def evaluate(
-    weights: VLMo | Loaded | str | Path, data: str, task: str = "", *, num_workers: int | None = None, **options: Any
+    weights: VLMo | Loaded | str | Path,
+    data: str,
+    task: str = "",
+    *,
+    num_workers: int | None = None,
+    device: Literal["auto", "cpu", "gpu"] = "auto",
+    **options: Any,
 ) -> Result:
     """Scores weights on the data set at `data`, by Ray Data batch inference. Ray must be initialised.
 
@@ -81,6 +87,7 @@ def evaluate(
             or retrieval.
         num_workers: how many actors work at once (default: one per GPU, or half the CPUs). It changes nothing
             but the time: a batch is a chunk of the data set.
+        device: of the actors; auto: GPUs if the cluster has any now. "gpu" asks for them where nodes are added.
         options: of an evaluation that any model can have, such as `subset` of retrieval.
 
     Raises UserError for a task that the weights were not trained for, and for data that lacks what the task reads.
@@ -102,8 +109,9 @@ def evaluate(
     sources = Sources((manifest,))
     reader = Reader(sources.places, evaluation.encoder())
     cpus, gpus = (ray.cluster_resources().get(resource, 0) for resource in ("CPU", "GPU"))
-    on_gpu = gpus >= 1
+    on_gpu = device == "gpu" or (device == "auto" and gpus >= 1)
     workers = num_workers or int(max(1, gpus if on_gpu else cpus // 2))
+    each = min(1.0, cpus / 2 / workers) or 1.0  # a cluster without CPUs yet adds a node that has one
     state = ray.put({name: tensor.cpu() for name, tensor in module.state_dict().items()})
     rows = eval_dataset(sources, reader).map_batches(
         _Actor,
@@ -111,7 +119,7 @@ def evaluate(
         batch_size=None,  # a batch is a chunk, whatever the number of workers
         compute=ray.data.ActorPoolStrategy(size=workers),
         num_gpus=1 if on_gpu else 0,
-        num_cpus=0 if on_gpu else min(1.0, cpus / 2 / workers),
+        num_cpus=0 if on_gpu else each,
     )
     try:
         batches = iter(rows.iter_batches(batch_size=None, batch_format="numpy"))

@@ -17,7 +17,8 @@ REGION = "us-east-1"
 @pytest.fixture(scope="module")
 def aws(tmp_path_factory):
     """(a client for EC2, the environment in which `ray up` finds it and the recorder)."""
-    server_module = pytest.importorskip("moto.server", reason="moto is not installed: pip install 'moto[server]'")
+    from moto.server import ThreadedMotoServer  # slow to import
+
     home = tmp_path_factory.mktemp("home")
     (home / ".ssh").mkdir()
     (home / ".ray").mkdir()
@@ -34,7 +35,7 @@ def aws(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (strict | keys).items():
             patch.setenv(name, value)
-        server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+        server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
         server.start()
         try:
             host, port = server.get_host_and_port()

@@ -7,12 +7,14 @@ things around it: the job is short, and a mistake ends with a sentence.
 import contextlib
 import os
 import re
+import runpy
 import secrets
 import signal
 import socket
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -113,9 +115,52 @@ def test_submit_and_submit_again(bucket, tmp_path):
         assert read_metrics(Store(f"{storage}/job")) == (metrics, repeated)
 
         wrong = submit(address, environment, "--tiny", "--data", f"{bucket}/nothing", "--storage", storage)
-        assert wrong.returncode == 1 and "pretrain_1b: " in wrong.stdout and "Traceback" not in wrong.stdout
+        assert wrong.returncode == 1 and "vlmo: " in wrong.stdout and "Traceback" not in wrong.stdout
 
 
-def test_jobs_are_thin():
-    for script in (ROOT / "jobs").glob("*.py"):
-        assert len(script.read_text().splitlines()) < 40, script
+JOBS = {
+    "pretrain_1b": ("train pretrain_1b", ""),
+    "pretrain_4m": ("train pretrain_large", "large"),
+    "finetune": ("train vqa_base", "vqa_base"),
+    "tune_vqa": ("tune vqa_base", ""),
+    "tune_nlvr2": ("tune nlvr2_base_224", ""),
+    "tune_retrieval": ("tune retrieval_coco_base", ""),
+    "evaluate": ("evaluate RUN", "RUN"),
+    "prepare": ("prepare table IN OUT", "table IN OUT"),
+}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "jobs").glob("*.py")), ids=lambda path: path.stem)
+def test_jobs_are_thin(path, monkeypatch):
+    assert len(path.read_text().splitlines()) < 40
+    command, given = JOBS[path.stem]
+    called = []
+    monkeypatch.setattr("vlmo_ray.cli.main", lambda: called.append(sys.argv[1:]))
+    monkeypatch.setattr("sys.argv", [str(path), *given.split(), "--data", "URI"])
+    runpy.run_path(str(path), run_name="__main__")
+    assert called == [[*command.split(), "--data", "URI"]]
+
+
+def test_the_tiny_run_is_the_same_job(monkeypatch):
+    called = []
+    monkeypatch.setattr("vlmo_ray.cli.main", lambda: called.append(sys.argv[1:]))
+    monkeypatch.setattr("sys.argv", ["pretrain_1b.py", "--data", "URI", "--tiny"])
+    runpy.run_path(str(ROOT / "jobs" / "pretrain_1b.py"), run_name="__main__")
+    assert called == [["train", "pretrain_1b_tiny", "--data", "URI"]]
+
+
+def test_a_size_that_is_none_is_refused(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["pretrain_4m.py", "huge"])
+    with pytest.raises(SystemExit, match="base, base_plus or large"):
+        runpy.run_path(str(ROOT / "jobs" / "pretrain_4m.py"), run_name="__main__")
+
+
+def test_what_is_uploaded_with_a_job_is_under_a_megabyte(tmp_path):
+    from ray._private.runtime_env.packaging import create_package
+
+    target = tmp_path / "package.zip"
+    create_package(str(ROOT), target, True)
+    with zipfile.ZipFile(target) as package:
+        names = package.namelist()
+    assert target.stat().st_size < 1_000_000 and any(name.endswith("jobs/pretrain_1b.py") for name in names)
+    assert not any("/tests/" in f"/{name}" for name in names)

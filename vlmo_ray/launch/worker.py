@@ -10,6 +10,7 @@ import time
 import torch
 
 from vlmo_ray.data.store import Store
+from vlmo_ray.launch.gauges import Gauges
 from vlmo_ray.launch.group import process_group
 from vlmo_ray.launch.stop import STOP
 from vlmo_ray.runs import lease
@@ -76,5 +77,9 @@ def work(spec: RunSpec, token: str) -> dict:
         return max(marked, Notice.PREEMPTED if leaving else Notice.NONE)
 
     with process_group(rank, world, device):
-        outcome = train(spec, rank=rank, world=world, local_rank=context.get_local_rank(), device=device, notice=notice)
+        observe = Gauges(spec.run.rstrip("/").rpartition("/")[2])
+        local_rank = context.get_local_rank()
+        outcome = train(
+            spec, rank=rank, world=world, local_rank=local_rank, device=device, notice=notice, observe=observe
+        )
     return dataclasses.asdict(outcome) | {"leaving": sorted(leaving)}

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -42,6 +43,7 @@ class Checkpoints:
     _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "checkpoint"), repr=False)
     _pending: list[Future] = field(default_factory=list, repr=False)
     _begun: bool = False
+    _newest_at: float = field(default_factory=time.monotonic, repr=False)
 
     def upload(self, folder: Path, state: TrainState, more: Callable[[], dict[str, bytes]] = dict) -> None:
         """Uploads the files of the run that `more` gives, then this worker's files of the checkpoint; removes `folder`.
@@ -78,8 +80,13 @@ class Checkpoints:
                 self.run.upload(file, f"{name_of(state.step)}/{inner}{file.name}")
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+        self._newest_at = time.monotonic()
         if self.keeper:
             self.retire()
+
+    def age_s(self) -> float:
+        """Seconds since this worker's part of the newest checkpoint was in the store, or since the start."""
+        return time.monotonic() - self._newest_at
 
     def retire(self) -> None:
         """Deletes checkpoints that need not be kept, but never the newest complete one or anything newer."""

@@ -144,6 +144,13 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
+def last_step(store: Store) -> int:
+    """The newest step that the run's metrics tell of, done or not kept; 0 without any."""
+    segments = sorted(store.list("metrics/"))
+    lines = store.read(segments[-1]).splitlines() if segments else []
+    return int(json.loads(lines[-1])["step"]) if lines else 0
+
+
 def read_metrics(store: Store) -> tuple[list[dict[str, float]], list[int]]:
     """(metrics of every step, repeated steps). A step that was repeated twice is listed twice."""
     by_step: dict[int, dict[str, float]] = {}

@@ -197,8 +197,15 @@ class Task(nn.Module):
 
     def flops_per_row(self) -> float:
         """Floating point operations of forward and backward, the backward counted as twice the forward."""
+        return 3.0 * self._forward(self.passes())
+
+    def repeated_flops_per_row(self) -> float:
+        """What several micro-batches add: the forward of the `repeated` passes."""
+        return self._forward(self.passes()[: self.repeated])
+
+    def _forward(self, passes: list[Pass]) -> float:
         config = self.model.config
-        return 3.0 * sum(pass_flops(config, p.text_len, p.image, p.num_layers) for p in self.passes())
+        return sum(pass_flops(config, p.text_len, p.image, p.num_layers) for p in passes)
 
     repeated: int = 0  # how many of `passes`, from the first, run twice if there are several micro-batches
 

@@ -25,7 +25,7 @@ from vlmo_ray.runs.checkpoints import Checkpoints, name_of
 from vlmo_ray.runs.consumed import Consumed
 from vlmo_ray.runs.load import describe, publish
 from vlmo_ray.runs.masked import Masked
-from vlmo_ray.runs.metrics import Meters
+from vlmo_ray.runs.metrics import Meters, last_step
 from vlmo_ray.runs.scratch import scratch
 from vlmo_ray.runs.state import TrainState
 from vlmo_ray.tasks.task import Task
@@ -36,6 +36,8 @@ from vlmo_ray.train.optim import WeightAverage, build_optimizer, lr_at, set_lr
 from vlmo_ray.train.parallel import clip, parallelize, total_norm, whole_state
 from vlmo_ray.train.step import gradients
 from vlmo_ray.train.validate import validate
+
+Observer = Callable[[dict[str, float], tuple[str, ...]], None]
 
 
 @dataclass(frozen=True)
@@ -63,13 +65,15 @@ def train(
     local_rank: int = 0,
     device: torch.device | str = "cpu",
     notice: Callable[[], Notice] = lambda: Notice.NONE,
+    observe: Observer = lambda figures, terms: None,
 ) -> Outcome:
     """Trains from the run's newest good checkpoint, or the start, to the last step of the config.
 
     A process group of `world` workers must exist if world > 1, in which those of a node have consecutive ranks; the one
     with `local_rank` 0 fetches checkpoints for them. Errors of one worker (unreadable data, say) stop
     all workers at the same step: the sentence is in the returned `Outcome`. `notice` is asked every
-    `cluster.notice_every` steps, on every worker.
+    `cluster.notice_every` steps, on every worker. `observe` gets the metrics of each step and the names of those that
+    are shown, on rank 0; it must not wait for anything.
     """
     config, device = spec.config, torch.device(device)
     torch.set_float32_matmul_precision("high")
@@ -89,7 +93,7 @@ def train(
         if stopped := agreement.stops("the start"):
             return Outcome(0, stopped)
         assert begun is not None
-        run = _Run(spec, *begun, rank, world, device, agreement, stack, checkpoints, local)
+        run = _Run(spec, *begun, rank, world, device, agreement, stack, checkpoints, local, observe)
         run.resume(fetched, attempt)
         if world > 1:
             dist.barrier()  # the others on the node may still be reading
@@ -156,6 +160,7 @@ class _Run:
         stack: contextlib.ExitStack,
         checkpoints: Checkpoints,
         local: Path,
+        observe: Observer,
     ):
         config = spec.config
         self.spec, self.config, self.manifest = spec, config, manifest
@@ -176,6 +181,7 @@ class _Run:
         self.done = self.saved = 0  # steps
         self.uploading = False
         self.best = -math.inf  # of the evaluations so far
+        self.observe, self.repeated = observe, 0  # steps that were done before, of which nothing was kept
 
     def resume(self, fetched: Path | None, attempt: str) -> None:
         """Takes the checkpoint in the folder `fetched`, if there is one. Raises UserError if it does not fit."""
@@ -193,6 +199,10 @@ class _Run:
         if self.rank == 0:
             if fetched is not None:
                 print(f"resumed at step {self.done} on {self.world} workers", flush=True)
+            self.repeated = max(0, (self.agreement.attempt(last_step, self.store) or 0) - self.done)
+            if self.repeated:
+                print(f"{self.repeated} steps after it are done again", flush=True)
+            if fetched is not None:
                 self.agreement.attempt(self._find_best)
             self.agreement.attempt(describe, self.store, self.config, self.manifest.schema)
 
@@ -242,6 +252,13 @@ class _Run:
             place = {"step": self.done, "samples": schedule.rows_before(self.done), "lr": lr_at(step, self.config)}
             values = {name: float(value) for name, value in figures.items()}
             self.agreement.attempt(self.meters.add, place | values | speed)
+            state = {
+                "total_steps": self.config.total_steps,
+                "checkpoint_age_s": self.checkpoints.age_s(),
+                "repeated_steps": self.repeated,
+            }
+            self.observe(place | values | speed | state, self.task.shown)
+            self.repeated = 0
             warning = self.task.warning(values, rows)
             if warning != self.warned:  # once, and not in every step
                 print(f"step {self.done}: {warning or 'as it should be again'}", flush=True)

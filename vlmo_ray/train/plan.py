@@ -16,7 +16,6 @@ from rich.table import Table
 
 from vlmo_ray.config import Config, Phase
 from vlmo_ray.errors import UserError
-from vlmo_ray.model.flops import pass_flops
 from vlmo_ray.tasks.task import Task
 from vlmo_ray.train.memory import ROOM, Memory, memory_of, on_meta
 
@@ -303,8 +302,7 @@ def _step(task: Task, config: Config, phase: Phase, gpu: Gpu, gpus: int, nodes: 
     passes = -(-rows // config.micro_batch)
     flops = useful = task.flops_per_row()
     if passes > 1:
-        model = task.model.config
-        flops += sum(pass_flops(model, p.text_len, p.image, p.num_layers) for p in task.passes()[: task.repeated])
+        flops += task.repeated_flops_per_row()
     if config.cluster.activation_checkpointing:
         flops += useful / 3
     compute = rows * flops / (gpu.peak * gpu.utilisation.value)

@@ -15,13 +15,13 @@ from vlmo_ray.config import ClusterConfig, Config, Phase
 from vlmo_ray.data.batch import Batch
 from vlmo_ray.data.schema import PAIRS
 from vlmo_ray.errors import UserError
-from vlmo_ray.launch.plan import GPUS, plan, traffic
 from vlmo_ray.model.vlmo import VLMo, init_weights
 from vlmo_ray.objectives.gather import Workers
 from vlmo_ray.recipes import RECIPES, recipe
 from vlmo_ray.tasks import build_task
 from vlmo_ray.train.memory import ROOM, memory_of, on_meta
 from vlmo_ray.train.parallel import parallelize
+from vlmo_ray.train.plan import GPUS, plan, traffic
 from vlmo_ray.train.step import gradients
 
 
