@@ -199,13 +199,17 @@ class Command:
     def rest_until_resized(self) -> None:
         """The workers do nothing until the driver has noticed new nodes; the run might be over by then."""
         workers = self.workers()
-        for pid in workers:
-            os.kill(pid, signal.SIGSTOP)
+
+        def tell(number: signal.Signals) -> None:
+            for pid in workers:
+                with contextlib.suppress(ProcessLookupError):  # it has just ended, to be resized
+                    os.kill(pid, number)
+
+        tell(signal.SIGSTOP)
         try:
             self.wait_for(lambda: self.output.rfind(RESIZED) > self.output.rfind(STARTING), "a resize")
         finally:
-            for pid in workers:
-                os.kill(pid, signal.SIGCONT)
+            tell(signal.SIGCONT)
         self.wait_for(lambda: self.workers() != workers, "a new start")
 
     def finish(self, seconds: float = 240) -> None:
