@@ -15,7 +15,7 @@ from vlmo_ray.data.manifest import check_shards, load_manifest
 from vlmo_ray.data.store import Store, open_store
 from vlmo_ray.errors import UserError
 from vlmo_ray.launch.driver import Driver
-from vlmo_ray.launch.ray_private import infeasible_groups
+from vlmo_ray.launch.ray_private import infeasible_groups, keep_stats_here
 from vlmo_ray.launch.resources import Share, living_nodes, share
 from vlmo_ray.launch.stop import Stop
 from vlmo_ray.launch.worker import work
@@ -71,6 +71,8 @@ def fit(
                 print(f"from here on with other settings: {'; '.join(changed)}", flush=True)
         cluster = config.cluster
         autoscaling = infeasible_groups() is not None
+        if autoscaling:
+            keep_stats_here()
         each = share(cluster, living_nodes(), autoscaling, parts)
         rows = schedule_rows(config)
         print(

@@ -21,3 +21,14 @@ def infeasible_groups() -> set[str] | None:
         return None
     # the details read "<id>:PACK|PENDING"
     return {request.details.partition(":")[0] for request in state.infeasible_gang_resource_requests}
+
+
+def keep_stats_here() -> None:
+    """Starts the actor that collects Ray Data's statistics on this process's node.
+
+    It is detached, one for the cluster, and Ray Data puts it on the node of whoever reads first: a worker's, which
+    would then never count as idle, and which no autoscaler would take away after the run.
+    """
+    from ray.data._internal.stats import get_or_create_stats_actor
+
+    get_or_create_stats_actor()
