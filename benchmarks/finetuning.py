@@ -1,10 +1,12 @@
 """Does pre-training on pairs help VQA, NLVR2 and retrieval? Scenes, from one pre-trained model and from random weights.
 
-    python benchmarks/finetuning.py --out FILE.jsonl [--pretrain-steps 1000] [--steps 400] [--seeds 3] [--keep FOLDER]
+    python benchmarks/finetuning.py --out FILE.jsonl [--pretrain-steps 1000] [--steps 400] [--seeds 1 2 3]
+        [--keep FOLDER] [--weights MODEL]
 
 Pre-trains the demo's model once, fine-tunes it for each task with equal steps from there and from random weights, and
 writes a line for every run: the accuracy on unseen scenes and what the most frequent answer would reach. One process.
-With `--keep`, data and pre-trained model stay for a second call.
+With `--keep`, data and pre-trained model stay for a second call. `--weights` takes a model that is there already, for
+example the one that `matching.py` leaves, instead of pre-training one.
 """
 
 from __future__ import annotations
@@ -69,11 +71,11 @@ def run(config: Config, data: str, folder: str, eval_data: str = "") -> Store:
     return Store(folder)
 
 
-def retrieval(out: Path, pretraining: Config, folder: str, steps: int, seeds: int) -> None:
+def retrieval(out: Path, pretraining: Config, start: str, folder: str, steps: int, seeds: tuple[int, ...]) -> None:
     """Zero-shot, fine-tuned by contrast, and by contrast and matching; each also re-ranked if it can be."""
     write(f"{folder}/unseen", declared(retrieval_records(1, 500, image_size=32)))
-    starts = [(0, "zero-shot", load(f"{folder}/pretrained"))]
-    for seed in range(1, seeds + 1):
+    starts = [(0, "zero-shot", load(start))]
+    for seed in seeds:
         for kind, heads in (("contrast", ("itc",)), ("contrast and matching", ("itc", "itm"))):
             model = dataclasses.replace(pretraining.model, heads=heads)
             config = dataclasses.replace(
@@ -82,7 +84,7 @@ def retrieval(out: Path, pretraining: Config, folder: str, steps: int, seeds: in
                 task=RetrievalConfig(itm=float("itm" in heads)),
                 phases=(Phase(steps, 96),),
                 seed=seed,
-                init=f"{folder}/pretrained",
+                init=start,
             )
             store = run(config, f"{folder}/pairs", f"{folder}/retrieval-{steps}-{seed}-{len(heads)}")
             starts.append((seed, kind, load(store.uri)))
@@ -97,19 +99,25 @@ def main(
     out: Path,
     pretrain_steps: int = 1000,
     steps: int = 400,
-    seeds: int = 3,
+    seeds: tuple[int, ...] = (1, 2, 3),
     tasks: tuple[str, ...] = ("vqa", "nlvr2"),
     keep: Path | None = None,
+    weights: str = "",
 ) -> None:
     torch.set_num_threads(1)
     pretraining = dataclasses.replace(recipe("demo"), phases=(Phase(pretrain_steps, 96),), log_every=100)
     with contextlib.ExitStack() as stack:
         folder = str(keep or stack.enter_context(tempfile.TemporaryDirectory()))
-        write(f"{folder}/pairs", declared(records(1, 20_000, image_size=32)))
-        run(pretraining, f"{folder}/pairs", f"{folder}/pretrained")
+        if not weights or "retrieval" in tasks:
+            write(f"{folder}/pairs", declared(records(1, 20_000, image_size=32)))
+        if weights:
+            pretraining = dataclasses.replace(pretraining, model=load(weights).config)
+        else:
+            run(pretraining, f"{folder}/pairs", f"{folder}/pretrained")
+        start = weights or f"{folder}/pretrained"
         for task in tasks:
             if task == "retrieval":
-                retrieval(out, pretraining, folder, steps, seeds)
+                retrieval(out, pretraining, start, folder, steps, seeds)
                 continue
             rows, schema = {"vqa": (vqa_rows, VQA), "nlvr2": (nlvr2_rows, NLVR2)}[task]
             for split, count in (
@@ -117,18 +125,18 @@ def main(
                 ("eval", 500 if task == "vqa" else 2000),
             ):
                 write(f"{folder}/{task}-{split}", rows(count, split), schema=schema)
-            for seed in range(1, seeds + 1):
-                for start in (f"{folder}/pretrained", ""):
+            for seed in seeds:
+                for init in (start, ""):
                     config = recipe(f"{task}_tiny")
                     model = dataclasses.replace(pretraining.model, heads=config.model.heads, num_answers=len(ANSWERS))
                     config = dataclasses.replace(
-                        config, model=model, phases=(Phase(steps, 64),), seed=seed, init=start, evaluate_every=steps
+                        config, model=model, phases=(Phase(steps, 64),), seed=seed, init=init, evaluate_every=steps
                     )
-                    place = f"{folder}/{task}-{steps}-{seed}-{bool(start)}"
+                    place = f"{folder}/{task}-{steps}-{seed}-{bool(init)}"
                     store = run(config, f"{folder}/{task}-train", place, f"{folder}/{task}-eval")
                     [(_, result)] = read_evaluations(store)
                     score = result.scores["accuracy"]
-                    line = {"task": task, "seed": seed, "pretrained": bool(start), "steps": steps}
+                    line = {"task": task, "seed": seed, "pretrained": bool(init), "steps": steps}
                     with out.open("a") as file:
                         file.write(json.dumps(line | {"accuracy": score.value, "majority": score.chance}) + "\n")
 

@@ -5,7 +5,7 @@
 Pre-trains the demo's model, or a wider one, on scenes in one process with a constant rate after the warm-up, and every
 `--every` pairs writes a line: the training losses since the last line and the `matching` scores on unseen scenes. It
 ends when mined negatives are told apart in 70 % of balanced cases, or after `--pairs`. Called again with the same
-`--out`, it goes on after the last line, from the state in `FILE.pt`.
+`--out`, it goes on after the last line, from the state in `FILE.pt`. The model lies beside it, in the folder `FILE`.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from vlmo_ray.train.build import RunSpec, begin, stream_of
 from vlmo_ray.train.optim import build_optimizer, set_lr
 from vlmo_ray.train.parallel import parallelize
 from vlmo_ray.train.step import gradients
+from vlmo_ray.weights.folder import save_model
 
 
 def measure(model, data: str, kind=Matching):
@@ -92,6 +93,7 @@ def main(
                         file.write(json.dumps(line) + "\n")
                     state = (step + 1, time.monotonic() - began, task.state_dict(), optimizer.state_dict())
                     torch.save(state, kept)
+                    save_model(task.model, out.with_suffix(""))
                     sums, since = defaultdict(float), 0
                     if result["accuracy_mined"] >= 0.7:
                         return

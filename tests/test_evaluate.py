@@ -8,12 +8,46 @@ import torch
 from conftest import write_unchecked
 from small_run import SMALL
 
+from vlmo_ray.data.prepare.shards import write_dataset
 from vlmo_ray.demo.scenes.records import declared, retrieval_records
 from vlmo_ray.evaluate import evaluate
 from vlmo_ray.model.vlmo import VLMo, init_weights
 from vlmo_ray.tasks.metrics import recall_at_k
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+
+class Asked(Exception):
+    """What the actors asked of the cluster."""
+
+
+@pytest.mark.parametrize(
+    ("cluster", "device", "cpus", "gpus", "actors"),
+    [
+        ({"CPU": 8.0}, "auto", 1.0, 0, 4),
+        ({"CPU": 1.0}, "auto", 0.5, 0, 1),
+        ({"CPU": 8.0, "GPU": 3.0}, "auto", 0, 1, 3),
+        ({"CPU": 8.0, "GPU": 3.0}, "cpu", 1.0, 0, 4),
+        ({}, "auto", 1.0, 0, 1),  # nodes are added on demand: not by an actor that asks for nothing
+        ({}, "gpu", 0, 1, 1),
+    ],
+)
+def test_actors_ask_for_what_the_cluster_has_or_can_add(
+    cluster, device, cpus, gpus, actors, ray_cluster, tmp_path, monkeypatch
+):
+    import ray
+
+    class Rows:
+        def map_batches(self, *_, compute, num_cpus, num_gpus, **__):
+            raise Asked(num_cpus, num_gpus, compute.min_size)
+
+    data = str(tmp_path / "data")
+    write_dataset(data, declared(retrieval_records(3, 5, image_size=16)))
+    monkeypatch.setattr(ray, "cluster_resources", lambda: cluster)
+    monkeypatch.setattr("vlmo_ray.evaluate.eval_dataset", lambda *_: Rows())
+    with pytest.raises(Asked) as found:
+        evaluate(VLMo(dataclasses.replace(SMALL.model, vocab_size=30522)), data, device=device)
+    assert found.value.args == (cpus, gpus, actors)
 
 
 def test_retrieval_does_not_depend_on_the_number_of_workers(ray_cluster, tmp_path):

@@ -22,13 +22,13 @@ from vlmo_ray.errors import UserError
 from vlmo_ray.model.vlmo import VLMo
 from vlmo_ray.runs.evaluations import Result, scored
 from vlmo_ray.runs.load import Loaded, load_all
-from vlmo_ray.tasks import build_evaluation, build_task
+from vlmo_ray.tasks import build_evaluation, build_task, kinds
 from vlmo_ray.tasks.task import Columns, Evaluation
 
 
 def _default(config: ModelConfig) -> str:
-    """What weights are measured on that no run of ours made: what they were tuned for, or retrieval."""
-    return next((head for head in ("vqa", "nlvr2") if head in config.heads), "retrieval")
+    """What weights that no run of ours made are measured on: the task that one of their heads is called by."""
+    return next((kind for kind in kinds() if kind in config.heads), "retrieval")
 
 
 @dataclass(frozen=True)

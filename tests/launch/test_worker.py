@@ -1,12 +1,16 @@
 """What a worker is told through the run's store: looked up by a thread, so slow storage delays no step."""
 
+import contextlib
 import dataclasses
 import json
+import shutil
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
-from small_run import SMALL, job
+import torch
+from small_run import SMALL, begin_at, job
 
 from vlmo_ray.data.store import Store
 from vlmo_ray.launch import worker
@@ -14,7 +18,8 @@ from vlmo_ray.launch.stop import STOP
 from vlmo_ray.launch.worker import RESIZE, Marks
 from vlmo_ray.runs.metrics import read_metrics
 from vlmo_ray.train.agree import Notice
-from vlmo_ray.train.loop import train
+from vlmo_ray.train.build import RunSpec
+from vlmo_ray.train.loop import Outcome, train
 
 
 @pytest.fixture(autouse=True)
@@ -53,6 +58,53 @@ def test_a_lease_that_is_lost_or_unreadable_ends_the_training(tmp_path, damage):
     damage(run)
     with pytest.raises(ValueError, match=r"taken over by process 7 on elsewhere|Expecting property name"):
         until(lambda: marks.check() is not Notice.NONE)
+
+
+def test_every_step_is_observed_and_steps_done_again_are_counted(scenes, tmp_path):
+    seen = []
+
+    def observe(figures, terms):
+        seen.append(figures | {"terms": terms})
+
+    first = job(scenes, tmp_path / "whole")
+    assert train(first, observe=observe).step == 10
+    assert [figures["step"] for figures in seen] == list(range(1, 11))
+    assert {figures["total_steps"] for figures in seen} == {10} and seen[0]["terms"] == ("itc", "itm", "mlm")
+    assert not any(figures["repeated_steps"] for figures in seen)
+    ages = [figures["checkpoint_age_s"] for figures in seen]
+    assert all(0 <= age < 600 for age in ages) and ages[1] > ages[0]
+    metrics, _ = read_metrics(Store(str(tmp_path / "whole")))
+    assert [figures["loss"] for figures in seen] == [m["loss"] for m in metrics]
+
+    lost = tmp_path / "lost"  # what a run leaves that was killed after step 10, its newest checkpoint at step 4
+    begin_at(lost, tmp_path / "whole" / "checkpoint-00000004")
+    shutil.copytree(tmp_path / "whole" / "metrics", lost / "metrics")
+    seen.clear()
+    assert train(job(scenes, lost), observe=observe).step == 10
+    assert [figures["step"] for figures in seen] == list(range(5, 11))
+    assert [figures["repeated_steps"] for figures in seen] == [6, 0, 0, 0, 0, 0]
+
+
+def test_what_is_observed_goes_to_the_gauges_of_the_run(monkeypatch):
+    """`work` hands the gauges to the loop."""
+    import ray.train
+    import ray.train.torch
+
+    context = SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 1, get_local_world_size=lambda: 1,
+                              get_local_rank=lambda: 0)  # fmt: skip
+    monkeypatch.setattr(ray.train, "get_context", lambda: context)
+    monkeypatch.setattr(ray.train.torch, "get_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(worker, "Marks", lambda run, token: None)
+    monkeypatch.setattr(worker, "process_group", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(worker, "Gauges", lambda run: ("gauges of", run))
+    given = {}
+    monkeypatch.setattr(worker, "train", lambda spec, **options: given.update(options) or Outcome(10))
+    threads = torch.get_num_threads()
+    try:
+        assert worker.work(RunSpec(SMALL, "data", "s3://runs/one/", ""), "token")["step"] == 10
+    finally:
+        torch.set_num_threads(threads)
+    assert given["observe"] == ("gauges of", "one")
 
 
 def test_training_goes_on_while_the_storage_does_not_answer(scenes, tmp_path, monkeypatch):

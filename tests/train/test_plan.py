@@ -1,5 +1,6 @@
 """What a run would take: against the paper's runs, memory as it is counted, and bytes as the loopback counts them."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from small_run import SMALL
 from worker_processes import in_processes
 
-from vlmo_ray.config import ClusterConfig, Config, Phase
+from vlmo_ray.config import ClusterConfig, Config, Phase, check
 from vlmo_ray.data.batch import Batch
 from vlmo_ray.data.schema import PAIRS
 from vlmo_ray.errors import UserError
@@ -38,9 +39,14 @@ def test_memory_is_that_of_the_model_and_the_largest_micro_batch_is_the_largest(
     config = recipe(name)
     found = plan(config, 8, "A100")
     assert found.memory == memory_of(on_meta(config), config, 8)
-    for rows, fits in ((found.largest_micro_batch, True), (found.largest_micro_batch + config.slice_size, False)):
+    fitting = []
+    for rows in range(1, 257):
         other = dataclasses.replace(config, micro_batch=rows)
-        assert (memory_of(on_meta(other), other, 8).total <= ROOM * GPUS["A100"].memory) == fits
+        with contextlib.suppress(UserError):  # a size that a run would refuse
+            check(other)
+            if memory_of(on_meta(other), other, 8).total <= ROOM * GPUS["A100"].memory:
+                fitting.append(rows)
+    assert found.largest_micro_batch == max(fitting)
 
 
 def test_losses_of_nodes_by_hand():

@@ -144,9 +144,14 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
+def _segments(store: Store) -> list[str]:
+    """Names of the segments, in the order in which they were begun."""
+    return sorted(store.list("metrics/"), key=lambda name: int(Path(name).stem))
+
+
 def last_step(store: Store) -> int:
     """The newest step that the run's metrics tell of, done or not kept; 0 without any."""
-    segments = sorted(store.list("metrics/"))
+    segments = _segments(store)
     lines = store.read(segments[-1]).splitlines() if segments else []
     return int(json.loads(lines[-1])["step"]) if lines else 0
 
@@ -155,7 +160,7 @@ def read_metrics(store: Store) -> tuple[list[dict[str, float]], list[int]]:
     """(metrics of every step, repeated steps). A step that was repeated twice is listed twice."""
     by_step: dict[int, dict[str, float]] = {}
     repeated = []
-    for name in sorted(store.list("metrics/"), key=lambda n: int(Path(n).stem)):
+    for name in _segments(store):
         for line in store.read(name).decode().splitlines():
             figures = json.loads(line)
             if figures["step"] in by_step:

@@ -84,6 +84,7 @@ class Pretraining(GlobalTask):
         self.settings = config.task
         self.data = config.data
         self.slice_size = config.slice_size
+        self.repeated = 2 * len(self.contrasts)
         self.matches, self.predicts = self.settings.itm > 0, self.settings.mlm > 0
         self.shown = tuple(name for name in self.settings.heads if name != "itc_vl")
 
@@ -121,10 +122,6 @@ class Pretraining(GlobalTask):
         unimodal = [Pass(0, True), Pass(text_len, False)]
         branch = [Pass(0, True, top), Pass(text_len, False, top)] if self.settings.vl_contrast else []
         return [*unimodal, *branch, *[pair] * (3 * self.matches + self.predicts)]
-
-    @property
-    def repeated(self) -> int:  # type: ignore[override]
-        return 4 if self.settings.vl_contrast else 2
 
     def traffic(self, global_batch: int, workers: int) -> dict[str, float]:
         config, rows = self.model.config, global_batch / workers

@@ -145,6 +145,7 @@ class Task(nn.Module):
     """
 
     shown: tuple[str, ...] = ()  # metrics on the console line, beside the loss
+    repeated: int = 0  # how many of `passes`, from the first, run twice if there are several micro-batches
 
     def __init__(self, model: VLMo, config: Config, schema: Schema):
         super().__init__()
@@ -206,8 +207,6 @@ class Task(nn.Module):
     def _forward(self, passes: list[Pass]) -> float:
         config = self.model.config
         return sum(pass_flops(config, p.text_len, p.image, p.num_layers) for p in passes)
-
-    repeated: int = 0  # how many of `passes`, from the first, run twice if there are several micro-batches
 
     def traffic(self, global_batch: int, workers: int) -> dict[str, float]:
         """Bytes that a worker receives in a step from collectives of the task's own, by term."""

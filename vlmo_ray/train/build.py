@@ -21,8 +21,8 @@ from vlmo_ray.tasks import build_task
 from vlmo_ray.tasks.task import Task
 from vlmo_ray.weights.resize import fit_state
 
-# Dense bf16 peak, TFLOP/s, from the vendors' data sheets; MFU is left out on other devices.
-_PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "V100": 125, "L4": 121, "A10G": 70}
+# Dense bf16 peak (fp16 on the V100), TFLOP/s, from the vendors' data sheets; MFU is left out on other devices.
+PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "V100": 125, "L4": 121, "A10G": 70}
 
 
 @dataclass(frozen=True)
@@ -132,5 +132,5 @@ def mfu(flops_per_s: float, device: torch.device) -> dict[str, float]:
     if device.type != "cuda":
         return {}
     name = torch.cuda.get_device_name(device)
-    peak = next((tflops for key, tflops in _PEAK_TFLOPS.items() if key in name), None)
+    peak = next((tflops for key, tflops in PEAK_TFLOPS.items() if key in name), None)
     return {} if peak is None else {"mfu": flops_per_s / (peak * 1e12)}

@@ -17,6 +17,7 @@ from rich.table import Table
 from vlmo_ray.config import Config, Phase
 from vlmo_ray.errors import UserError
 from vlmo_ray.tasks.task import Task
+from vlmo_ray.train.build import PEAK_TFLOPS
 from vlmo_ray.train.memory import ROOM, Memory, memory_of, on_meta
 
 DAY = 86_400.0
@@ -36,7 +37,6 @@ class Gpu:
     """One kind of GPU in the cloud machine that has eight of it."""
 
     memory: float  # bytes that a program finds
-    peak: float  # FLOP/s of dense bf16 matrix products (fp16 on the V100)
     utilisation: Assumption  # of the peak, by the FLOPs of the model, while a step computes
     network: float  # bytes/s between machines, one way, of one GPU's share
     link: float  # bytes/s between GPUs of a machine, one way
@@ -45,11 +45,11 @@ class Gpu:
 
 _UNMEASURED = "assumed; torchtitan: 33 to 39 % (8B, H100), open_clip: 12 % (A100)"
 GPUS = {
-    "H100": Gpu(85.0e9, 989e12, Assumption(0.35, "of peak", _UNMEASURED), 50e9, 450e9, "H100 SXM, AWS p5.48xlarge"),
-    "H200": Gpu(150e9, 989e12, Assumption(0.35, "of peak", _UNMEASURED), 50e9, 450e9, "H200 SXM, AWS p5e.48xlarge"),
-    "A100": Gpu(42.4e9, 312e12, Assumption(0.35, "of peak", _UNMEASURED), 6.25e9, 300e9, "A100 40 GB, p4d.24xlarge"),
+    "H100": Gpu(85.0e9, Assumption(0.35, "of peak", _UNMEASURED), 50e9, 450e9, "H100 SXM, AWS p5.48xlarge"),
+    "H200": Gpu(150e9, Assumption(0.35, "of peak", _UNMEASURED), 50e9, 450e9, "H200 SXM, AWS p5e.48xlarge"),
+    "A100": Gpu(42.4e9, Assumption(0.35, "of peak", _UNMEASURED), 6.25e9, 300e9, "A100 40 GB, p4d.24xlarge"),
     "V100": Gpu(
-        34.1e9, 125e12, Assumption(0.1, "of peak", "VLMo's published runs: 9.8 % (base), 11.3 % (large)"),
+        34.1e9, Assumption(0.1, "of peak", "VLMo's published runs: 9.8 % (base), 11.3 % (large)"),
         1.56e9, 150e9, "V100 32 GB, AWS p3dn.24xlarge",
     ),
 }  # fmt: skip
@@ -104,7 +104,7 @@ class Plan:
     """What a run takes; see `table`."""
 
     config: Config
-    kind: str
+    kind: str  # of GPU
     gpu: Gpu
     gpus: int
     nodes: int
@@ -192,7 +192,7 @@ class Plan:
         """Every assumption and formula, with its source."""
         gpu, lines = self.gpu, ["assumed:"]
         given = {
-            "peak": Assumption(gpu.peak / 1e12, "TFLOP/s", f"data sheet: {gpu.source}"),
+            "peak": Assumption(PEAK_TFLOPS[self.kind], "TFLOP/s", f"data sheet: {gpu.source}"),
             "between machines": Assumption(gpu.network / 1e9, "GB/s of a GPU", "an eighth of the machine's rate"),
             "inside a machine": Assumption(gpu.link / 1e9, "GB/s of a GPU", "data sheet of NVLink, one way"),
             "utilisation": gpu.utilisation,
@@ -217,6 +217,10 @@ FORMULAS = {
     "gradients": "ring all-reduce, 2 (W-1)/W x 4 bytes a parameter; hidden behind the backward of one micro-batch",
     "sharded weights": "(W-1)/W x 2 bytes a parameter of each layer that a pass goes through, forward and backward",
     "negative images": "N (1 - (1 - 1/N)^b) distinct ones for b rows of N, of which (W-1)/W are remote, as uint8",
+    "features, texts and choices": "of all other rows: float32 vectors of each branch, keys, sums of the contrast, "
+    "token ids, positions (tasks/pretraining.py)",
+    "decoding": "rows of a GPU / (pairs/s of a core x data_cpus_per_worker); the slower of both sets the pace",
+    "checkpoint": "weights and two moments in float32, 4 bytes each; every node uploads its share in the background",
     "lost nodes": "each: half a checkpoint interval, the restart, and 1/nodes of the time to replace it",
 }
 
@@ -252,7 +256,7 @@ def plan(
     if gpus > smallest:
         raise UserError(
             f"--gpus {gpus} is more than the {smallest} slices of {config.slice_size} rows in a global batch; "
-            "lower it, or --set slice_size"
+            "take fewer GPUs, or lower slice_size by --set"
         )
     kind, task = GPUS[gpu], on_meta(config)
     if utilisation:
@@ -261,12 +265,14 @@ def plan(
     share = max(_share(config, phase, gpus) for phase in config.phases)
     local = dataclasses.replace(config, micro_batch=min(config.micro_batch, share))
     memory = memory_of(task, local, gpus)
-    fits = int((ROOM * kind.memory - memory.state) / (memory.passes / memory.rows)) // config.slice_size
+    fits = int((ROOM * kind.memory - memory.state) / (memory.passes / memory.rows))
+    batch = math.gcd(*(phase.global_batch for phase in config.phases))  # which a micro-batch must divide
+    sizes = [rows for rows in range(config.slice_size, min(fits, batch) + 1, config.slice_size) if batch % rows == 0]
     trained = _trained(task)
     frozen = sum(p.numel() for p in task.parameters()) - trained
     return Plan(
-        config, gpu, kind, gpus, nodes, memory, max(0, fits) * config.slice_size,
-        [_step(task, local, phase, kind, gpus, nodes) for phase in config.phases],
+        config, gpu, kind, gpus, nodes, memory, max(sizes, default=0),
+        [_step(task, local, phase, kind, PEAK_TFLOPS[gpu] * 1e12, gpus, nodes) for phase in config.phases],
         (16.0 if config.optim.average_decay else 12.0) * trained + 4.0 * frozen, spot, price,
     )  # fmt: skip
 
@@ -297,7 +303,7 @@ def traffic(task: Task, config: Config, phase: Phase, gpus: int) -> dict[str, fl
     return {"sharded weights": gathered, "gradients": other * gradients} | task.traffic(phase.global_batch, gpus)
 
 
-def _step(task: Task, config: Config, phase: Phase, gpu: Gpu, gpus: int, nodes: int) -> Step:
+def _step(task: Task, config: Config, phase: Phase, gpu: Gpu, peak: float, gpus: int, nodes: int) -> Step:
     rows = _share(config, phase, gpus)
     passes = -(-rows // config.micro_batch)
     flops = useful = task.flops_per_row()
@@ -305,7 +311,7 @@ def _step(task: Task, config: Config, phase: Phase, gpu: Gpu, gpus: int, nodes: 
         flops += task.repeated_flops_per_row()
     if config.cluster.activation_checkpointing:
         flops += useful / 3
-    compute = rows * flops / (gpu.peak * gpu.utilisation.value)
+    compute = rows * flops / (peak * gpu.utilisation.value)
     received = traffic(task, config, phase, gpus)
     own = gpu.network if nodes > 1 else gpu.link
     # a ring enters each machine once, by all of its network; what goes from one to one has a GPU's share of it
@@ -318,4 +324,4 @@ def _step(task: Task, config: Config, phase: Phase, gpu: Gpu, gpus: int, nodes: 
         exposed["sharded weights"] = max(0.0, exposed["sharded weights"] - compute)
     data = rows / (ASSUMED["decode"].value * config.cluster.data_cpus_per_worker)
     found = Step(phase, rows, passes, compute, exposed, received, data, 0.0)
-    return dataclasses.replace(found, useful=rows * useful / found.seconds / gpu.peak)
+    return dataclasses.replace(found, useful=rows * useful / found.seconds / peak)
