@@ -92,6 +92,8 @@ def iter_members(read: Callable[[int], bytes], *, whole: bool = True) -> Iterato
                 info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
             except tarfile.HeaderError as error:
                 at = offset - _BLOCK
+                if not at and header.startswith((b"\x1f\x8b", b"BZh")):
+                    raise TarError("it is compressed; name it .tar.gz or .tar.bz2") from error
                 raise TarError(f"the header after {last} (byte {at}) is damaged: {error}") from error
             raw.append(header)
             if info.type in (tarfile.GNUTYPE_SPARSE, tarfile.GNUTYPE_LONGLINK):
@@ -132,6 +134,10 @@ def _pax_records(data: bytes) -> dict[str, str]:
         records[key.decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
         data = data[int(length) :]
     return records
+
+
+def _text(data: bytes) -> str:
+    return data.decode("utf-8-sig")  # without a byte order mark
 
 
 def iter_samples(members: Iterable[Member]) -> Iterator[Sample]:
@@ -204,7 +210,7 @@ def record_of(tar_name: str, sample: Sample, schema: Schema, names: Collection[s
         elif suffix is not None:
             data = bytes(files[suffix])
             try:
-                value = {"txt": bytes.decode, "cls": int}.get(suffix, bytes)(data)
+                value = {"txt": _text, "cls": int}.get(suffix, bytes)(data)
             except ValueError:
                 record.problem = f"the .{suffix} member is not {'UTF-8' if suffix == 'txt' else 'an integer'}"
             else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
@@ -77,7 +78,7 @@ class Parquet(Shards):
         image_id = row.get("image_id")
         if isinstance(image_id, float) and image_id.is_integer():
             image_id = int(image_id)  # pandas stores integers with a missing value as floats
-        if image_id is None or image_id != image_id:
+        if image_id is None or (isinstance(image_id, float) and not math.isfinite(image_id)):
             encoded = values[images[0]] if images else None
             data = encoded if isinstance(encoded, bytes) else b""
             image_id = image_id_of(data)

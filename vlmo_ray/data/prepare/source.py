@@ -182,6 +182,10 @@ def read_images(store: Store, paths: Iterable[str | tuple[str, ...]]) -> Iterato
             name = name_in(store, candidate)
             if not is_unicode(candidate):
                 return None, "the image path is not UTF-8"
+            if not candidate.strip():
+                return None, "there is no image path"
+            if name is None and "://" in candidate:
+                return None, "the image is an address; fetch the images first, for example with img2dataset"
             if name is None:
                 return None, "the image path leads out of the image folder"
             if is_too_long(name):

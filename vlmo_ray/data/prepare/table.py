@@ -8,6 +8,7 @@ import hashlib
 import io
 import itertools
 import logging
+import re
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ _TEXT_COLUMNS = ("caption", "text", "title", "sentence")
 _SIZED_ROWS = 4096
 _DELIMITERS = ("\t", ",", ";", "|")
 _HEAD_BYTES = 1 << 16  # in which the delimiter is found
+_UTF = {"UTF-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE), "UTF-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)}
+_PACKED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"(\xb5/\xfd", b"PK\x03\x04")
 logger = logging.getLogger(__name__)
 
 
@@ -38,7 +41,8 @@ class _Lines:
     """The lines of a binary file as text; `offset` is the first byte after the lines so far.
 
     csv.reader asks for one line at a time, so after each row `offset` is where the next row begins, even if there are
-    line breaks inside quotes. A byte order mark at the beginning of the file is left out.
+    line breaks inside quotes. A byte order mark at the beginning of the file is left out, and a carriage return that
+    ends no line becomes a space.
     """
 
     def __init__(self, lines: Iterator[bytes], offset: int = 0) -> None:
@@ -52,7 +56,8 @@ class _Lines:
         self.offset += len(line)
         self.digest.update(line)
         line = line.removeprefix(codecs.BOM_UTF8) if at_start else line
-        return line.decode("utf-8", "surrogateescape").replace("\0", "\N{REPLACEMENT CHARACTER}")
+        text = line.decode("utf-8", "surrogateescape").replace("\0", "\N{REPLACEMENT CHARACTER}")
+        return re.sub(r"\r(?!\n|\Z)", " ", text) if "\r" in text else text
 
 
 @dataclass
@@ -63,7 +68,8 @@ class Table(Source):
     by default the table's folder; absolute ones must lie below it. A tab, comma, semicolon or pipe separates columns:
     `delimiter`, by default the first of them in the header, or in a table without one the first that all rows have.
     With `quoting`, by default unless tabs separate columns, a cell in quotation marks may have delimiters and line
-    breaks in it; a quotation mark without a partner is a UserError.
+    breaks in it; a quotation mark without a partner is a UserError. A row with more cells than the header, or without
+    one than the first row, is left out: its caption has a delimiter without quotation marks.
     """
 
     format: ClassVar[str] = "table"
@@ -85,8 +91,16 @@ class Table(Source):
 
     def _dialect_of(self, head: bytes) -> dict[str, Any]:
         """The arguments of `csv.reader`, from what was given and the first bytes of the table."""
-        if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or head.count(0) * 4 > len(head) > 0:
-            raise UserError(f"{self.uri} is UTF-16; convert it: iconv -f UTF-16 -t UTF-8 {self._name} > NEW")
+        if not head.strip():
+            raise UserError(f"{self.uri} is empty")
+        if head.startswith(_PACKED):
+            raise UserError(f"{self.uri} is compressed; unpack it")
+        encoding = next((name for name, marks in _UTF.items() if head.startswith(marks)), "")
+        if encoding := encoding or ("UTF-16" if head.count(0) * 4 > len(head) else ""):
+            raise UserError(f"{self.uri} is {encoding}; convert it: iconv -f {encoding} -t UTF-8 {self._name} > NEW")
+        if b"\n" not in head and head.count(b"\r") > 1:
+            convert = f"tr '\\r' '\\n' < {self._name} > NEW"
+            raise UserError(f"the lines of {self.uri} end in carriage returns alone; convert it: {convert}")
         if self.delimiter is not None:
             delimiter = {"\\t": "\t", "tab": "\t"}.get(self.delimiter, self.delimiter)
             if delimiter not in _DELIMITERS:
@@ -113,6 +127,7 @@ class Table(Source):
         return {
             "delimiter": delimiter,
             "quoting": csv.QUOTE_MINIMAL if quoting else csv.QUOTE_NONE,
+            "skipinitialspace": quoting,  # a, "b, c"
             "strict": True,  # text after a closing quotation mark, or none to the end, shows one without a partner
         }
 
@@ -128,11 +143,15 @@ class Table(Source):
                     first = next(reader, [])
                 self._image = self._column("image", self.image_column, first, _IMAGE_COLUMNS, 0)
                 self._text = self._column("text", self.text_column, first, _TEXT_COLUMNS, 1)
+                if self._image == self._text:
+                    raise UserError(f"{self.uri}: column {self._image} cannot be both the image and the text")
+                self._width = len(first)
                 start, line = lines.offset, reader.line_num
                 for row in reader:
                     if reader.line_num > line + 1:
                         spanning.append(len(starts))
                     starts.append(start)
+                    self._width = self._width or len(row)
                     start, line = lines.offset, reader.line_num
                     if len(row) > self._image and len(paths) < _SIZED_ROWS:
                         paths.append(row[self._image])
@@ -147,6 +166,8 @@ class Table(Source):
                 f"{spanning[0]}; if these are several rows each, use quoting=False"
             )
         self.listing, num_rows = lines.digest.hexdigest(), len(starts)
+        if not num_rows:
+            raise UserError(f"{self.uri} has no rows below its header" if first else f"{self.uri} has no rows")
         mean = mean_image_bytes(self._images, paths)
         cuts = [*range(0, num_rows, max(1, UNIT_BYTES // mean)), num_rows]
         starts.append(lines.offset)
@@ -181,6 +202,8 @@ class Table(Source):
                 continue  # an empty line
             path, text = (row[self._image], row[self._text]) if len(row) > need else ("-", None)
             problem = problem if len(row) > need else "the row has too few columns"
+            if any(row[self._width :]):
+                problem = "the row has too many columns; a caption with the delimiter in it needs quotation marks"
             if text is not None and not is_unicode(text):
                 problem = "the caption is not UTF-8"
             id, values = f"{self._name}:{number}", {"image": image, "text": text}
