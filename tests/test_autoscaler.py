@@ -21,7 +21,9 @@ import yaml
 from chaos_run import Command, Place, config_of
 
 from vlmo_ray.data.prepare.shards import write_dataset
+from vlmo_ray.data.store import Store
 from vlmo_ray.demo.scenes.records import records
+from vlmo_ray.launch.sweep import read_sweep
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.chaos, pytest.mark.full]
 
@@ -129,6 +131,14 @@ def autoscaled(folder: Path, environment: dict[str, str]) -> Iterator[Autoscaled
                     os.killpg(process.pid, signal.SIGKILL)
 
 
+def gone(cluster: Autoscaled) -> None:
+    """Waits until all nodes have left, as they are idle."""
+    until = time.monotonic() + 90
+    while cluster.raylets():
+        assert time.monotonic() < until, "idle nodes have not left"
+        time.sleep(1)
+
+
 @pytest.fixture
 def command(bucket, s3_server, tmp_path_factory) -> Iterator[Command]:
     folder = tmp_path_factory.mktemp("as")  # short: Ray's sockets have names of 107 characters at most
@@ -176,7 +186,43 @@ def test_an_empty_cluster_grows_loses_a_node_and_shrinks(command):
     assert victim not in cluster.raylets() and len(cluster.raylets()) >= 3
     command.finish()  # curve, weights and audit are those of the undisturbed run
     assert 3 in command.sizes() and "resumed at step" in command.output
-    until = time.monotonic() + 90
-    while cluster.raylets():
-        assert time.monotonic() < until, "idle nodes have not left"
-        time.sleep(1)
+    gone(cluster)
+
+
+def test_a_sweep_grows_and_shrinks_the_cluster(command):
+    """A node for each of two trials at once, none before and none after."""
+    place = command.place
+    storage = place.data.rpartition("/")[0]
+    given = ["--data", place.data, "--storage", storage, "--name", "sweep", "--trials", "3", "--at-once", "2"]
+    given += ["--space", "optim.peak_lr=1e-4,1e-3,2e-3", "--no-prune"]
+    fields = {
+        "model.image_size": 16, "phases": [[40, 8]], "log_every": 10, "micro_batch": 8, "slice_size": 4,
+        "cluster.max_workers": 1, "cluster.cpus_per_worker": 1,
+    }  # fmt: skip
+    given += [word for name, value in fields.items() for word in ("--set", f"{name}={value}")]
+    assert place.nodes.raylets() == []
+    log = place.nodes.folder / "sweep.log"
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "vlmo_ray", "tune", "tiny", *given],
+            env=place.environment,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        most, until = 0, time.monotonic() + 300
+        while process.poll() is None and time.monotonic() < until:
+            most = max(most, len(place.nodes.raylets()))
+            time.sleep(0.5)
+        assert process.poll() is not None, "the sweep has not ended"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    output = log.read_text()
+    assert process.returncode == 0, output
+    sweep = read_sweep(Store(f"{storage}/sweep"))
+    assert [(trial.state, trial.step) for trial in sweep.trials] == [("finished", 40)] * 3, output
+    assert most == 2
+    gone(place.nodes)

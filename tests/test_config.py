@@ -155,7 +155,7 @@ def test_a_field_outside_its_choices_is_named_without_the_command_line():
 
 FREE = {
     "micro_batch", "init", "checkpoint_every", "keep_checkpoints", "keep_every", "evaluate_every", "audit", "search",
-    "log_every", "data.bad_shards", "data.retry_timeout_s", "optim.skip_nonfinite",
+    "log_every", "log_json", "trackers", "data.bad_shards", "data.retry_timeout_s", "optim.skip_nonfinite",
     *(f"cluster.{field.name}" for field in dataclasses.fields(ClusterConfig)),
 }  # fmt: skip
 REBUILT = {"model.drop_path", "model.init_std", "model.init_temperature"}  # of the model, but the weights fit

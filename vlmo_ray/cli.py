@@ -13,6 +13,7 @@ from vlmo_ray.errors import UserError
 
 Settings = UseAppendAction[Annotated[tuple[str, ...], arg(name="set", metavar="A.B=C")]]
 Space = UseAppendAction[Annotated[tuple[str, ...], arg(name="space", metavar="A.B=log:LOW..HIGH")]]
+Trackers = UseAppendAction[Annotated[tuple[str, ...], arg(name="tracker", metavar="mlflow|trackio|wandb")]]
 Options = UseAppendAction[Annotated[tuple[str, ...], arg(name="option", metavar="NAME=VALUE")]]
 
 
@@ -107,12 +108,14 @@ def prepare(
     Args:
         format: karpathy (JSON of COCO, Flickr8k/30k), webdataset (tars, also img2dataset's), parquet (layout of
             Hugging Face or img2dataset), table (CSV or TSV of path and caption), folders (one of images per class),
-            vqa, nlvr2 or snli_ve (the official files of those tasks).
+            vqa, nlvr2 or snli_ve (the official files of those tasks), text (plain text, JSON lines or Parquet without
+            images).
         source: a file, folder or `s3://bucket/prefix` of that format.
         out: the folder or `s3://bucket/prefix` to write.
         option: an option of the format, `--option name=value`. karpathy: split, images; parquet: image_column,
             text_column, columns; webdataset: columns; table: image_column, text_column, header, quoting,
-            delimiter, images; folders: classes; vqa: split, images, answers, at_least; nlvr2, snli_ve: images.
+            delimiter, images; folders: classes, labels; text: column, documents, length; vqa: split, images, answers,
+            at_least; nlvr2, snli_ve: images.
         index: rewrite nothing; only add a manifest beside the shards of the source (webdataset, parquet).
         seed: the seed of the shuffle.
         memory_mb: how many MB of records one task may hold.
@@ -166,6 +169,8 @@ def train(
     settings: Settings = (),
     from_sweep: str = "",
     accept_changes: bool = False,
+    trackers: Trackers = (),
+    log_json: bool = False,
 ) -> None:
     """Train a recipe, for pre-training and fine-tuning. A run of the same name continues where it stopped.
 
@@ -178,6 +183,8 @@ def train(
         settings: change a field, for example `--set seed=2`; may be repeated.
         from_sweep: a sweep that `vlmo tune` made of this recipe: take the settings of its best trial.
         accept_changes: continue although data or settings differ from those of the run's newest checkpoint.
+        trackers: an experiment tracker that gets the figures; may be repeated.
+        log_json: print a JSON object for each event instead of a sentence.
     """
     from vlmo_ray.overrides import override
     from vlmo_ray.recipes import recipe as named
@@ -187,11 +194,17 @@ def train(
         from vlmo_ray.launch.sweep import best_settings
 
         settings = (*best_settings(from_sweep, config), *settings)
-    config = override(config, list(settings))
+    config = override(config, [*settings, *_reporting(trackers, log_json)])
     from vlmo_ray.launch.fit import fit  # takes seconds (torch and Ray), so only after the recipe was checked
+    from vlmo_ray.runs.events import console, show
 
-    run = fit(config, data, storage, name or None, accept_changes=accept_changes, eval_data=eval_data)
-    print(f"done: {run.uri} holds the metrics, the checkpoints and the final weights (model/)")
+    with console("json" if config.log_json else "text"):
+        run = fit(config, data, storage, name or None, accept_changes=accept_changes, eval_data=eval_data)
+        show("done", f"done: {run.uri} holds the metrics, the checkpoints and the final weights (model/)", run=run.uri)
+
+
+def _reporting(trackers: Trackers, log_json: bool) -> list[str]:
+    return [f"trackers={json.dumps(trackers)}"] * bool(trackers) + ["log_json=true"] * log_json
 
 
 def tune(
@@ -208,6 +221,8 @@ def tune(
     mode: Literal["", "min", "max"] = "",
     prune: bool = True,
     seed: int = 0,
+    trackers: Trackers = (),
+    log_json: bool = False,
 ) -> None:
     """Search settings of a recipe by many short runs. A sweep of the same name continues where it stopped.
 
@@ -227,12 +242,15 @@ def tune(
         mode: what is better; default: min for a loss, else max.
         prune: stop trials that are behind (ASHA): at every rung the best third goes on.
         seed: of the draws.
+        trackers: an experiment tracker that gets the figures of every trial; may be repeated.
+        log_json: print a JSON object for each event instead of a sentence.
     """
     from vlmo_ray.overrides import override
     from vlmo_ray.recipes import recipe as named
 
-    config = override(named(recipe), list(settings))
+    config = override(named(recipe), [*settings, *_reporting(trackers, log_json)])
     from vlmo_ray.launch.tune import tune as run  # takes seconds, so only after the recipe was checked
+    from vlmo_ray.runs.events import console, show
 
     sweep = run(
         config,
@@ -249,14 +267,16 @@ def tune(
         prune=prune,
         seed=seed,
     )
-    print(f"done: {sweep.store.uri} holds sweep.json, sweep.png and the runs")
-    if sweep.best is None:
-        raise UserError("no trial finished; the table says why")
-    best = sweep.store.address(sweep.best.name)
-    if eval_data:
-        evaluate(best, eval_data)
-    print(f"the best run: {best}")
-    print(f"its settings for another run: vlmo train {recipe} --from-sweep {sweep.store.uri} ...")
+    uri = sweep.store.uri
+    with console("json" if config.log_json else "text"):
+        show("done", f"done: {uri} holds sweep.json, sweep.png and the runs", sweep=uri)
+        if sweep.best is None:
+            raise UserError("no trial finished; the table says why")
+        best = sweep.store.address(sweep.best.name)
+        if eval_data:
+            evaluate(best, eval_data, json_output=config.log_json)
+        show("best", f"the best run: {best}", run=best)
+        show("hint", f"its settings for another run: vlmo train {recipe} --from-sweep {uri} ...")
 
 
 def evaluate(

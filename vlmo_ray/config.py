@@ -214,6 +214,9 @@ class Config:
     # Record which pairs every step consumed, for `vlmo audit`.
     audit: bool = setting(False, resume="free")
     log_every: int = setting(20, at_least=1, resume="free")  # steps
+    log_json: bool = setting(False, resume="free")  # the driver's console: a JSON object for each event
+    # Experiment trackers that the driver feeds: mlflow, trackio, wandb.
+    trackers: tuple[str, ...] = setting((), resume="free")
     search: tuple[str, ...] = setting((), resume="free")  # what `vlmo tune` searches, as its --space takes it
 
     @property

@@ -12,7 +12,7 @@ import pytest
 from conftest import make_image
 from sources import put, tar_of, tars
 
-from vlmo_ray.data.prepare import _open_source
+from vlmo_ray.data.prepare import _open_source, _typed
 from vlmo_ray.data.prepare.parquet import Parquet
 from vlmo_ray.data.prepare.webdataset import WebDataset
 from vlmo_ray.data.schema import PAIRS, problem_of, problem_of_text
@@ -91,6 +91,10 @@ def test_options_have_types(tmp_path):
     for name, value in [("header", "nope"), ("header", 2), ("images", 2014), ("image_column", True)]:
         with pytest.raises(UserError, match=rf"{name}={value!r} is not (true or false|a text)"):
             _open_source("table", str(tmp_path), {name: value})
+    for given in ("7", 7):
+        assert _typed("at_least", given, int) == 7
+    with pytest.raises(UserError, match="at_least='few' is not a number; write for example at_least=9"):
+        _typed("at_least", "few", int)
     with pytest.raises(UserError, match=r"split=2014 is not a text; write for example split='name'"):
         _open_source("karpathy", str(tmp_path), {"split": 2014})
 

@@ -1,10 +1,11 @@
 """`ray job submit -- python jobs/pretrain_1b.py --tiny` on a local head with token authentication, and again.
 
 The first submission is stopped in the middle; the second resumes it; a third finds it finished. Also the thin
-things around it: the job is short, and a mistake ends with a sentence.
+things around it: jobs are short, and a mistake ends with a sentence.
 """
 
 import contextlib
+import json
 import os
 import re
 import runpy
@@ -105,14 +106,33 @@ def test_submit_and_submit_again(bucket, tmp_path):
         assert time.monotonic() - began < 150, "waited for what the stopped run had reserved"
         found = re.search(rf"run 'job' continues from step (\d+) of {total}", first.stdout)
         assert found and reached <= int(found[1]) < total, first.stdout[-4000:]
-        metrics, repeated = read_metrics(Store(f"{storage}/job"))
+        metrics, _ = read_metrics(Store(f"{storage}/job"))
         assert [m["step"] for m in metrics] == list(range(1, total + 1))
         assert {m["samples"] for m in metrics} >= {44 * 16, 44 * 16 + 12 * 32}  # both phases
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.full
+def test_a_finished_run_and_a_mistake(bucket, tmp_path):
+    data, storage = f"{bucket}/scenes", f"{bucket}/runs"
+    write_dataset(data, records(1, 100, image_size=32), rows_per_group=32)
+    arguments = ("--tiny", "--data", data, "--storage", storage, "--name", "job", "--set", "phases=[[3,16]]")
+    arguments += ("--set", "optim.warmup_steps=1", "--log-json")
+    with head(tmp_path) as (address, environment):
+        first = submit(address, environment, *arguments)
+        assert first.returncode == 0 and "succeeded" in first.stdout, first.stdout[-4000:]
+        told = [json.loads(line) for line in first.stdout.splitlines() if line.startswith("{")]
+        events = [entry["event"] for entry in told]
+        wanted = ["start", "workers", "step", "checkpoint", "finished", "done"]
+        assert [event for event in wanted if event in events] == wanted, events
+        assert "step 3/3  loss" not in first.stdout  # no sentences beside the objects
+        metrics = read_metrics(Store(f"{storage}/job"))
 
         again = submit(address, environment, *arguments)
         assert again.returncode == 0, again.stdout[-4000:]
         assert "run 'job' is finished already" in again.stdout and "worker 0 of" not in again.stdout
-        assert read_metrics(Store(f"{storage}/job")) == (metrics, repeated)
+        assert read_metrics(Store(f"{storage}/job")) == metrics
 
         wrong = submit(address, environment, "--tiny", "--data", f"{bucket}/nothing", "--storage", storage)
         assert wrong.returncode == 1 and "vlmo: " in wrong.stdout and "Traceback" not in wrong.stdout

@@ -79,5 +79,6 @@ def test_it_goes_on_to_the_figures_it_had(run, data, precision):
     weights = load_file(Path(run) / "model" / "model.safetensors")
     stored = load_file(STORED / f"{precision}_step_10.safetensors")
     assert len(stored) > 0.9 * len(weights)
+    tolerance = max(tolerance, {"float32": 1e-4, "float64": 0}[precision])  # rounding of another processor, by Adam
     for name, value in stored.items():
         torch.testing.assert_close(weights[name], value, rtol=tolerance, atol=tolerance, msg=name)

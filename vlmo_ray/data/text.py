@@ -59,6 +59,25 @@ class Tokenizer:
         word[1:end] = np.array(encoding.word_ids[: len(pieces)], np.int16)  # no None: there are no special tokens
         return ids, np.arange(self.max_len) <= end, word
 
+    def words(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Of each word: the number of tokens up to its end, and where in `text` it begins and ends.
+
+        >>> Tokenizer(6).words("Two dalmatians")
+        [1, 4]  [(0, 3), (4, 14)]
+        """
+        encoding = self._words.encode(text, add_special_tokens=False)
+        ends: list[int] = []
+        spans: list[tuple[int, int]] = []
+        before = None
+        for number, (word, (begin, end)) in enumerate(zip(encoding.word_ids, encoding.offsets, strict=True), 1):
+            if word == before:
+                ends[-1], spans[-1] = number, (spans[-1][0], end)
+            else:
+                ends.append(number)
+                spans.append((begin, end))
+            before = word
+        return ends, spans
+
 
 def normalise(text: str) -> str:
     """The form in which two captions are compared: lower case, runs of white space as one space, no space or

@@ -21,6 +21,7 @@ from vlmo_ray.launch.resources import Claims, Share, living_nodes, room
 from vlmo_ray.launch.stop import Stop
 from vlmo_ray.launch.worker import RESIZE
 from vlmo_ray.runs.checkpoints import Checkpoints
+from vlmo_ray.runs.events import tell
 
 _SAME_ERROR = 3  # failures with one error, without a new checkpoint in between, after which a run is given up
 
@@ -61,6 +62,7 @@ class Driver:
 
     def _fit(self, size: int) -> dict | None:
         """What `work` returned on `size` workers; None if they failed and may be started again."""
+        tell("workers", f"starting {size} workers", workers=size)
         fit = self._start(size)
         resizing = self._watch(fit, size)
         from ray.exceptions import RayActorError
@@ -70,7 +72,7 @@ class Driver:
             outcome = fit.result()
         except PreemptionError as error:  # the node was gone before the workers had saved
             self._leaving |= set(error.preemption_info.preempted_node_ids)
-            print(f"the workers lost a node before they had saved: {error}", flush=True)
+            tell("notice", f"the workers lost a node before they had saved: {error}")
             return None
         except (TrainingFailedError, RayActorError) as error:  # the latter: the controller itself was lost
             if found := first_user_error(error):
@@ -83,7 +85,7 @@ class Driver:
                 self._run.delete(RESIZE)
         self._leaving |= set(outcome["leaving"])
         if outcome["again"]:
-            print(f"the workers ended at {outcome['stopped']}", flush=True)
+            tell("notice" if outcome["leaving"] else "resize", f"the workers ended at {outcome['stopped']}")
         return outcome
 
     def _may_fail(self, problem: str) -> bool:
@@ -98,14 +100,15 @@ class Driver:
         self._problems.append(problem)
         allowed, failures = self._cluster.max_failures, len(self._problems)
         if problem and self._problems.count(problem) >= _SAME_ERROR:
-            print(f"the workers failed {_SAME_ERROR} times with the same error since the newest checkpoint", flush=True)
+            tell("failed", f"the workers failed {_SAME_ERROR} times with the same error since the newest checkpoint")
             return False
         if 0 <= allowed < failures:
             return False
-        print(
+        tell(
+            "retry",
             f"the workers failed, {failures} of {allowed if allowed >= 0 else 'any number of'} times that "
             "cluster.max_failures allows without a new checkpoint; starting again",
-            flush=True,
+            error=problem,
         )
         return True
 
@@ -130,10 +133,10 @@ class Driver:
                 break
             if waited // 60 > told:
                 told = int(waited // 60)
-                print(
+                tell(
+                    "waiting",
                     f"waiting for nodes since {told} min: room for {size} workers, cluster.min_workers is "
                     f"{cluster.min_workers}",
-                    flush=True,
                 )
             time.sleep(pause)
             pause = min(1.0, 1.5 * pause)
@@ -154,7 +157,7 @@ class Driver:
                 with contextlib.suppress(UserError):  # the storage is away: at the next look
                     Store(self._run.uri).write(RESIZE, b"")
                     resizing = True
-                    print(f"room for {more} more workers: the {size} workers save and start again", flush=True)
+                    tell("resize", f"room for {more} more workers: the {size} workers save and start again")
         return resizing
 
     def _slices_left(self) -> list[int]:

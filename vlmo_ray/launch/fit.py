@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import os
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,20 +17,19 @@ from vlmo_ray.data.manifest import check_shards, load_manifest
 from vlmo_ray.data.store import Store, open_store
 from vlmo_ray.errors import UserError
 from vlmo_ray.launch.driver import Driver
+from vlmo_ray.launch.feed import feeding
 from vlmo_ray.launch.ray_private import infeasible_groups, keep_stats_here
 from vlmo_ray.launch.resources import Share, living_nodes, share
-from vlmo_ray.launch.stop import Stop
+from vlmo_ray.launch.stop import Stop, Stopped
+from vlmo_ray.launch.trackers import check_trackers
 from vlmo_ray.launch.worker import work
 from vlmo_ray.runs.checkpoints import Checkpoints
+from vlmo_ray.runs.events import console, keeping, tell
 from vlmo_ray.runs.lease import lease
 from vlmo_ray.runs.load import published
 from vlmo_ray.runs.scratch import scratch
 from vlmo_ray.session import ray_session
 from vlmo_ray.train.build import RunSpec
-
-
-class Stopped(UserError):
-    """The run saved and ended on request."""
 
 
 def fit(
@@ -55,32 +56,40 @@ def fit(
     manifest = load_manifest(data)
     check_shards(manifest, open_store(data))
     check_evaluation(config, eval_data)
+    check_trackers(config.trackers)
     open_store(storage, create=True)
     run = open_store(f"{storage.rstrip('/')}/{name}", create=True, retry_timeout_s=config.data.retry_timeout_s)
-    asked = Stop(run, stop)
-    # Ray sets signal handlers of its own in ray_session
-    with lease(run, asked.lose) as token, ray_session(dashboard=True), asked.on_signals():
+    asked, since = Stop(run, stop), time.time_ns()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(console("json" if config.log_json else "text"))
+        token = stack.enter_context(lease(run, asked.lose))
+        stack.enter_context(keeping(run, "driver"))
+        stack.enter_context(ray_session(dashboard=True))
+        stack.enter_context(asked.on_signals())  # after Ray has set signal handlers of its own
         state = Checkpoints(run).newest()
         if state is not None:
             changed = state.continue_with(config, manifest.fingerprint, accept_changes)
             if state.step == config.total_steps and published(run, state):
-                print(f"run {name!r} is finished already: nothing is left to do", flush=True)
+                tell("finished", f"run {name!r} is finished already: nothing is left to do")
                 return run
-            print(f"run {name!r} continues from step {state.step} of {config.total_steps}", flush=True)
+            sentence = f"run {name!r} continues from step {state.step} of {config.total_steps}"
+            tell("continued", sentence, step=state.step)
             if changed:
-                print(f"from here on with other settings: {'; '.join(changed)}", flush=True)
+                tell("changed", f"from here on with other settings: {'; '.join(changed)}", changes=changed)
         cluster = config.cluster
         autoscaling = infeasible_groups() is not None
         if autoscaling:
             keep_stats_here()
         each = share(cluster, living_nodes(), autoscaling, parts)
         rows = schedule_rows(config)
-        print(
+        tell(
+            "start",
             f"{config.name}: {config.total_steps} steps, {rows:,} samples ({rows / manifest.num_rows:.2f} epochs of "
             f"{manifest.num_rows:,}); {cluster.min_workers} to {cluster.max_workers} workers with "
             f"{cluster.gpus_per_worker} GPU and {each.cpus:g} CPU each, of that for {each.data_tasks} data "
             f"tasks; room for {each.room}{' now, the cluster adds nodes' if autoscaling else ''}",
-            flush=True,
+            run=run.uri,
+            total_steps=config.total_steps,
         )
         spec = RunSpec(
             config,
@@ -94,15 +103,17 @@ def fit(
         with scratch() as folder:
             start = functools.partial(_start, functools.partial(work, spec, token), cluster, each, name, folder)
             phases = [(phase.steps, phase.global_batch // config.slice_size) for phase in config.phases]
+            stack.enter_context(feeding(run, config, since))
             outcome = Driver(cluster, each, autoscaling, run, asked, start, phases).train()
-    if outcome is None:
-        raise Stopped(
-            f"run {name!r} ended on request while it had no workers; the same command goes on from its newest "
-            "checkpoint"
-        )
-    if outcome["stopped"]:
-        raise (Stopped if outcome["requested"] else UserError)(f"run {name!r} stopped at {outcome['stopped']}")
-    return run
+            if outcome is None:
+                raise Stopped(
+                    f"run {name!r} ended on request while it had no workers; the same command goes on from its newest "
+                    "checkpoint"
+                )
+            if outcome["stopped"]:
+                raise (Stopped if outcome["requested"] else UserError)(f"run {name!r} stopped at {outcome['stopped']}")
+            tell("finished", f"run {name!r}: all {config.total_steps} steps are done", step=config.total_steps)
+            return run
 
 
 def absolute(config: Config, data: str, eval_data: str) -> tuple[Config, str, str]:

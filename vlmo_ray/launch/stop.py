@@ -9,8 +9,13 @@ from collections.abc import Iterator
 
 from vlmo_ray.data.store import Store
 from vlmo_ray.errors import UserError
+from vlmo_ray.runs.events import tell
 
 STOP = "stop"  # an object in the run's store: its workers save and end
+
+
+class Stopped(UserError):
+    """The run saved and ended on request."""
 
 
 class Stop:
@@ -52,7 +57,7 @@ class Stop:
         def ask(number: int, _) -> None:
             restore()
             name = signal.Signals(number).name
-            print(f"{name}: the workers save and end; a second one ends them at once", flush=True)
+            tell("stop", f"{name}: the workers save and end; a second one ends them at once", signal=name)
             self.ask()
 
         def restore() -> None:

@@ -40,7 +40,9 @@ from vlmo_ray.launch.space import Space, grid, parse_space
 from vlmo_ray.launch.stop import STOP
 from vlmo_ray.launch.sweep import LEAVING, Asked, Sweep
 from vlmo_ray.launch.sweep import Trial as Entry
+from vlmo_ray.launch.trackers import check_trackers
 from vlmo_ray.launch.trial import LOOK_S, Job, TrialActor
+from vlmo_ray.runs.events import console, show, shows_json
 from vlmo_ray.runs.lease import held, lease
 from vlmo_ray.session import ray_session
 
@@ -92,7 +94,8 @@ class _Watch(ray_tune.Callback):
         entry = self._sweep.trials[trial.config["number"]]
         if entry.state == "running" and "metric" in result:
             entry.step, entry.metric = result["step"], result["metric"]
-            print(f"trial {entry.name[:3]}: step {entry.step}  metric {entry.metric:.4g}", flush=True)
+            sentence = f"trial {entry.name[:3]}: step {entry.step}  metric {entry.metric:.4g}"
+            show("trial", sentence, trial=entry.name, step=entry.step, metric=entry.metric, params=entry.params)
 
     def on_trial_complete(self, iteration, trials, trial, **_) -> None:
         entry, last = self._sweep.trials[trial.config["number"]], trial.last_result
@@ -102,9 +105,9 @@ class _Watch(ray_tune.Callback):
                 self._end(entry, wait=all(other.is_finished() for other in trials if other is not trial))
             self._sweep.save()
             if not self._sweep.leaving:
-                Console().print(self._sweep.table())
+                _show(self._sweep)
             if entry.error:
-                print(f"trial {entry.name[:3]} failed: {entry.error}", flush=True)
+                show("trial_failed", f"trial {entry.name[:3]} failed: {entry.error}", trial=entry.name)
 
     def on_trial_error(self, iteration, trials, trial, **_) -> None:
         """Its actor was lost more often than Tune starts it again."""
@@ -161,6 +164,7 @@ def tune(
     if eval_data and not config.evaluate_every:
         config = dataclasses.replace(config, evaluate_every=max(1, config.total_steps // 9))
     check_evaluation(config, eval_data)
+    check_trackers(config.trackers)
     if (every := config.evaluate_every or config.log_every) > config.total_steps:
         what = "evaluate_every" if eval_data else "log_every"
         raise UserError(f"{what}={every} is more than the {config.total_steps} steps of a trial: it is never measured")
@@ -174,7 +178,8 @@ def tune(
     if everything := grid(parsed):
         trials = min(trials, len(everything))
     sweep = Sweep(store, asked)
-    with lease(store, lambda reason: sweep.lose(reason)), ray_session(dashboard=True):
+    style = console("json" if config.log_json else "text")
+    with style, lease(store, lambda reason: sweep.lose(reason)), ray_session(dashboard=True):
         sweep = Sweep.open(store, asked)
         config = _fitting(config, at_once)
         with _leaving(sweep), tempfile.TemporaryDirectory(prefix="vlmo-tune-") as scratch:
@@ -191,8 +196,15 @@ def tune(
         sweep.save()
         if any(trial.metric is not None for trial in sweep.trials):
             store.write("sweep.png", sweep.picture())
-        Console().print(sweep.table())
+        _show(sweep)
     return sweep
+
+
+def _show(sweep: Sweep) -> None:
+    if shows_json():
+        show("sweep", f"{len(sweep.trials)} trials", trials=[dataclasses.asdict(trial) for trial in sweep.trials])
+    else:
+        Console().print(sweep.table())
 
 
 def _fitting(config: Config, at_once: int) -> Config:
@@ -264,7 +276,8 @@ def _leaving(sweep: Sweep) -> Iterator[None]:
 
     def ask(number: int, _) -> None:
         restore()
-        print(f"{signal.Signals(number).name}: all trials save and end; a second one ends them at once", flush=True)
+        name = signal.Signals(number).name
+        show("stop", f"{name}: all trials save and end; a second one ends them at once", signal=name)
         sweep.leaving = True
         threading.Thread(target=leave, name="leave", daemon=True).start()
 

@@ -13,7 +13,7 @@ from vlmo_ray.data.store import Store
 from vlmo_ray.launch.gauges import Gauges
 from vlmo_ray.launch.group import process_group
 from vlmo_ray.launch.stop import STOP
-from vlmo_ray.runs import lease
+from vlmo_ray.runs import events, lease
 from vlmo_ray.train.agree import Notice
 from vlmo_ray.train.build import RunSpec
 from vlmo_ray.train.loop import train
@@ -65,7 +65,7 @@ def work(spec: RunSpec, token: str) -> dict:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
     else:
         torch.cuda.set_device(device)
-    print(f"worker {rank} of {world}: process {os.getpid()} on {os.uname().nodename}, {device}", flush=True)
+    host = os.uname().nodename
     marks = Marks(Store(spec.run, spec.config.data.retry_timeout_s), token) if rank == 0 else None
     leaving: set[str] = set()
 
@@ -76,7 +76,8 @@ def work(spec: RunSpec, token: str) -> dict:
         marked = marks.check() if marks else Notice.NONE
         return max(marked, Notice.PREEMPTED if leaving else Notice.NONE)
 
-    with process_group(rank, world, device):
+    with events.console("none" if spec.config.log_json else "text"), process_group(rank, world, device):
+        events.tell("worker", f"worker {rank} of {world}: process {os.getpid()} on {host}, {device}", worker=rank)
         observe = Gauges(spec.run.rstrip("/").rpartition("/")[2])
         local_rank = context.get_local_rank()
         outcome = train(

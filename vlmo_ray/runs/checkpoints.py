@@ -20,6 +20,7 @@ from pathlib import Path
 from vlmo_ray.data.store import Store
 from vlmo_ray.errors import UserError
 from vlmo_ray.runs.checkpoint import STATE, Files, measured, parse_state
+from vlmo_ray.runs.events import tell
 from vlmo_ray.runs.state import TrainState
 
 _PREFIX = "checkpoint-"
@@ -72,6 +73,7 @@ class Checkpoints:
         self._pool.shutdown()
 
     def _upload(self, folder: Path, state: TrainState, more: Callable[[], dict[str, bytes]]) -> None:
+        began = time.monotonic()
         try:
             for name, content in more().items():
                 self.run.write(name, content)
@@ -82,6 +84,10 @@ class Checkpoints:
             shutil.rmtree(folder, ignore_errors=True)
         self._newest_at = time.monotonic()
         if self.keeper:
+            took = self._newest_at - began
+            tell(
+                "checkpoint", f"checkpoint of step {state.step}: stored in {took:.1f} s", step=state.step, seconds=took
+            )
             self.retire()
 
     def age_s(self) -> float:
@@ -155,7 +161,7 @@ class Checkpoints:
         for name, sizes in listed.items():
             if name > chosen and _SET_ASIDE not in sizes:
                 what = "some of its files are missing or short" if STATE in sizes else f"it has no {STATE}"
-                print(f"skipped {name}, which is incomplete: {what}", flush=True)
+                tell("checkpoint_skipped", f"skipped {name}, which is incomplete: {what}", checkpoint=name)
         damaged = any(_SET_ASIDE in sizes for sizes in listed.values())
         if not chosen and (damaged or self.run.exists(_BEGUN)):
             raise UserError(
@@ -187,7 +193,7 @@ class Checkpoints:
 
     def _set_aside(self, name: str, reason: str) -> None:
         """Makes a damaged checkpoint invisible, and leaves its files in place for a person to look at."""
-        print(f"skipped {name}, which is damaged: {reason}", flush=True)
+        tell("checkpoint_skipped", f"skipped {name}, which is damaged: {reason}", checkpoint=name)
         self.run.write(f"{name}/{_SET_ASIDE}", self.run.read(f"{name}/{STATE}"))
         self.run.delete(f"{name}/{STATE}")
 

@@ -26,6 +26,7 @@ from pathlib import Path
 
 from vlmo_ray.data.store import Store
 from vlmo_ray.errors import UserError
+from vlmo_ray.runs.events import tell
 
 _NAME = "lease.json"
 RENEW_S = 10.0
@@ -101,7 +102,7 @@ class _Lease:
             if time.monotonic() > until:
                 break
             if current is first:
-                print(f"waiting up to {LAPSE_S:.0f} s to see whether {current.host} still trains this run", flush=True)
+                tell("lease", f"waiting up to {LAPSE_S:.0f} s to see whether {current.host} still trains this run")
             time.sleep(2)
             current, version = _read(self._run)
         current = self._write(self._run, version)
@@ -130,7 +131,7 @@ class _Lease:
                 other = self.renew()
             except (UserError, OSError) as error:
                 if not failing:
-                    print(f"the lease of {self._run.uri} could not be renewed; retrying: {error}", flush=True)
+                    tell("lease", f"the lease of {self._run.uri} could not be renewed; retrying: {error}")
                 failing = True
                 continue
             failing = False

@@ -6,6 +6,8 @@ import json
 from collections import Counter
 from collections.abc import Iterable
 
+from vlmo_ray.runs.events import tell
+
 _FOLDER = "masked"
 
 
@@ -36,7 +38,8 @@ class Masked:
         reasons = [f"{n:,} x {reason}" for reason, n in self._reasons.most_common(3)]
         more = len(self._reasons) - len(reasons)
         reasons += [f"{more} other reasons"] if more else []
-        print(f"worker {self._rank} masked {count:,} rows, the last {last}: {'; '.join(reasons)}", flush=True)
+        sentence = f"worker {self._rank} masked {count:,} rows, the last {last}: {'; '.join(reasons)}"
+        tell("masked", sentence, worker=self._rank, rows=count, reasons=dict(self._reasons.most_common(10)))
         self._reasons.clear()
 
     def take(self) -> dict[str, bytes]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmo_ray.data.store import Store
+from vlmo_ray.runs.events import show
 
 _FLUSH_S = 5.0  # seconds between rewrites of an open segment
 _SEGMENT_STEPS = 500  # of a segment, some 300 kB
@@ -61,20 +62,18 @@ class Meters:
         self._writing.append(self._writer.submit(write, *given))
 
     def _print(self, step: int) -> None:
-        # the figures of a step that was skipped are not finite
-        counted = [figures for figures in self.recent if not figures.get("skipped")] or self.recent
-        mean = {k: sum(f[k] for f in counted) / len(counted) for k in counted[0]}
-        skipped = len(self.recent) - len(counted)
-        left = mean["step_s"] * (self.total_steps - step)
-        terms = "  ".join(f"{name} {mean[name]:.3f}" for name in self.shown)
+        figures = mean(self.recent)
+        skipped = sum(f.get("skipped", 0) > 0 for f in self.recent)
+        left = figures["step_s"] * (self.total_steps - step)
+        terms = "  ".join(f"{name} {figures[name]:.3f}" for name in self.shown)
         masked = sum(f["masked_rows"] for f in self.recent)
-        print(
-            f"step {step}/{self.total_steps}  loss {mean['loss']:.3f}  {terms}  "
-            f"{mean['samples_per_s']:.0f} samples/s  data wait {mean['data_wait']:.0%}  {_clock(left)} left"
+        line = (
+            f"step {step}/{self.total_steps}  loss {figures['loss']:.3f}  {terms}  "
+            f"{figures['samples_per_s']:.0f} samples/s  data wait {figures['data_wait']:.0%}  {_clock(left)} left"
             + (f"  ({masked:.0f} rows masked)" if masked else "")
-            + (f"  ({skipped} steps skipped)" if skipped else ""),
-            flush=True,
+            + (f"  ({skipped} steps skipped)" if skipped else "")
         )
+        show("step", line, **figures | {"step": step})
         self.recent.clear()
 
     def _raise(self) -> None:
@@ -110,6 +109,12 @@ class Meters:
         self.later(self._write, self.close_segment())
         self._writer.shutdown()
         self._raise()
+
+
+def mean(rows: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The means of the figures of steps, without those that were skipped, whose figures are not finite."""
+    counted = [row for row in rows if not row.get("skipped")] or rows
+    return {key: sum(row[key] for row in counted) / len(counted) for key in counted[0]}
 
 
 def _files(start: int, figures: list[tuple[float, dict[str, float]]]) -> dict[str, bytes]:

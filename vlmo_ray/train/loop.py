@@ -23,6 +23,7 @@ from vlmo_ray.objectives.gather import Workers
 from vlmo_ray.runs import checkpoint, evaluations
 from vlmo_ray.runs.checkpoints import Checkpoints, name_of
 from vlmo_ray.runs.consumed import Consumed
+from vlmo_ray.runs.events import keeping, tell
 from vlmo_ray.runs.load import describe, publish
 from vlmo_ray.runs.masked import Masked
 from vlmo_ray.runs.metrics import Meters, last_step
@@ -80,6 +81,8 @@ def train(
     agreement = Agreement(world, device)
     with contextlib.ExitStack() as stack:
         store = Store(spec.run, config.data.retry_timeout_s)
+        if rank == 0:
+            stack.enter_context(keeping(store, "worker"))
         checkpoints = Checkpoints(store, config.keep_checkpoints, config.keep_every, keeper=rank == 0)
         stack.callback(checkpoints.close)
         local = stack.enter_context(scratch())
@@ -198,10 +201,11 @@ class _Run:
             self.consumed = Consumed(attempt)
         if self.rank == 0:
             if fetched is not None:
-                print(f"resumed at step {self.done} on {self.world} workers", flush=True)
+                sentence = f"resumed at step {self.done} on {self.world} workers"
+                tell("resumed", sentence, step=self.done, workers=self.world)
             self.repeated = max(0, (self.agreement.attempt(last_step, self.store) or 0) - self.done)
             if self.repeated:
-                print(f"{self.repeated} steps after it are done again", flush=True)
+                tell("repeated", f"{self.repeated} steps after it are done again", step=self.done, steps=self.repeated)
             if fetched is not None:
                 self.agreement.attempt(self._find_best)
             self.agreement.attempt(describe, self.store, self.config, self.manifest.schema)
@@ -231,7 +235,7 @@ class _Run:
     def skip(self, step: int, problem: str) -> None:
         """A step without an update: the same on all workers, as they see the same figures."""
         if self.rank == 0:
-            print(f"{problem}; skipped (optim.skip_nonfinite={self.config.optim.skip_nonfinite})", flush=True)
+            tell("skipped", f"{problem}; skipped (optim.skip_nonfinite={self.config.optim.skip_nonfinite})", step=step)
         self.optimizer.zero_grad(set_to_none=True)
         self.done = step + 1
 
@@ -261,7 +265,7 @@ class _Run:
             self.repeated = 0
             warning = self.task.warning(values, rows)
             if warning != self.warned:  # once, and not in every step
-                print(f"step {self.done}: {warning or 'as it should be again'}", flush=True)
+                tell("warning", f"step {self.done}: {warning or 'as it should be again'}", step=self.done)
             self.warned = warning
         self.masked.add(step, batch.problems)
         if self.done % self.config.log_every == 0:
@@ -288,9 +292,11 @@ class _Run:
             self._rate(self.done, result)
             if self.meters is not None:
                 self.meters.later(evaluations.keep, self.store, self.done, result)
-            print(f"evaluation at step {self.done}: {evaluations.line(result)}", flush=True)
+            scores = {name: float(score.value) for name, score in result.scores.items()}
+            sentence = f"evaluation at step {self.done}: {evaluations.line(result)}"
+            tell("evaluation", sentence, step=self.done, data=result.data, scores=scores)
             if result.remark:
-                print(result.remark, flush=True)
+                tell("warning", result.remark, step=self.done)
 
     def save(self) -> str:
         """Writes a checkpoint, and uploads it in the background; or the sentence that says why not.
@@ -305,7 +311,8 @@ class _Run:
         except checkpoint.SaveError as error:
             shutil.rmtree(folder, ignore_errors=True)
             if self.rank == 0 and self.done < self.config.total_steps:
-                print(f"{error}; the run goes on, and tries again at the next checkpoint", flush=True)
+                sentence = f"{error}; the run goes on, and tries again at the next checkpoint"
+                tell("checkpoint_failed", sentence, step=self.done)
             return str(error)
         rows = self.masked.take() | (self.consumed.take() if self.consumed else {})
         segment = self.meters.close_segment() if self.meters else dict
@@ -341,7 +348,8 @@ class _Run:
             self.agreement.attempt(publish, *arguments)
             if self.checkpoints.best is not None:
                 address = self.store.address(name_of(self.checkpoints.best))
-                print(f"the best evaluation was at step {self.checkpoints.best}: {address}", flush=True)
+                sentence = f"the best evaluation was at step {self.checkpoints.best}: {address}"
+                tell("best", sentence, step=self.checkpoints.best)
 
 
 def _fetch(
@@ -373,7 +381,7 @@ def _flush(meters: Meters) -> None:
     flushing = Agreement()
     flushing.attempt(meters.close)
     if flushing.problem:
-        print(f"the last figures are not in the log: {flushing.problem}", flush=True)
+        tell("warning", f"the last figures are not in the log: {flushing.problem}")
 
 
 def _workers(schedule: Schedule, step: int, world: int, rank: int) -> Workers:

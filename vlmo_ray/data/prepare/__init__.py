@@ -8,6 +8,7 @@ import importlib
 import inspect
 import json
 import pkgutil
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, get_args, get_type_hints
@@ -26,7 +27,7 @@ from vlmo_ray.session import ray_session
 
 __all__ = ["FORMATS", "Counts", "prepare", "write_dataset"]
 
-_EXAMPLES = {True: "false", False: "'name'"}  # of options, by whether they are switches
+_EXAMPLES = {"true or false": "false", "a number": "9"}  # of options, by what they are; others: "'name'"
 STATE, DROPPED = "prepare.json", "dropped.jsonl"
 
 
@@ -137,9 +138,14 @@ def _typed(name: str, value: Any, type_: Any) -> Any:
     if bool in types and isinstance(value, str):
         word = value.lower()
         value = word in ("true", "yes", "1") if word in ("true", "yes", "1", "false", "no", "0") else value
+    if int in types and str not in types and isinstance(value, str) and re.fullmatch(r"-?\d+", value):
+        value = int(value)
     if type(value) not in types:
-        wanted = "true or false" if bool in types else "a text or a number" if int in types else "a text"
-        raise UserError(f"{name}={value!r} is not {wanted}; write for example {name}={_EXAMPLES[bool in types]}")
+        number = "a text or a number" if str in types else "a number"
+        wanted = "true or false" if bool in types else number if int in types else "a text"
+        raise UserError(
+            f"{name}={value!r} is not {wanted}; write for example {name}={_EXAMPLES.get(wanted, repr('name'))}"
+        )
     return value
 
 

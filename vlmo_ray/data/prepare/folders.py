@@ -20,25 +20,30 @@ class Folders(Source):
 
     `classes` is a file with one class a line, which fixes their order; a folder that it does not name is an error.
     Without it, an empty folder is not a class, because object storage has no empty folders. Every file is taken as an
-    image, except files and folders whose name begins with a dot.
+    image, except files and folders whose name begins with a dot. With `labels` false, the images are the records,
+    wherever they lie.
     """
 
     format: ClassVar[str] = "folders"
 
     uri: str
     classes: str | None = None
+    labels: bool = True
 
     def __post_init__(self) -> None:
         self.store = open_store(self.uri)
         self.uri = self.store.uri
         sizes = {n: size for n, size in self.store.sizes().items() if not f"/{n}".count("/.")}
-        found = sorted({name.partition("/")[0] for name in sizes if "/" in name})
+        found = sorted({name.partition("/")[0] for name in sizes if "/" in name}) if self.labels else []
+        if self.classes and not self.labels:
+            raise UserError(f"classes={self.classes!r} says nothing with labels=False; leave out one of them")
         classes = _lines(self.classes) if self.classes else found
         if unlisted := [name for name in found if name not in set(classes)]:
             raise UserError(f"{self.store.address(unlisted[0])} is not a class in {self.classes}; add a line")
-        if not found:
+        if not sizes or (self.labels and not found):
             raise UserError(f"{self.uri} holds no folder with files; give a folder that has one for each class")
-        self.schema = Schema((Field("image", "image"), Field("label", "label", tuple(classes))))
+        label = (Field("label", "label", tuple(classes)),) if self.labels else ()
+        self.schema = Schema((Field("image", "image"), *label))
         self.versions = json.dumps({name: v for name, v in self.store.versions().items() if name in sizes})
         self.listing = hashlib.sha256(json.dumps([sizes, classes]).encode()).hexdigest()
         number = {name: label for label, name in enumerate(classes)}
@@ -47,8 +52,9 @@ class Folders(Source):
     def records(self, unit: WorkUnit) -> Iterator[Record]:
         images = read_images(self.store, (name for name, _ in unit.content))
         for (name, label), (image, problem) in zip(unit.content, images, strict=True):
-            problem = problem if label is not None else "the file lies in no folder of a class"
-            values = {"image": image, "label": label}
+            values = {"image": image} | ({"label": label} if self.labels else {})
+            if self.labels and label is None:
+                problem = "the file lies in no folder of a class"
             yield Record(name, name, values, problem=problem, address=self.store.address(name))
 
 

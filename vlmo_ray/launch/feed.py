@@ -1,0 +1,174 @@
+"""What the driver hands on while its run lasts: figures to experiment trackers, and all as JSON lines to its console.
+
+A thread follows what the workers store. A tracker that fails stops no run: it is told, and tried again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from vlmo_ray.config import Config
+from vlmo_ray.data.store import Store
+from vlmo_ray.launch.stop import Stopped
+from vlmo_ray.launch.trackers import TRACKERS, Rows, State, Tracker
+from vlmo_ray.overrides import to_dict
+from vlmo_ray.runs.events import FOLDER as EVENTS
+from vlmo_ray.runs.events import show, tell
+from vlmo_ray.runs.follow import Following
+from vlmo_ray.runs.metrics import mean
+
+LOOK_S = 5.0  # between two looks at the run
+_CLOSE_S = 60.0
+
+
+class Sink(Protocol):
+    """Takes what is new; raises if it cannot, and is given the same again."""
+
+    what: str
+
+    def look(self) -> None: ...
+
+    def end(self, state: State) -> None: ...
+
+
+class _Console:
+    """The workers' events, and every `log_every` steps the mean figures, as JSON lines."""
+
+    what = "the JSON lines"
+
+    def __init__(self, run: Store, config: Config, since: int):
+        self._config, self._rows = config, []
+        self._metrics, self._events = Following(run, "metrics/", since), Following(run, EVENTS, since)
+
+    def look(self) -> None:
+        for row in self._metrics.new():
+            self._rows.append(row)
+            step = int(row["step"])
+            if step % self._config.log_every == 0 or step == self._config.total_steps:
+                facts = {"total_steps": self._config.total_steps} | mean(self._rows) | {"step": step}
+                show("step", f"step {step}/{self._config.total_steps}", **facts)
+                self._rows.clear()
+        for entry in self._events.new():
+            if entry["who"] == "worker":
+                show(**_spread(entry))
+
+    def end(self, state: State) -> None:
+        self.look()
+
+
+class _Tracked:
+    """A tracker, and in `trackers/<name>.json` of the run how far it has come."""
+
+    def __init__(self, run: Store, config: Config, what: str, tracker: Tracker):
+        self.what, self._run, self._config, self._tracker = what, run, config, tracker
+        self._object, self._begun = f"trackers/{what}.json", False
+        self._state = {"id": "", "step": 0, "evaluated": 0, "after": 0}
+        self._waiting: list[tuple[int, dict[str, float]]] = []
+
+    def _begin(self) -> None:
+        if self._run.exists(self._object):
+            self._state |= json.loads(self._run.read(self._object))
+        name, settings = self._run.uri.rstrip("/").rpartition("/")[2], _flat(to_dict(self._config))
+        self._state["id"] = self._tracker.begin(self._state["id"], name, self._config.name, settings)
+        self._metrics = Following(self._run, "metrics/", self._state["after"])
+        self._events = Following(self._run, EVENTS)
+        self._begun = True
+
+    def look(self) -> None:
+        if not self._begun:
+            self._begin()
+        state, rows = self._state, self._waiting
+        for row in self._metrics.new():
+            if (step := int(row.pop("step"))) > state["step"]:
+                state["step"] = step
+                rows.append((step, {key: value for key, value in row.items() if math.isfinite(value)}))
+        for entry in self._events.new():
+            if entry["event"] == "evaluation" and entry["step"] > state["evaluated"]:
+                state["evaluated"] = entry["step"]
+                rows.append((entry["step"], {f"evaluation/{key}": value for key, value in entry["scores"].items()}))
+        if rows:
+            self._tracker.log(_joined(rows))
+            rows.clear()
+        state["after"] = self._metrics.begun
+        self._run.write(self._object, json.dumps(state).encode())
+
+    def end(self, state: State) -> None:
+        self.look()
+        self._tracker.end(state)
+
+
+def _spread(entry: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `show` for what another process told."""
+    return {"sentence": entry["message"]} | {key: entry[key] for key in entry if key not in ("message", "who")}
+
+
+def _joined(rows: Rows) -> Rows:
+    """One row for each step, in the order of steps."""
+    found: dict[int, dict[str, float]] = {}
+    for step, values in rows:
+        found.setdefault(step, {}).update(values)
+    return sorted(found.items())
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found = {}
+    for key, value in settings.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return found
+
+
+@contextmanager
+def feeding(run: Store, config: Config, since: int) -> Iterator[None]:
+    """Inside the block a thread hands on what is stored of `run` from `since` (ns since 1970) on, if `config` asks."""
+    impatient = dataclasses.replace(run, retry_timeout_s=0.0)
+    sinks: list[Sink] = [_Tracked(impatient, config, name, TRACKERS[name]()) for name in config.trackers]
+    if config.log_json:
+        sinks.append(_Console(impatient, config, since))
+    if not sinks:
+        yield
+        return
+    over = threading.Event()
+    how: State = "finished"
+
+    def follow() -> None:
+        failing: set[str] = set()
+        while not over.wait(LOOK_S):
+            for sink in sinks:
+                _try(sink, sink.look, failing)
+        for sink in sinks:
+            _try(sink, functools.partial(sink.end, how), set())
+
+    thread = threading.Thread(target=follow, name="feed", daemon=True)
+    thread.start()
+    try:
+        yield
+    except Stopped:
+        how = "stopped"
+        raise
+    except BaseException:
+        how = "failed"
+        raise
+    finally:
+        over.set()
+        thread.join(_CLOSE_S)
+        if thread.is_alive():
+            tell("tracker", f"trackers have not taken the last figures within {_CLOSE_S:.0f} s; the run has them")
+
+
+def _try(sink: Sink, act: Callable[[], None], failing: set[str]) -> None:
+    """Acts; what goes wrong is told once in a row."""
+    try:
+        act()
+    except Exception as error:  # of a tracker, which can be any
+        if sink.what not in failing:
+            tell("tracker", f"{sink.what} failed, and is tried again: {type(error).__name__}: {error}")
+        failing.add(sink.what)
+    else:
+        failing.discard(sink.what)
