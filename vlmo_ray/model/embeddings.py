@@ -54,14 +54,17 @@ class ImageEmbedding(nn.Module):
         if config.position == "absolute":
             self.position = nn.Parameter(torch.zeros(1, 1 + config.num_patches, config.width))
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        """`pixels` [B,3,H,W] -> [B,P,D], P = 1 + patches."""
+    def forward(self, pixels: Tensor, masked: Tensor | None = None, mask_token: Tensor | None = None) -> Tensor:
+        """`pixels` [B,3,H,W] -> [B,P,D], P = 1 + patches. `mask_token` [1,1,D] takes the place of the patches that
+        `masked` bool [B,P-1] names."""
         if pixels.shape[1:] != (3, self.image_size, self.image_size):
             raise UserError(
                 f"The model takes images of shape (3, {self.image_size}, {self.image_size}), "
                 f"not {tuple(pixels.shape[1:])}: resize them, or load the model at that image size."
             )
         patches = self.patch(pixels).flatten(2).transpose(1, 2)  # [B,D,h,w] -> [B,h*w,D]
+        if masked is not None and mask_token is not None:
+            patches = torch.where(masked[:, :, None], mask_token.to(patches.dtype), patches)
         x = torch.cat([self.cls.expand(len(patches), -1, -1).to(patches.dtype), patches], dim=1)
         return x if self.position is None else x + self.position
 

@@ -67,9 +67,14 @@ class VLMo(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.norm.weight.dtype
 
-    def embed_image(self, pixels: Tensor, image_slot: int = 1) -> Tensor:
-        """Pixels [B,3,H,W] -> [B,P,D] with positions and modality; `image_slot` 2 is NLVR2's second image."""
-        return self.image_embed(pixels) + self.modality.weight[image_slot]
+    def embed_image(
+        self, pixels: Tensor, image_slot: int = 1, masked: Tensor | None = None, mask_token: Tensor | None = None
+    ) -> Tensor:
+        """Pixels [B,3,H,W] -> [B,P,D] with positions and modality; `image_slot` 2 is NLVR2's second image.
+
+        In masked image modelling `mask_token` [1,1,D] stands for the patches that `masked` bool [B,P-1] names.
+        """
+        return self.image_embed(pixels, masked, mask_token) + self.modality.weight[image_slot]
 
     def embed_text(self, ids: Tensor, noise: rng.Noise | None = None) -> Tensor:
         """Token ids int [B,T] -> [B,T,D]; the modality is added after LayerNorm and dropout."""

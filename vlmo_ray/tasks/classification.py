@@ -26,6 +26,7 @@ from vlmo_ray.tasks.task import (
     Task,
     Term,
     image_states,
+    in_image_pass,
     joined,
     layer_rate,
 )
@@ -50,9 +51,7 @@ class Classification(Task):
         return Classes(self.model.config.image_size, self.names, self.data)
 
     def trainable(self, name: str) -> bool:
-        """What an image passes through."""
-        other = ("text_embed", "experts.text", "experts.vl", "itc", "itm", "mlm", "pooler", "vqa", "nlvr2")
-        return not any(f".{part}" in name for part in other)
+        return in_image_pass(name)
 
     def lr_scale(self, name: str) -> float:
         if name.startswith("head."):

@@ -298,6 +298,12 @@ def in_pair_pass(name: str, config: ModelConfig) -> bool:
     return not (inside and int(layer) >= config.vl_start and parts[0] == "experts" and parts[1] != "vl")
 
 
+def in_image_pass(name: str) -> bool:
+    """Whether an image alone passes through the parameter `name` of the model."""
+    other = ("text_embed", "experts.text", "experts.vl", "pooler", *HEADS)
+    return not any(f".{part}." in name for part in other)
+
+
 def pooled(
     model: VLMo, batch: Batch, noise: rng.Noise | None = None, image: Tensor | None = None, image_slot: int = 1
 ) -> Tensor:
