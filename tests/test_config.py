@@ -47,7 +47,7 @@ def test_override_sets_typed_values():
         ("data.flip=1", "data.flip=1 is not of the kind bool"),
         ("model.position=sideways", "must be one of 'relative', 'absolute'"),
         ("model.vl_start=5", "must be from 0 to 4, the number of layers"),
-        ("model.vl_start=4", "leaves no layer with a vision-language expert"),
+        ("model.vl_start=4", "task.vl_contrast=true needs vision-language experts"),
         ("model.drop_path=1", "model.drop_path=1.0 must be from 0 to below 1"),
         ("model.max_text_len=2", "max_text_len=2 must be at least 3; .CLS. and .SEP. take two"),
         ("model.heads=itc,word", "model.heads names word; known: itc, "),
@@ -157,7 +157,8 @@ def test_a_field_outside_its_choices_is_named_without_the_command_line():
 
 FREE = {
     "micro_batch", "init", "checkpoint_every", "keep_checkpoints", "keep_every", "evaluate_every", "audit", "search",
-    "log_every", "log_json", "trackers", "data.bad_shards", "data.retry_timeout_s", "optim.skip_nonfinite",
+    "log_every", "log_json", "trackers", "start_text_experts", "start_vl_experts",
+    "data.bad_shards", "data.retry_timeout_s", "optim.skip_nonfinite",
     *(f"cluster.{field.name}" for field in dataclasses.fields(ClusterConfig)),
 }  # fmt: skip
 REBUILT = {"model.drop_path", "model.init_std", "model.init_temperature"}  # of the model, but the weights fit

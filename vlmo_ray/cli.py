@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
-from typing import Annotated, Literal
+from collections.abc import Callable
+from typing import Annotated, Literal, ParamSpec, TypeVar
 
 import tyro
 from tyro.conf import Positional, UseAppendAction, arg
 
 from vlmo_ray.errors import UserError
 
+P = ParamSpec("P")
+T = TypeVar("T")
 Settings = UseAppendAction[Annotated[tuple[str, ...], arg(name="set", metavar="A.B=C")]]
 Space = UseAppendAction[Annotated[tuple[str, ...], arg(name="space", metavar="A.B=log:LOW..HIGH")]]
 Trackers = UseAppendAction[Annotated[tuple[str, ...], arg(name="tracker", metavar="mlflow|trackio|wandb")]]
@@ -382,14 +386,25 @@ def audit(run: Positional[str], data: str, json_output: bool = False) -> None:
         sys.exit(1)
 
 
+def report_mistakes(command: Callable[P, T]) -> Callable[P, T]:
+    """A mistake that the user can fix gives one sentence and exit code 2."""
+
+    @functools.wraps(command)
+    def reporting(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return command(*args, **kwargs)
+        except UserError as error:
+            print(f"vlmo: {error}", file=sys.stderr)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            sys.exit(130)
+
+    return reporting
+
+
+@report_mistakes
 def main() -> None:
-    """Entry point. A mistake that the user can fix gives one sentence and exit code 2."""
+    """Entry point."""
     functions = (recipes, show, plan, prepare, train, tune, evaluate, import_, export, audit)
     commands = {function.__name__.rstrip("_"): function for function in functions}
-    try:
-        tyro.extras.subcommand_cli_from_dict(commands, prog="vlmo", description="VLMo on a Ray cluster.")
-    except UserError as error:
-        print(f"vlmo: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    tyro.extras.subcommand_cli_from_dict(commands, prog="vlmo", description="VLMo on a Ray cluster.")

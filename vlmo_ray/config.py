@@ -27,7 +27,11 @@ class ModelConfig:
     width: int = setting(at_least=1)
     depth: int = setting(at_least=1)
     num_heads: int = setting(at_least=1)
-    vl_start: int = setting(at_least=0)  # the first layer with a vision-language expert, from 0
+    vl_start: int = setting(at_least=0)  # the first layer with a vision-language expert, from 0; `depth`: none has
+    # "one": one feed-forward network for all tokens, as in a standard Transformer (paper Table 5).
+    experts: Literal["modality", "one"] = "modality"
+    # "separate": below `vl_start` texts and images have attention of their own, also those of a pair (Table 7).
+    attention: Literal["shared", "separate"] = "shared"
     position: Literal["relative", "absolute"] = "relative"
     layer_scale: float | None = 0.1
     # The rate at the last layer; it grows linearly from 0. Also the dropout of text embeddings.
@@ -64,6 +68,10 @@ class ModelConfig:
             raise UserError(
                 f"model.max_text_len={self.max_text_len} is above model.bias_text_len={self.bias_text_len}, the text "
                 "length of the relative bias table; lower the first or raise the second"
+            )
+        if self.experts == "one" and self.attention == "separate":
+            raise UserError(
+                "model.experts='one' and model.attention='separate' exclude each other: set one of them back"
             )
         if unknown := sorted(set(self.heads) - set(HEADS)):
             raise UserError(f"model.heads names {', '.join(unknown)}; known: {', '.join(HEADS)}")
@@ -213,6 +221,10 @@ class Config:
     evaluate_every: int = setting(0, at_least=0, resume="free")  # steps; 0: no evaluation inside the run
     # Record which pairs every step consumed, for `vlmo audit`.
     audit: bool = setting(False, resume="free")
+    # What the experts of a kind start from, after `init`: a copy of another kind, in every layer. "": as they are
+    # (random, where `init` has none).
+    start_text_experts: Literal["", "image"] = setting("", resume="free")
+    start_vl_experts: Literal["", "image", "text"] = setting("", resume="free")
     log_every: int = setting(20, at_least=1, resume="free")  # steps
     log_json: bool = setting(False, resume="free")  # the driver's console: a JSON object for each event
     # Experiment trackers that the driver feeds: mlflow, trackio, wandb.
@@ -247,6 +259,8 @@ class Config:
                 f"optim.warmup_steps={self.optim.warmup_steps} leaves nothing of the {self.total_steps} steps in "
                 "phases; lower it"
             )
+        if self.model.experts == "one" and (self.start_text_experts or self.start_vl_experts):
+            raise UserError("start_text_experts and start_vl_experts need model.experts='modality'")
         if self.keep_every % self.checkpoint_every:
             raise UserError(
                 f"keep_every={self.keep_every} must be a multiple of checkpoint_every={self.checkpoint_every}, or 0"

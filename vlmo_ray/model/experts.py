@@ -38,13 +38,21 @@ class Expert(nn.Module):
 
 
 class MoMELayer(nn.Module):
-    """Shared self-attention, then an expert chosen by modality; layers from `vl_start` have a third one."""
+    """Shared self-attention, then an expert chosen by modality; layers from `vl_start` have a third one.
+
+    Two ablations of the paper change that: one expert for everything, and texts with attention of their own.
+    """
 
     def __init__(self, config: ModelConfig, index: int):
         super().__init__()
         self.attention_norm = LayerNorm(config.width, eps=1e-6)
         self.attention = SelfAttention(config.width, config.num_heads)
+        # Table 7: below the vision-language layers no text token attends to an image, nor the other way round
+        separate = config.attention == "separate" and index < config.vl_start
+        self.text_attention = SelfAttention(config.width, config.num_heads) if separate else None
         names = ("text", "image", "vl") if index >= config.vl_start else ("text", "image")
+        self.one = config.experts == "one"
+        names = ("all",) if self.one else names
         self.experts = nn.ModuleDict({name: Expert(config.width) for name in names})
         self.attention_scale = self.expert_scale = None  # LayerScale
         if config.layer_scale is not None:
@@ -72,16 +80,28 @@ class MoMELayer(nn.Module):
             keep_attention, keep_expert, keep_image = keep[:, :, None, None].unbind(1)  # each [B,1,1]
 
         # (1)  H' = MSA(LN(H)) + H
-        attended = self.attention(self.attention_norm(x), bias, padding)
+        attended = self._attend(self.attention_norm(x), route, num_text, bias, padding)
         x = x + _branch(attended, self.attention_scale, keep_attention)
 
         # (2)  H = MoME-FFN(LN(H')) + H'
-        if route == "pair":
+        if route == "pair" and not self.one:
             text, image = x[:, :num_text], x[:, num_text:]
             text = text + _branch(self.experts["text"](text), self.expert_scale, keep_expert)
             image = image + _branch(self.experts["image"](image), self.expert_scale, keep_image)
             return torch.cat([text, image], dim=1)
-        return x + _branch(self.experts[route](x), self.expert_scale, keep_expert)
+        return x + _branch(self.experts["all" if self.one else route](x), self.expert_scale, keep_expert)
+
+    def _attend(self, x: Tensor, route: Route, num_text: int, bias: Tensor | None, padding: Tensor | None) -> Tensor:
+        if self.text_attention is None or route == "image":
+            return self.attention(x, bias, padding)
+        if route == "text":
+            return self.text_attention(x, bias, padding)
+        text, image = (slice(0, num_text), slice(num_text, None))
+        own_bias = None if bias is None else bias[:, text, text]
+        own_padding = None if padding is None else padding[:, text]
+        attended = self.text_attention(x[:, text], own_bias, own_padding)
+        own_bias = None if bias is None else bias[:, image, image]
+        return torch.cat([attended, self.attention(x[:, image], own_bias)], dim=1)
 
 
 def _branch(x: Tensor, layer_scale: Tensor | None, keep: Tensor | None) -> Tensor:

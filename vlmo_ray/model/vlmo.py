@@ -226,3 +226,17 @@ def init_weights(model: VLMo, seed: int = 0) -> None:
             parameter.copy_(values)
     if len(model.modality.weight) == 3:
         model.modality.weight[2] = model.modality.weight[1]
+
+
+@torch.no_grad()
+def copy_experts(model: VLMo, kind: str, source: str) -> None:
+    """Sets all experts of a kind to those of another in the same layer (paper Table 4); of text from image, its own
+    attention too, where it has one. Does nothing if `source` is ""."""
+    copies = {f".experts.{kind}.": f".experts.{source}."} if source else {}
+    if (kind, source) == ("text", "image"):
+        copies[".text_attention."] = ".attention."
+    state = model.state_dict()
+    for name, value in state.items():
+        for own, other in copies.items():
+            if own in name:
+                value.copy_(state[name.replace(own, other)])

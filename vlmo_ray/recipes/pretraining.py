@@ -47,8 +47,10 @@ class PretrainingConfig(TaskConfig):
 
     def check(self, config: Config) -> None:
         model, slice_size = config.model, config.slice_size
-        if model.vl_start == model.depth and (self.vl_contrast or self.itm or self.mlm):
-            raise UserError(f"model.vl_start={model.vl_start} leaves no layer with a vision-language expert; lower it")
+        if self.vl_contrast and (model.vl_start == model.depth or model.experts == "one"):
+            raise UserError(
+                "task.vl_contrast=true needs vision-language experts, of which the model has none; set it to false"
+            )
         if missing := [head for head in self.heads if head not in model.heads]:
             raise UserError(
                 f"model.heads lacks {', '.join(missing)}: the terms of this task need {', '.join(self.heads)}"

@@ -43,7 +43,8 @@ class Language(Task):
 
     def trainable(self, name: str) -> bool:
         _, *parts = name.split(".")  # model.<...>
-        return parts[0] in _TRAINED or (parts[0] == "layers" and parts[2:4] == ["experts", "text"])
+        own = parts[2:4] == ["experts", "text"] or parts[2:3] == ["text_attention"]
+        return parts[0] in _TRAINED or (parts[0] == "layers" and own)
 
     def counts(self, batch: Batch) -> Counts:
         return super().counts(batch) | {"targets": _targets(batch).sum()}

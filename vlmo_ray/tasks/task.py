@@ -295,12 +295,12 @@ def in_pair_pass(name: str, config: ModelConfig) -> bool:
         return False
     _, inside, rest = name.partition("model.layers.")
     layer, *parts = rest.split(".")
-    return not (inside and int(layer) >= config.vl_start and parts[0] == "experts" and parts[1] != "vl")
+    return not (inside and int(layer) >= config.vl_start and parts[0] == "experts" and parts[1] in ("text", "image"))
 
 
 def in_image_pass(name: str) -> bool:
     """Whether an image alone passes through the parameter `name` of the model."""
-    other = ("text_embed", "experts.text", "experts.vl", "pooler", *HEADS)
+    other = ("text_embed", "text_attention", "experts.text", "experts.vl", "pooler", *HEADS)
     return not any(f".{part}." in name for part in other)
 
 

@@ -15,7 +15,7 @@ from vlmo_ray.data.pipeline import Stream
 from vlmo_ray.data.reader import Reader, Sources
 from vlmo_ray.data.schema import Schema
 from vlmo_ray.errors import UserError
-from vlmo_ray.model.vlmo import VLMo, init_weights
+from vlmo_ray.model.vlmo import VLMo, copy_experts, init_weights
 from vlmo_ray.runs.load import load_all
 from vlmo_ray.tasks import build_task
 from vlmo_ray.tasks.task import Task
@@ -65,6 +65,8 @@ def build_model(config: Config, schema: Schema, start: bool = True) -> VLMo:
             _check_values(config.init, given.schema, schema)
         fitted = fit_state(given.model.state_dict(), given.model.config, config.model)
         model.load_state_dict(fitted.state, strict=False)
+    copy_experts(model, "text", config.start_text_experts)
+    copy_experts(model, "vl", config.start_vl_experts)
     return model
 
 

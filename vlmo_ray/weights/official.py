@@ -106,7 +106,9 @@ def our_name(name: str) -> str | None:
 
 
 def to_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our parameters under their released names; temperatures are 0-d there."""
+    """Our parameters under their released names; temperatures are 0-d there. Raises UserError for an ablation's."""
+    if other := [name for name in state if ".experts.all." in name or ".text_attention." in name]:
+        raise UserError(f"the released form has no place for {other[0]}, which an ablation's model has")
     return {
         official_name(name): value.reshape(()) if name.endswith(".log_scale") else value
         for name, value in state.items()

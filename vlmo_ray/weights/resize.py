@@ -32,7 +32,7 @@ def fit_state(state: dict[str, Tensor], source: ModelConfig, target: ModelConfig
     Image positions are resampled and text positions are cut. The modality of NLVR2's second image starts as a copy of
     the first one's. Load the result with `strict=False` after `init_weights`. Raises UserError for other differences.
     """
-    same = ["width", "depth", "num_heads", "position", "patch_size"]
+    same = ["width", "depth", "num_heads", "position", "patch_size", "experts", "attention"]
     same += ["bias_text_len"] if target.position == "relative" else []
     for name in same:
         if getattr(source, name) != getattr(target, name):
