@@ -180,7 +180,8 @@ def train(
 
     Args:
         recipe: a name that `vlmo recipes` lists.
-        data: the data set that `vlmo prepare` wrote: `s3://bucket/prefix` or a folder.
+        data: the data set that `vlmo prepare` wrote: `s3://bucket/prefix` or a folder; or several, with commas between
+            them: a batch then has slices of each, by `data.weights`.
         storage: where runs are kept: `s3://bucket/prefix` or a folder that all nodes share.
         name: the name of the run; default: the recipe's.
         eval_data: the data set that is evaluated every `evaluate_every` steps.

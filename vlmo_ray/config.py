@@ -108,6 +108,8 @@ class DataConfig:
     flip: bool = True
     randaugment_ops: int = setting(2, at_least=0)
     randaugment_magnitude: int = setting(7, at_least=0, at_most=10)
+    # Of several data sets, what share of each batch comes from each, up to whole slices; (): as many as it has rows.
+    weights: tuple[float, ...] = ()
     shuffle_steps: int = setting(8, at_least=1)  # rows are shuffled within a span of this many steps
     # Whether a damaged or missing chunk ends the run or has its rows masked. Denied access always ends the run.
     bad_shards: Literal["stop", "mask"] = setting("stop", resume="free")

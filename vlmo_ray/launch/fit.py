@@ -14,6 +14,8 @@ from pathlib import Path
 
 from vlmo_ray.config import ClusterConfig, Config, check
 from vlmo_ray.data.manifest import check_shards, load_manifest
+from vlmo_ray.data.mix import addresses, load_data
+from vlmo_ray.data.order import Schedule
 from vlmo_ray.data.store import Store, open_store
 from vlmo_ray.errors import UserError
 from vlmo_ray.launch.driver import Driver
@@ -42,7 +44,9 @@ def fit(
     stop: threading.Event | None = None,
     parts: int = 1,
 ) -> Store:
-    """Trains `config` on the data set at `data`; returns the run, `storage`/`name` (default: the recipe's).
+    """Trains `config` on the data at `data`; returns the run, `storage`/`name` (default: the recipe's).
+
+    `data` is a data set, or several, separated by commas: a batch then has slices of each (`data.weights`).
 
     A run of that name that is already there goes on from its newest checkpoint; if data or settings have changed, only
     with `accept_changes`. A finished run is returned as it is. `eval_data` names the data set that is evaluated
@@ -53,8 +57,11 @@ def fit(
     check(config)
     config, data, eval_data = absolute(config, data, eval_data)
     name = name or config.name
-    manifest = load_manifest(data)
-    check_shards(manifest, open_store(data))
+    sources = load_data(data, config.data.weights)
+    for manifest in sources.manifests:
+        check_shards(manifest, open_store(manifest.uri))
+    schedule = Schedule(tuple((p.steps, p.global_batch) for p in config.phases), config.slice_size)
+    sources.order(config.seed, schedule, config.data.shuffle_steps)  # whether they fit into a batch
     check_evaluation(config, eval_data)
     check_trackers(config.trackers)
     open_store(storage, create=True)
@@ -68,7 +75,7 @@ def fit(
         stack.enter_context(asked.on_signals())  # after Ray has set signal handlers of its own
         state = Checkpoints(run).newest()
         if state is not None:
-            changed = state.continue_with(config, manifest.fingerprint, accept_changes)
+            changed = state.continue_with(config, sources.fingerprint, accept_changes)
             if state.step == config.total_steps and published(run, state):
                 tell("finished", f"run {name!r} is finished already: nothing is left to do")
                 return run
@@ -84,8 +91,8 @@ def fit(
         rows = schedule_rows(config)
         tell(
             "start",
-            f"{config.name}: {config.total_steps} steps, {rows:,} samples ({rows / manifest.num_rows:.2f} epochs of "
-            f"{manifest.num_rows:,}); {cluster.min_workers} to {cluster.max_workers} workers with "
+            f"{config.name}: {config.total_steps} steps, {rows:,} samples ({rows / sources.num_rows:.2f} epochs of "
+            f"{sources.num_rows:,}); {cluster.min_workers} to {cluster.max_workers} workers with "
             f"{cluster.gpus_per_worker} GPU and {each.cpus:g} CPU each, of that for {each.data_tasks} data "
             f"tasks; room for {each.room}{' now, the cluster adds nodes' if autoscaling else ''}",
             run=run.uri,
@@ -95,7 +102,7 @@ def fit(
             config,
             data,
             run.uri,
-            manifest.fingerprint,
+            sources.fingerprint,
             eval_data,
             data_tasks=each.data_tasks,
             accept_changes=accept_changes,
@@ -118,7 +125,8 @@ def fit(
 
 def absolute(config: Config, data: str, eval_data: str) -> tuple[Config, str, str]:
     """The same with absolute addresses: workers have another working directory."""
-    init, data, eval_data = (uri and Store(uri).uri for uri in (config.init, data, eval_data))
+    init, eval_data = (uri and Store(uri).uri for uri in (config.init, eval_data))
+    data = ",".join(Store(address).uri for address in addresses(data))
     return dataclasses.replace(config, init=init), data, eval_data
 
 

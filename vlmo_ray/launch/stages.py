@@ -9,7 +9,7 @@ from typing import Literal
 from tyro.conf import Positional
 
 from vlmo_ray.config import Config, check
-from vlmo_ray.data.manifest import load_manifest
+from vlmo_ray.data.mix import load_data
 from vlmo_ray.data.store import Store
 from vlmo_ray.errors import UserError
 from vlmo_ray.launch.fit import fit
@@ -60,7 +60,7 @@ def pretrain_stages(
         raise UserError("no stage has data; name images, texts or pairs")
     configs: dict[str, Config] = {}
     for name, data in stages.items():
-        load_manifest(data)  # before the first stage, which may take weeks
+        load_data(data)  # before the first stage, which may take weeks
         config = recipe(name)
         if steps:
             phases = tuple(dataclasses.replace(phase, steps=steps) for phase in config.phases)

@@ -30,7 +30,7 @@ from ray.tune.search.optuna import OptunaSearch
 from rich.console import Console
 
 from vlmo_ray.config import Config, check
-from vlmo_ray.data.manifest import load_manifest
+from vlmo_ray.data.mix import load_data
 from vlmo_ray.data.store import Store, open_store
 from vlmo_ray.errors import UserError
 from vlmo_ray.launch.fit import absolute, check_evaluation
@@ -160,7 +160,7 @@ def tune(
     parsed = parse_space(config, space or config.search)
     if trials < 1 or at_once < 1:
         raise UserError(f"trials={trials} and at_once={at_once} must be at least 1")
-    manifest = load_manifest(data)
+    sources = load_data(data, config.data.weights)
     if eval_data and not config.evaluate_every:
         config = dataclasses.replace(config, evaluate_every=max(1, config.total_steps // 9))
     check_evaluation(config, eval_data)
@@ -174,7 +174,7 @@ def tune(
     open_store(storage, create=True)
     uri = f"{storage.rstrip('/')}/{name or f'{config.name}-sweep'}"
     store = open_store(uri, create=True, retry_timeout_s=config.data.retry_timeout_s)
-    asked = Asked(config.name, list(settings), given, manifest.fingerprint, eval_data, metric, direction, prune, seed)
+    asked = Asked(config.name, list(settings), given, sources.fingerprint, eval_data, metric, direction, prune, seed)
     if everything := grid(parsed):
         trials = min(trials, len(everything))
     sweep = Sweep(store, asked)

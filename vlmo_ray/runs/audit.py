@@ -6,21 +6,23 @@ bucket. Only what is in buckets that differ is read again, to be named.
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 from rich.table import Table
 
-from vlmo_ray.data.manifest import load_manifest
+from vlmo_ray.data.mix import Mix, load_data
 from vlmo_ray.data.order import Order, Schedule
 from vlmo_ray.data.store import open_store
 from vlmo_ray.errors import UserError
 from vlmo_ray.overrides import from_dict
 from vlmo_ray.rng import mix
 from vlmo_ray.runs.checkpoints import Checkpoints
-from vlmo_ray.runs.consumed import DataIds, Log
+from vlmo_ray.runs.consumed import DataIds, Log, Recorded
 from vlmo_ray.runs.multisets import Multisets, keys_of
 
 _BUCKET_ROWS, _MOST_BUCKETS = 512, 1 << 20
@@ -39,6 +41,7 @@ class EpochAudit:
     missing: tuple[str, ...]  # ids that should have been seen by now, and were not
     doubled: tuple[str, ...]  # ids that were seen more often than the data set has them
     unknown: tuple[str, ...]  # ids that the data set does not have
+    data: str = ""  # URI of the data set, where the run has several
 
     @property
     def clean(self) -> bool:
@@ -64,7 +67,8 @@ class Audit:
             for what in ("masked", "missing", "doubled", "unknown"):
                 if ids := getattr(epoch, what):
                     rest = f" and {len(ids) - 10} more" if len(ids) > 10 else ""
-                    said.append(f"epoch {epoch.epoch}, {what}: {', '.join(ids[:10])}{rest}")
+                    where = f" of {epoch.data}" if epoch.data else ""
+                    said.append(f"epoch {epoch.epoch}{where}, {what}: {', '.join(ids[:10])}{rest}")
         verdict = "NOT every pair was consumed once"
         if self.clean:
             masked = sum(len(epoch.masked) for epoch in self.epochs)
@@ -74,11 +78,13 @@ class Audit:
 
 
 def table(found: Audit) -> Table:
-    """A row for each epoch."""
-    out = Table("epoch", "rows", "seen", "masked", "missing", "doubled", "unknown")
+    """A row for each epoch of each data set."""
+    several = any(epoch.data for epoch in found.epochs)
+    out = Table(*["data"] * several, "epoch", "rows", "seen", "masked", "missing", "doubled", "unknown")
     for e in found.epochs:
         numbers = (e.rows, e.seen, len(e.masked), len(e.missing), len(e.doubled), len(e.unknown))
-        out.add_row(f"{e.epoch}{'' if e.complete else ' (so far)'}", *(f"{n:,}" for n in numbers))
+        epoch = f"{e.epoch}{'' if e.complete else ' (so far)'}"
+        out.add_row(*[e.data] * several, epoch, *(f"{n:,}" for n in numbers))
     return out
 
 
@@ -93,20 +99,46 @@ def audit(run: str, data: str) -> Audit:
     state = Checkpoints(store).newest()
     if state is None:
         raise UserError(f"{run} has no checkpoint: there are no committed steps to audit")
-    config, manifest = from_dict(state.config), load_manifest(data)
+    config = from_dict(state.config)
+    sources = load_data(data, config.data.weights)
     if not config.audit:
         raise UserError(f"{run} kept no record of its pairs; train with --set audit=true")
-    if manifest.fingerprint != state.fingerprint:
+    if sources.fingerprint != state.fingerprint:
         raise UserError(f"{data} is not the data set that {run} was trained on; name that one")
     schedule = Schedule(tuple((p.steps, p.global_batch) for p in config.phases), config.slice_size)
-    order = Order(manifest.chunk_rows, config.seed, schedule, config.data.shuffle_steps)
-    return _Comparison(Log(store, state.attempts, state.step), DataIds(manifest, order, state.step)).run()
+    order, log = sources.order(config.seed, schedule, config.data.shuffle_steps), Log(store, state.attempts, state.step)
+    if isinstance(order, Order):
+        return _Comparison(log, DataIds(sources.manifests[0], order, state.step)).run()
+    problems, epochs = [], []
+    for k, manifest in enumerate(sources.manifests):
+        found = _Comparison(_Part(log, order, k), DataIds(manifest, order.orders[k], state.step)).run()
+        problems += [f"{manifest.uri}: {problem}" for problem in found.problems]
+        epochs += [dataclasses.replace(epoch, data=manifest.uri) for epoch in found.epochs]
+    return Audit(state.step, tuple(problems), tuple(epochs))
+
+
+class _Part:
+    """What the log says of one of several data sets, with positions among the rows of that one."""
+
+    def __init__(self, log: Log, mix: Mix, source: int):
+        self._log, self._mix, self._source, self.stop = log, mix, source, log.stop
+
+    def read(self) -> Iterator[Recorded]:
+        before = self._mix.schedule.rows_before(np.arange(self.stop + 1))
+        for rows in self._log.read():
+            own, sizes = np.full(len(rows.step), -1), np.diff(before)[rows.step]
+            for size in np.unique(sizes):
+                here = sizes == size
+                own[here] = self._mix.own_position(self._source, rows.position[here], int(size))
+            kept = np.flatnonzero(own >= 0)
+            names = rows.names.take(pa.array(kept))
+            yield Recorded(rows.step[kept], own[kept], rows.valid[kept], names, rows.keys[kept])
 
 
 class _Comparison:
     """The log of a run beside the ids of its data set; E epochs, S committed steps."""
 
-    def __init__(self, log: Log, ids: DataIds):
+    def __init__(self, log: Log | _Part, ids: DataIds):
         self.log, self.ids = log, ids
         self.num_rows = ids.manifest.num_rows
         self.before = ids.order.schedule.rows_before(np.arange(log.stop + 1))  # rows before each step, int64 [S + 1]

@@ -9,8 +9,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from vlmo_ray.config import Config
-from vlmo_ray.data.manifest import Manifest, load_manifest
-from vlmo_ray.data.order import Order, Schedule
+from vlmo_ray.data.mix import DataSets, load_data
+from vlmo_ray.data.order import Schedule
 from vlmo_ray.data.pipeline import Stream
 from vlmo_ray.data.reader import Reader, Sources
 from vlmo_ray.data.schema import Schema
@@ -30,9 +30,9 @@ class RunSpec:
     """What a worker needs to know; equal on all workers."""
 
     config: Config
-    data: str  # URI of the data set
+    data: str  # URI of the data set, or several, separated by commas
     run: str  # URI of the run: metrics, checkpoints, final weights
-    fingerprint: str  # of the data set, as the launcher saw it
+    fingerprint: str  # of the data, as the launcher saw it
     eval_data: str = ""  # URI of the data set that is evaluated every `evaluate_every` steps
     in_process_data: bool = False  # read and decode in the training process, without Ray Data
     data_tasks: int = 1  # of this worker at once
@@ -84,23 +84,23 @@ def _check_values(init: str, trained: Schema, schema: Schema) -> None:
             )
 
 
-def begin(spec: RunSpec, start: bool = True) -> tuple[Manifest, Task]:
-    """The data set and the task, at its starting point if `start`. Raises UserError if either cannot be had."""
+def begin(spec: RunSpec, start: bool = True) -> tuple[DataSets, Task]:
+    """The data and the task, at its starting point if `start`. Raises UserError if either cannot be had."""
     config = spec.config
-    manifest = load_manifest(spec.data, config.data.retry_timeout_s)
-    if manifest.fingerprint != spec.fingerprint:
+    data = load_data(spec.data, config.data.weights, config.data.retry_timeout_s)
+    if data.fingerprint != spec.fingerprint:
         raise UserError(f"the data set at {spec.data} changed while the run was starting; start it again")
-    return manifest, build_task(build_model(config, manifest.schema, start), config, manifest.schema)
+    return data, build_task(build_model(config, data.schema, start), config, data.schema)
 
 
 def schedule_of(config: Config) -> Schedule:
     return Schedule(tuple((p.steps, p.global_batch) for p in config.phases), config.slice_size)
 
 
-def stream_of(spec: RunSpec, manifest: Manifest, task: Task, start: int, rank: int, world: int) -> Stream:
+def stream_of(spec: RunSpec, data: DataSets, task: Task, start: int, rank: int, world: int) -> Stream:
     """The batches of a worker from step `start` on."""
     config = spec.config
-    sources = Sources((manifest,))
+    sources = Sources(data.manifests)
     reader = Reader(
         sources.places,
         task.encoder(),
@@ -111,7 +111,7 @@ def stream_of(spec: RunSpec, manifest: Manifest, task: Task, start: int, rank: i
     return Stream(
         sources,
         reader,
-        Order(manifest.chunk_rows, config.seed, schedule_of(config), config.data.shuffle_steps),
+        data.order(config.seed, schedule_of(config), config.data.shuffle_steps),
         start=start,
         stop=config.total_steps,
         rank=rank,

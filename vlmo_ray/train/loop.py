@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vlmo_ray.data.batch import Batch
-from vlmo_ray.data.manifest import Manifest
+from vlmo_ray.data.mix import DataSets
 from vlmo_ray.data.order import Schedule, deal
 from vlmo_ray.data.store import Store
 from vlmo_ray.objectives.gather import Workers
@@ -102,7 +102,7 @@ def train(
             dist.barrier()  # the others on the node may still be reading
         shutil.rmtree(local / "newest", ignore_errors=True)
         schedule, start = schedule_of(config), run.done
-        batches = stream_of(spec, run.manifest, run.task, start, rank, world)
+        batches = stream_of(spec, run.data, run.task, start, rank, world)
         stack.callback(batches.close)
         stream, skipped = iter(batches), 0  # steps in a row without an update
 
@@ -154,7 +154,7 @@ class _Run:
     def __init__(
         self,
         spec: RunSpec,
-        manifest: Manifest,
+        data: DataSets,
         task: Task,
         rank: int,
         world: int,
@@ -166,7 +166,7 @@ class _Run:
         observe: Observer,
     ):
         config = spec.config
-        self.spec, self.config, self.manifest = spec, config, manifest
+        self.spec, self.config, self.data = spec, config, data
         self.rank, self.world, self.device, self.agreement = rank, world, device, agreement
         dtype, self.bf16 = precision_of(config, device)
         self.task = task.to(device, dtype)
@@ -190,7 +190,7 @@ class _Run:
         """Takes the checkpoint in the folder `fetched`, if there is one. Raises UserError if it does not fit."""
         if fetched is not None:
             found = checkpoint.read_state(fetched)
-            found.continue_with(self.config, self.manifest.fingerprint, self.spec.accept_changes)
+            found.continue_with(self.config, self.data.fingerprint, self.spec.accept_changes)
             averaged = self.average.tensors if self.average else None
             state = checkpoint.load(fetched, self.task, self.optimizer, averaged)
             self.done = self.saved = state.step
@@ -208,7 +208,7 @@ class _Run:
                 tell("repeated", f"{self.repeated} steps after it are done again", step=self.done, steps=self.repeated)
             if fetched is not None:
                 self.agreement.attempt(self._find_best)
-            self.agreement.attempt(describe, self.store, self.config, self.manifest.schema)
+            self.agreement.attempt(describe, self.store, self.config, self.data.schema)
 
     def _find_best(self) -> None:
         for step, result in evaluations.read_evaluations(self.store):
@@ -304,7 +304,7 @@ class _Run:
         The run goes on without a checkpoint that could not be written, and tries again at the next one.
         """
         folder = self.local / f"checkpoint-{uuid.uuid4().hex}"
-        state = TrainState.of(self.done, self.config, self.manifest.fingerprint, self.attempts)
+        state = TrainState.of(self.done, self.config, self.data.fingerprint, self.attempts)
         try:
             averaged = self.average.tensors if self.average else None
             checkpoint.save(folder, self.task, self.optimizer, state, averaged)
@@ -344,7 +344,7 @@ class _Run:
         weights = whole_state(tensors, keep=self.rank == 0)
         if self.rank == 0:
             self.agreement.attempt(self.checkpoints.retire)
-            arguments = self.store, self.task.model, weights, self.config, self.manifest.schema
+            arguments = self.store, self.task.model, weights, self.config, self.data.schema
             self.agreement.attempt(publish, *arguments)
             if self.checkpoints.best is not None:
                 address = self.store.address(name_of(self.checkpoints.best))
