@@ -7,6 +7,7 @@ images, duplicate texts, invalid rows, and a worker without a valid row; drop pa
 of images travel.
 """
 
+import copy
 import dataclasses
 import functools
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from vlmo_ray.objectives.gather import Workers
 from vlmo_ray.recipes.pretraining import PretrainingConfig
 from vlmo_ray.rng import Noise, stream, uniforms_torch
 from vlmo_ray.tasks.pretraining import Pretraining
+from vlmo_ray.train.optim import WeightAverage
 from vlmo_ray.train.parallel import Parallel, parallelize, whole
 from vlmo_ray.train.step import gradients
 
@@ -52,6 +54,8 @@ OBJECTIVES = {
     "one contrast alone": dataclasses.replace(WEIGHTS, itm=0.0, mlm=0.0, vl_contrast=False),
     "one contrast and matching": dataclasses.replace(WEIGHTS, mlm=0.0, vl_contrast=False),
     "contrasts and masked words": dataclasses.replace(WEIGHTS, itm=0.0),
+    "distilled": dataclasses.replace(WEIGHTS, distill=0.6, distill_ramp=10),  # a share of 0.3 in step 5
+    "distilled contrast": dataclasses.replace(WEIGHTS, itm=0.0, mlm=0.0, vl_contrast=False, distill=0.4),
 }
 
 
@@ -72,6 +76,16 @@ def make_task(dtype=torch.float64, objective: str = "exact") -> Pretraining:
         model.itc.log_scale.fill_(1.3)
         model.itc_vl.log_scale.fill_(0.7)
     return Pretraining(model.to(dtype), config)
+
+
+def teacher_of(task: Pretraining) -> WeightAverage | None:
+    """The average of the weights, as if they had been smaller before."""
+    if not task.settings.distill:
+        return None
+    average = WeightAverage(task, 0.995)
+    for tensor in average.tensors.values():
+        tensor.mul_(0.8)
+    return average
 
 
 def make_batch(rows=12, invalid=(4, 5, 6, 7), same_image=((0, 9),), same_text=((2, 3), (2, 10))) -> Batch:
@@ -105,6 +119,11 @@ def make_batch(rows=12, invalid=(4, 5, 6, 7), same_image=((0, 9),), same_text=((
 def oracle(task: Pretraining, batch: Batch, objective: str = "exact") -> dict[str, torch.Tensor]:
     """The whole objective on the whole batch, written down as plainly as it goes; gradients by autograd."""
     model, rows, options = task.model, len(batch), OBJECTIVES[objective]
+    share = options.distill * (0.5 if options.distill_ramp else 1.0)
+    teacher = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            parameter.mul_(0.8)
 
     def noise(name):
         return Noise(SEED, STEP, name, batch.position)
@@ -117,7 +136,17 @@ def oracle(task: Pretraining, batch: Batch, objective: str = "exact") -> dict[st
     opposes = ~same & batch.valid & batch.valid[:, None]
     counted = opposes | torch.eye(rows, dtype=torch.bool)
 
-    def contrast(head, image_states, text_states):
+    with torch.no_grad():
+        taught_image = teacher.encode(image=pixels, vl_branch=True)
+        taught_text = teacher.encode(text=batch.text_ids, text_mask=batch.text_mask, vl_branch=True)
+
+    def soft(head, image_states, text_states):
+        """The teacher's similarities, at the temperature of the student."""
+        with torch.no_grad():
+            a, b = head.image(image_states[:, 0]), head.text(text_states[:, 0])
+            return a @ b.T
+
+    def contrast(head, image_states, text_states, taught):
         a, b = head.image(image_states[:, 0]), head.text(text_states[:, 0])
         a, b = (x.detach() + options.feature_grad_scale * (x - x.detach()) for x in (a, b))
         logits = head.log_scale.exp() * a @ b.T
@@ -130,13 +159,17 @@ def oracle(task: Pretraining, batch: Batch, objective: str = "exact") -> dict[st
         for i in valid:
             columns = counted[i].nonzero().squeeze(1)
             target = (columns == i).nonzero()[0]
-            for row in (logits[i], logits[:, i]):
-                total = total + F.cross_entropy(row[columns][None], target, label_smoothing=options.label_smoothing)
+            scale = head.log_scale.detach().exp()
+            for row, theirs in ((logits[i], taught[i]), (logits[:, i], taught[:, i])):
+                hard = F.cross_entropy(row[columns][None], target, label_smoothing=options.label_smoothing)
+                wanted = (scale * theirs[columns]).softmax(dim=0)
+                total = total + (1 - share) * hard - share * (wanted * row[columns].log_softmax(dim=0)).sum()
         return total / (2 * max(1, len(valid))), logits
 
-    itc, logits = contrast(model.itc, image.image, text.text)
+    itc, logits = contrast(model.itc, image.image, text.text, soft(teacher.itc, taught_image.image, taught_text.text))
     both = options.vl_contrast
-    itc_vl = contrast(model.itc_vl, image.image_vl, text.text_vl)[0] if both else itc
+    taught = soft(teacher.itc_vl, taught_image.image_vl, taught_text.text_vl)
+    itc_vl = contrast(model.itc_vl, image.image_vl, text.text_vl, taught)[0] if both else itc
 
     size = CONFIG.slice_size
     minable = opposes
@@ -175,7 +208,12 @@ def oracle(task: Pretraining, batch: Batch, objective: str = "exact") -> dict[st
 
     hidden = model.encode(image=pixels, text=batch.mlm_ids, text_mask=batch.text_mask, noise=noise("mlm")).text
     target = batch.mlm_labels >= 0
-    mlm = F.cross_entropy(model.mlm(hidden[target]), batch.mlm_labels[target], reduction="sum")
+    found = model.mlm(hidden[target])
+    mlm = (1 - share) * F.cross_entropy(found, batch.mlm_labels[target], reduction="sum")
+    with torch.no_grad():
+        states = teacher.encode(image=pixels, text=batch.mlm_ids, text_mask=batch.text_mask).text
+        wanted = teacher.mlm(states[target]).softmax(dim=-1)
+    mlm = mlm - share * (wanted * found.log_softmax(dim=-1)).sum()
     mlm = mlm / max(1, int(target.sum()))
 
     loss = options.itc * (itc + itc_vl) / 2
@@ -248,7 +286,7 @@ def test_one_worker_equals_the_plain_step(case, micro_batch):
 @pytest.mark.parametrize("micro_batch", [12, 4])
 def test_every_objective_equals_the_plain_step(case, objective, micro_batch):
     batch, task = make_batch(**CASES[case]), make_task(objective=objective)
-    figures = gradients(Parallel(task), batch, Workers((12,)), STEP, micro_batch)
+    figures = gradients(Parallel(task), batch, Workers((12,)), STEP, micro_batch, average=teacher_of(task))
     check(figures, grads_of(task), case, objective)
     if case == "plain":  # the option does something
         exact, exact_grads = expected(case)
@@ -330,7 +368,8 @@ def worker(rank, world, counts, trials):
         cluster = ClusterConfig(strategy=trial.strategy, activation_checkpointing=trial.activation_checkpointing)
         parallel = parallelize(task, cluster, world, torch.device("cpu"))
         batch = make_batch(**CASES[trial.case]).rows(slice(first, first + counts[rank]))
-        figures = gradients(parallel, batch, Workers(counts, rank), STEP, trial.micro_batch)
+        average = teacher_of(task)
+        figures = gradients(parallel, batch, Workers(counts, rank), STEP, trial.micro_batch, average=average)
         out.append(({name: float(value) for name, value in figures.items()}, grads_of(task)))
     return out
 

@@ -46,6 +46,14 @@ class Contrast:
     bias_grad: Tensor | None = None  # 0-d, at the bias of the sigmoid loss
 
 
+@dataclass
+class Taught:
+    """Soft targets: what another model's features say of the same pairs."""
+
+    features: tuple[Tensor, Tensor, Tensor, Tensor]  # image and text [b, D], all images and texts [N, D]
+    share: float  # of a row's target
+
+
 @torch.no_grad()
 def contrast(
     image: Tensor,
@@ -57,27 +65,33 @@ def contrast(
     workers: Workers,
     *,
     label_smoothing: float = 0.0,
+    taught: Taught | None = None,
     block_size: int = BLOCK_SIZE,
 ) -> Contrast:
     """The loss above for local features `[b, D]` against gathered ones `[N, D]` in position order.
 
     With `label_smoothing` e, a row's target is 1 - e on its own column plus e spread evenly over all columns it is
-    compared with. A step without a valid pair gives 0. Computed in float32, or float64 if the features are.
+    compared with. With `taught` of share a, it is 1 - a on its own column plus a times the softmax of the teacher's
+    similarities at the same temperature (momentum distillation: ALBEF, Li et al. 2021, section 3.3). A step without a
+    valid pair gives 0. Computed in float32, or float64 if the features are.
     """
     with full_precision(image.device):
         image, text, all_image, all_text = widened(image, text, all_image, all_text)
         scale = log_scale.reshape(()).to(image.dtype).exp()
-        sides = ((scale * image, all_text), (scale * text, all_image))
+        sides = [(scale * image, all_text), (scale * text, all_image)]
+        if taught is not None:  # two further sides, whose logits only make targets
+            image_m, text_m, all_image_m, all_text_m = widened(*taught.features)
+            sides += [(scale * image_m, all_text_m), (scale * text_m, all_image_m)]
         blocks = columns_of(len(all_image), block_size)
 
         def logits_of(block: slice) -> tuple[Tensor, list[Tensor]]:
-            """Which columns of a block each row is compared with, and the logits of both sides, -inf elsewhere."""
+            """Which columns of a block each row is compared with, and the logits of all sides, -inf elsewhere."""
             compared = pairs.compared(block)
             barred = torch.zeros_like(compared, dtype=image.dtype).masked_fill_(~compared, -torch.inf)
             return compared, [torch.addmm(barred, rows, columns[block].T) for rows, columns in sides]
 
-        # per local row: log-sum-exps of the image and the text side; sums for smoothing
-        lse = image.new_full((2, len(image)), -torch.inf)
+        # per local row: log-sum-exps of the image and the text side (and the teacher's); sums for smoothing
+        lse = image.new_full((len(sides), len(image)), -torch.inf)
         num_compared, sums = image.new_zeros(len(image)), image.new_zeros(2, len(image))
         held = None
         for block in blocks:
@@ -85,17 +99,26 @@ def contrast(
             lse = torch.logaddexp(lse, torch.stack([side.logsumexp(dim=1) for side in logits]))
             if label_smoothing:
                 num_compared += compared.sum(dim=1)
-                sums += torch.stack([side.masked_fill(~compared, 0).sum(dim=1) for side in logits])
+                sums += torch.stack([side.masked_fill(~compared, 0).sum(dim=1) for side in logits[:2]])
         share = label_smoothing / num_compared if label_smoothing else num_compared  # of every compared column
-        all_lse_image, all_lse_text, all_share = workers.gather(torch.stack([*lse, share], dim=1)).unbind(1)
+        everyones = workers.gather(torch.stack([*lse, share], dim=1)).unbind(1)
+        all_lse_image, all_lse_text, all_share = everyones[0], everyones[1], everyones[-1]
+        # what a row expects of its own logits, by the teacher
+        hoped, kept = image.new_zeros(2, len(image)), 1 - label_smoothing - (taught.share if taught else 0.0)
 
         grads = [torch.zeros_like(image), torch.zeros_like(text)]
         for block in reversed(blocks):
             compared, logits = held or logits_of(block)  # those of the last block are still held
             held = None
-            turn = zip(logits, lse, (all_lse_text, all_lse_image), sides, grads, strict=True)
-            for z, row_lse, column_lse, (_, columns), grad in turn:
+            turn = zip(logits[:2], lse[:2], (all_lse_text, all_lse_image), sides[:2], grads, strict=True)
+            for side, (z, row_lse, column_lse, (_, columns), grad) in enumerate(turn):
                 weight = torch.exp(z - row_lse[:, None])
+                if taught is not None:
+                    theirs = logits[2 + side]
+                    target = torch.exp(theirs - lse[2 + side][:, None])
+                    hoped[side] += (target * z.masked_fill(~compared, 0)).sum(dim=1)
+                    target += theirs.sub_(everyones[3 - side][block]).exp_()
+                    weight -= target.masked_fill_(~compared, 0).mul_(taught.share)
                 weight += z.sub_(column_lse[block]).exp_()
                 if label_smoothing:
                     weight -= (share[:, None] + all_share[block]).masked_fill_(~compared, 0)
@@ -103,11 +126,12 @@ def contrast(
         valid = pairs.valid[pairs.local]
         count = pairs.valid.sum().clamp(min=1)
         image_grad, text_grad = (
-            torch.where(valid[:, None], grad - 2 * (1 - label_smoothing) * own, 0) * (scale / (2 * count))
+            torch.where(valid[:, None], grad - 2 * kept * own, 0) * (scale / (2 * count))
             for grad, own in zip(grads, (text, image), strict=True)
         )
         own_logits = scale * (image * text).sum(dim=1)
-        each = lse.mean(dim=0) - (1 - label_smoothing) * own_logits - share * sums.mean(dim=0)
+        each = lse[:2].mean(dim=0) - kept * own_logits - share * sums.mean(dim=0)
+        each -= (taught.share if taught else 0.0) * hoped.mean(dim=0)
         return Contrast(
             loss=torch.where(valid, each, 0).sum() / count,
             image_grad=image_grad,

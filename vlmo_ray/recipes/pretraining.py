@@ -34,6 +34,10 @@ class PretrainingConfig(TaskConfig):
     feature_grad_scale: float = setting(1.0, above=0, remedy="1 is exact. To leave the contrast out, set task.itc=0")
     negatives: Literal["global", "local"] = "global"  # from the whole batch, or from the row's own slice
     itm_share: float = 1.0  # the fraction of each slice's rows that matching is computed for
+    # Momentum distillation (ALBEF): the share of the contrast's and the masked words' targets that the average of the
+    # weights predicts (`optim.average_decay`; ALBEF: 0.4 and 0.995), and the steps until the share is reached.
+    distill: float = setting(0.0, at_least=0, below=1)
+    distill_ramp: int = setting(0, at_least=0)
 
     @property
     def heads(self) -> tuple[str, ...]:
@@ -43,6 +47,7 @@ class PretrainingConfig(TaskConfig):
 
     def ineffective(self, config: Config) -> dict[str, str]:
         without = {} if self.itm else {"negatives": "task.itm is 0", "itm_share": "task.itm is 0"}
+        without |= {} if self.distill else {"distill_ramp": "task.distill is 0"}
         return without | ({} if self.mlm else {"mlm_probability": "task.mlm is 0"})
 
     def check(self, config: Config) -> None:
@@ -67,6 +72,13 @@ class PretrainingConfig(TaskConfig):
             )
         if self.label_smoothing and self.contrast == "sigmoid":
             raise UserError("task.label_smoothing is only for the softmax contrast; set it to 0 for the sigmoid one")
+        if self.distill and not config.optim.average_decay:
+            raise UserError(
+                f"task.distill={self.distill} needs an average of the weights as its teacher: set optim.average_decay "
+                "(0.995)"
+            )
+        if self.distill and (self.contrast == "sigmoid" or self.label_smoothing):
+            raise UserError("task.distill is only for the softmax contrast without task.label_smoothing; set it to 0")
         if not 0 < self.itm_share <= 1 or round(self.itm_share * slice_size) < 1:
             raise UserError(
                 f"task.itm_share={self.itm_share} of a slice of {slice_size} rows is less than one row or more than "

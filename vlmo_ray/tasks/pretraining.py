@@ -23,7 +23,7 @@ from vlmo_ray.data.text import IGNORED_LABEL
 from vlmo_ray.model.flops import step_flops
 from vlmo_ray.model.heads import ContrastHead
 from vlmo_ray.model.vlmo import VLMo
-from vlmo_ray.objectives.contrastive import Contrast, contrast, sigmoid_contrast
+from vlmo_ray.objectives.contrastive import Contrast, Taught, contrast, sigmoid_contrast
 from vlmo_ray.objectives.gather import Workers
 from vlmo_ray.objectives.masked_lm import masked_lm_loss
 from vlmo_ray.objectives.matching import hard_negatives, matching_loss, rows_to_match
@@ -42,6 +42,15 @@ class Unimodal:
     features: Tensor  # [b, 4, D], L2-normalised: image, text, image and text of the VL branch (2 without that)
     image_tokens: Tensor  # [b, P, D] embedded, before the first layer
     bias: Tensor | None  # [L, H, S, S]
+    lesson: Lesson | None = None
+
+
+@dataclass
+class Lesson:
+    """What the average of the weights says of a micro-batch, without drop path (ALBEF, Li et al. 2021)."""
+
+    features: Tensor  # as of `Unimodal`
+    words: Tensor | None  # [M, V], the probabilities at the masked words
 
 
 @dataclass
@@ -152,11 +161,26 @@ class Pretraining(GlobalTask):
         labels = torch.full_like(batch.mlm_labels, IGNORED_LABEL)
         return batch.without_valid().with_columns(mlm_labels=labels)
 
-    def encode(self, batch: Batch, step: int) -> Unimodal:
+    def taught_share(self, step: int) -> float:
+        """Grows linearly from 0 over the first `distill_ramp` steps."""
+        ramp = self.settings.distill_ramp
+        return self.settings.distill * (min(1.0, step / ramp) if ramp else 1.0)
+
+    def teach(self, batch: Batch) -> Lesson:
+        encoded, words = self.encode(batch, None), None
+        if self.predicts:
+            image, text, mask = encoded.image_tokens, batch.mlm_ids, batch.text_mask
+            states = given(self.model.encode(image=image, text=text, text_mask=mask, bias=encoded.bias).text)
+            logits = given(self.model.mlm)(states[batch.mlm_labels >= 0])
+            words = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(dim=-1)
+        return Lesson(encoded.features, words)
+
+    def encode(self, batch: Batch, step: int | None, lesson: Lesson | None = None) -> Unimodal:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Without a step there is no drop path."""
         model = self.model
 
         def noise(name: str) -> Noise | None:
-            return self.noise(name, batch.position, step)
+            return None if step is None else self.noise(name, batch.position, step)
 
         bias = model.position_bias(batch.text_ids.shape[1])
         tokens = model.embed_image(pixels(model, batch.image))
@@ -169,11 +193,13 @@ class Pretraining(GlobalTask):
         features: list[Tensor] = []
         for head, (images, texts) in zip(self.contrasts.values(), states, strict=False):
             features += [head.image(given(images)[:, 0]), head.text(given(texts)[:, 0])]
-        return Unimodal(torch.stack(features, dim=1), tokens, bias)
+        return Unimodal(torch.stack(features, dim=1), tokens, bias, lesson)
 
     @torch.no_grad()
-    def plan(self, batch: Batch, features: Tensor, workers: Workers, step: int) -> tuple[Plan, Totals]:
-        """`batch` and `features` are all rows of this worker; the collectives of a step are here."""
+    def plan(
+        self, batch: Batch, features: Tensor, workers: Workers, step: int, taught: Tensor | None = None
+    ) -> tuple[Plan, Totals]:
+        """`batch`, `features` and `taught` are all rows of this worker; the collectives of a step are here."""
         own_targets = (batch.mlm_labels >= 0).sum(dim=1) if self.predicts else torch.zeros_like(batch.position)
         facts = torch.stack([batch.image_key, batch.text_key, batch.valid.long(), own_targets], dim=1)
         image_key, text_key, valid, targets = workers.gather(facts).unbind(1)
@@ -181,8 +207,16 @@ class Pretraining(GlobalTask):
         pairs = Pairs(image_key, text_key, valid, workers.first, len(batch))
 
         everything = workers.gather(features)
+        all_taught = None if taught is None else workers.gather(taught)
+
+        def lesson(i: int) -> Taught | None:
+            if taught is None or all_taught is None:
+                return None
+            share = self.taught_share(step)
+            return Taught((taught[:, i], taught[:, i + 1], all_taught[:, i], all_taught[:, i + 1]), share)
+
         branches = [
-            self._contrast(head, features[:, i : i + 2], everything[:, i : i + 2], pairs, workers)
+            self._contrast(head, features[:, i : i + 2], everything[:, i : i + 2], pairs, workers, lesson(i))
             for head, i in zip(self.contrasts.values(), (0, 2), strict=False)
         ]
         feature_grad = torch.stack([grad for c in branches for grad in (c.image_grad, c.text_grad)], dim=1)
@@ -241,14 +275,22 @@ class Pretraining(GlobalTask):
         return plan, totals
 
     def _contrast(
-        self, head: ContrastHead, local: Tensor, everything: Tensor, pairs: Pairs, workers: Workers
+        self,
+        head: ContrastHead,
+        local: Tensor,
+        everything: Tensor,
+        pairs: Pairs,
+        workers: Workers,
+        taught: Taught | None,
     ) -> Contrast:
         """Of one branch: features `[b, 2, D]` and `[N, 2, D]`, image and text."""
         (image, text), (images, texts) = local.unbind(1), everything.unbind(1)
         if head.logit_bias is not None:
             return sigmoid_contrast(image, text, images, texts, head.log_scale, head.logit_bias, pairs)
         smoothing = self.settings.label_smoothing
-        return contrast(image, text, images, texts, head.log_scale, pairs, workers, label_smoothing=smoothing)
+        return contrast(
+            image, text, images, texts, head.log_scale, pairs, workers, label_smoothing=smoothing, taught=taught
+        )
 
     def closing(self, totals: Totals) -> Losses:
         """The contrast's values, and terms whose backward gives its gradients to temperatures and biases."""
@@ -308,8 +350,12 @@ class Pretraining(GlobalTask):
         if self.predicts:
             hidden = pair("mlm", batch.position, encoded.image_tokens, batch.mlm_ids, batch.text_mask)
             target = batch.mlm_labels >= 0
-            logits = given(model.mlm)(hidden[target])
-            term, sums["mlm_right"] = masked_lm_loss(logits, batch.mlm_labels[target], totals.targets)
+            logits, labels = given(model.mlm)(hidden[target]), batch.mlm_labels[target]
+            taught = None
+            if encoded.lesson is not None and encoded.lesson.words is not None:
+                taught = encoded.lesson.words[: len(labels)]  # of a row that must not count, none
+            share = self.taught_share(step)
+            term, sums["mlm_right"] = masked_lm_loss(logits, labels, totals.targets, taught, share)
             terms["mlm"] = Term(term, weights.mlm)
         return Losses(terms, sums)
 

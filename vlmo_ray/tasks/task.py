@@ -241,6 +241,12 @@ class Encoded(Protocol):
     features: Tensor  # [b, ...]: what the rest of the global batch must know of these rows
 
 
+class Lesson(Protocol):
+    """What a teacher says of some rows."""
+
+    features: Tensor  # as those of `Encoded`
+
+
 class GlobalPlan(Protocol):
     """What the global batch means for some local rows."""
 
@@ -254,12 +260,24 @@ class GlobalPlan(Protocol):
 class GlobalTask(Task):
     """A task whose losses depend on the whole global batch. `train/step.py` puts its parts in order."""
 
-    def encode(self, batch: Batch, step: int) -> Encoded:
-        """The passes over single rows; with several micro-batches it is called twice for each."""
+    def taught_share(self, step: int) -> float:
+        """How much of the targets of a step the average of the weights gives; 0: no teacher is asked."""
+        return 0.0
+
+    def teach(self, batch: Batch) -> Lesson:
+        """What the averaged weights, which are in their place now, say of these rows."""
         raise NotImplementedError
 
-    def plan(self, batch: Batch, features: Tensor, workers: Workers, step: int) -> tuple[GlobalPlan, Any]:
-        """(plan of this worker's rows, totals of the step). All collectives of the task are here."""
+    def encode(self, batch: Batch, step: int, lesson: Lesson | None = None) -> Encoded:
+        """The passes over single rows; with several micro-batches it is called twice for each. It keeps the lesson on
+        these rows for `losses`."""
+        raise NotImplementedError
+
+    def plan(
+        self, batch: Batch, features: Tensor, workers: Workers, step: int, taught: Tensor | None = None
+    ) -> tuple[GlobalPlan, Any]:
+        """(plan of this worker's rows, totals of the step). All collectives of the task are here. `taught` are the
+        features of all rows of this worker by the teacher."""
         raise NotImplementedError
 
     def losses(self, batch: Batch, encoded: Any, plan: Any, totals: Any, step: int) -> Losses:  # type: ignore[override]

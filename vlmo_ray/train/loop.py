@@ -123,7 +123,13 @@ def train(
             assert batch is not None
             batch = batch.to(device)
             figures = gradients(
-                run.parallel, batch, _workers(schedule, step, world, rank), step, config.micro_batch, run.bf16
+                run.parallel,
+                batch,
+                _workers(schedule, step, world, rank),
+                step,
+                config.micro_batch,
+                run.bf16,
+                run.average,
             )
             figures["grad_norm"] = total_norm(run.task)
             problem = _not_finite(figures, step)

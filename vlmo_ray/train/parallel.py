@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,8 @@ from vlmo_ray.config import ClusterConfig
 from vlmo_ray.data.batch import Batch
 from vlmo_ray.objectives.pairs import columns_of
 from vlmo_ray.tasks.task import GlobalTask, Losses, Task
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,8 @@ class Parallel:
         """`Task.losses`, in the pass whose gradients the workers share."""
         return (self.ddp or self.task)(self.task.losses, *args)
 
-    def evaluate(self, rows: Callable[[Batch], dict[str, Tensor]], batch: Batch) -> dict[str, Tensor]:
-        """`Evaluation.rows`, without gradients."""
+    def evaluate(self, rows: Callable[[Batch], T], batch: Batch) -> T:
+        """`Evaluation.rows`, or what a teacher says; without gradients."""
         with torch.no_grad():
             found = self.task(rows, batch)
         if self.sharded:

@@ -12,15 +12,23 @@ from torch import Tensor
 from vlmo_ray.data.batch import Batch
 from vlmo_ray.objectives.gather import Workers
 from vlmo_ray.tasks.task import GlobalTask, Losses, weighted
+from vlmo_ray.train.optim import WeightAverage
 from vlmo_ray.train.parallel import Parallel
 
 
 def gradients(
-    parallel: Parallel, batch: Batch, workers: Workers, step: int, micro_batch: int, bf16: bool = False
+    parallel: Parallel,
+    batch: Batch,
+    workers: Workers,
+    step: int,
+    micro_batch: int,
+    bf16: bool = False,
+    average: WeightAverage | None = None,
 ) -> dict[str, Tensor]:
     """Leaves d(total loss)/d(parameter) in `.grad`, and returns this step's global figures (0-d tensors).
 
-    batch: all rows of this worker, at least one. Figures: loss, every term, the task's metrics, masked_rows.
+    batch: all rows of this worker, at least one. Figures: loss, every term, the task's metrics, masked_rows. `average`
+    is the teacher of tasks that have one.
     """
     assert len(batch), "a worker without rows"
     task = parallel.task
@@ -32,7 +40,7 @@ def gradients(
         return torch.autocast(batch.valid.device.type, torch.bfloat16, enabled=bf16)
 
     if isinstance(task, GlobalTask):
-        closing, totals, given = _look_ahead(parallel, batch, micros, spans, workers, step, precision)
+        closing, totals, given = _look_ahead(parallel, batch, micros, spans, workers, step, precision, average)
     else:
         local = task.counts(batch)
         summed = workers.sum(torch.stack([count.to(torch.float64) for count in local.values()]))
@@ -71,6 +79,7 @@ def _look_ahead(
     workers: Workers,
     step: int,
     precision: Callable[[], torch.autocast],
+    average: WeightAverage | None,
 ) -> tuple[Callable[[], Losses], Any, Callable[[int], tuple]]:
     """(closing losses, totals, what `losses` is given for micro-batch i) of a task over the whole global batch.
 
@@ -82,17 +91,25 @@ def _look_ahead(
     task = parallel.task
     assert isinstance(task, GlobalTask)
     single = len(micros) == 1
+    lessons: list[Any] = [None] * len(micros)
+    if task.taught_share(step):
+        assert average is not None, "the task's config has refused to go without one"
+        average.swap()  # before any graph, which would miss the weights that it was made with
+        with precision():
+            lessons = [parallel.evaluate(task.teach, micro) for micro in micros]
+        average.swap()
     with precision(), torch.set_grad_enabled(single):
-        encoded = [parallel.encode(micro, step) for micro in micros]
+        encoded = [parallel.encode(micro, step, lesson) for micro, lesson in zip(micros, lessons, strict=True)]
     own = [some.features.detach() for some, span in zip(encoded, spans, strict=True) if span]
     features = torch.cat(own)
+    taught = [lesson.features for lesson, span in zip(lessons, spans, strict=True) if span and lesson is not None]
     if not single:
         encoded.clear()
-    plan, totals = task.plan(batch, features, workers, step)
+    plan, totals = task.plan(batch, features, workers, step, torch.cat(taught) if taught else None)
 
     def given(i: int) -> tuple:
         span = spans[i]
-        again = encoded[0] if single else parallel.encode(micros[i], step)
+        again = encoded[0] if single else parallel.encode(micros[i], step, lessons[i])
         needs = plan.rows(span) if span else plan.rows(slice(0, 1)).without_losses()
         return again, needs, totals
 
