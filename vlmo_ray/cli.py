@@ -106,6 +106,8 @@ def prepare(
     rows_per_group: int = 256,
     verify: bool = False,
     forbid: tuple[Literal["crop", "flip", "color", "geometric"], ...] = (),
+    scores: str = "",
+    keep_above: float | None = None,
 ) -> None:
     """Turn records of a public format into shuffled shards with a manifest. A stopped command continues when repeated.
 
@@ -127,6 +129,8 @@ def prepare(
         rows_per_group: rows of a Parquet row group, the unit of reading.
         verify: decode every image completely instead of reading its header.
         forbid: augmentations that would make records of this data set untrue.
+        scores: a Parquet file with id and score, for example of `vlmo evaluate --task similarity`.
+        keep_above: leave out, and count, records whose score is below this, or that have none.
     """
     from vlmo_ray.data.prepare import prepare as run
 
@@ -141,6 +145,8 @@ def prepare(
         rows_per_group=rows_per_group,
         verify=verify,
         forbid=forbid,
+        scores=scores,
+        keep_above=keep_above,
         **_options(option),
     )
     print(counts)

@@ -26,7 +26,7 @@ from vlmo_ray.runs.metrics import read_metrics
 
 JOB = Path(__file__).parents[2] / "jobs" / "pretrain_stages.py"
 NAMES = ["vision_tiny", "language_tiny", "demo"]
-STEPS = 60
+STEPS = 40
 
 
 @pytest.fixture(scope="module")

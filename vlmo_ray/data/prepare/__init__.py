@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from vlmo_ray.data.manifest import MANIFEST, Chunk, Format, check_forbid, chunk_table, write_manifest
 from vlmo_ray.data.prepare import shuffle
+from vlmo_ray.data.prepare.scores import Scored
 from vlmo_ray.data.prepare.shards import write_dataset
 from vlmo_ray.data.prepare.source import Shards, Source, WorkUnit
 from vlmo_ray.data.prepare.stage import WORK, results, run_stage
@@ -70,6 +71,8 @@ def prepare(
     rows_per_group: int = 256,
     verify: bool = False,
     forbid: tuple[str, ...] = (),
+    scores: str = "",
+    keep_above: float | None = None,
     **options,
 ) -> Counts:
     """Turn `source`, in one of `FORMATS`, into shuffled shards and a manifest at `out`; returns what was kept.
@@ -79,6 +82,7 @@ def prepare(
 
     `memory` is how many bytes of records one task may hold, besides some 200 MB for the process. `verify` decodes every
     image completely instead of reading its header. `forbid` lists augmentations that would make records untrue.
+    `scores` is a Parquet file with id and score: records below `keep_above`, or without a score, are dropped.
     `options` are those of the format's class. A call that was stopped continues when it is repeated; one that has
     finished returns its counts again. Dropped records are listed in `OUT/dropped.jsonl`. Two calls must not run at the
     same time with one `out`. Raises UserError for mistakes of the user.
@@ -88,6 +92,13 @@ def prepare(
     if rows_per_group < 1 or memory < 1 << 20 or shard_bytes < 1:
         raise UserError("rows_per_group and shard_bytes must be at least 1, memory at least 1 MiB (1048576)")
     place = _place(opened, out, index)
+    if bool(scores) != (keep_above is not None):
+        raise UserError(f"scores={scores!r} and keep_above={keep_above} go together: give both, or neither")
+    if scores and index:
+        raise UserError("index=True rewrites nothing, so it can leave nothing out; leave out `scores` or `index`")
+    whole = opened
+    if scores and keep_above is not None:
+        opened = Scored(opened, scores, keep_above)
     units = opened.units()
     # includes the units, because an unfinished run has markers of its own units
     listing = repr((opened.listing, [(unit.name, unit.bytes) for unit in units]))
@@ -101,7 +112,7 @@ def prepare(
         "rows_per_group": rows_per_group,
         "forbid": sorted(forbid),
         "schema": opened.schema.to_json(),
-        "options": {name: str(getattr(opened, name)) for name in options},
+        "options": {name: str(getattr(whole, name)) for name in options},
     }
     if not index:
         state |= {"seed": seed, "memory": memory, "shard_bytes": shard_bytes, "verify": verify}
