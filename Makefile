@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+LONG := ray or slow
+FAST := $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not ($(LONG) or full or compile)'
 
 .PHONY: demo test test-fast test-all soak lint format clean
 
@@ -15,17 +17,17 @@ $(VENV)/.installed: pyproject.toml
 demo: $(VENV)/.installed
 	$(BIN)/python -m vlmo_ray.demo
 
-# every promise at least once
+# every promise at least once: what needs no cluster in two processes, the rest one by one; both even if one fails
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(FAST); failed=$$?; $(BIN)/python -m pytest -m '($(LONG)) and not full and not compile' && exit $$failed
 
 # for the inner loop: without Ray clusters and tests that take more than a few seconds
 test-fast: $(VENV)/.installed
-	$(BIN)/python -m pytest -m 'not ray and not slow and not full and not compile'
+	$(FAST)
 
 # every test there is: further faults on several raylets, larger cases, whole curves, compiled layers
 test-all: $(VENV)/.installed
-	$(BIN)/python -m pytest -m ''
+	$(FAST); failed=$$?; $(BIN)/python -m pytest -m '$(LONG) or full or compile' && exit $$failed
 
 # half an hour of runs with random faults, and a table of the results
 soak: $(VENV)/.installed

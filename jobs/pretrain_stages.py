@@ -15,6 +15,6 @@ import tyro
 from vlmo_ray.cli import report_mistakes
 
 if __name__ == "__main__":
-    from vlmo_ray.launch.stages import pretrain_stages
+    from vlmo_ray.stages import pretrain_stages
 
     report_mistakes(tyro.cli)(pretrain_stages)

@@ -10,11 +10,10 @@ from vlmo_ray.data import text as module
 from vlmo_ray.data.text import MASK_ID, PAD_ID, Tokenizer, mask_whole_words, normalise
 from vlmo_ray.errors import RecordError, UserError
 
-VOCAB = module.importlib.resources.files("vlmo_ray.data") / "vocab" / "bert_base_uncased.txt"
-WORDS = VOCAB.read_text(encoding="utf-8").splitlines()
+WORDS = module.vocabulary()
 VOCAB_SIZE = len(WORDS)
 TOKENIZER = Tokenizer(max_len=24)
-ORACLE = BertWordPieceTokenizer(str(VOCAB), lowercase=True)
+ORACLE = BertWordPieceTokenizer({word: i for i, word in enumerate(WORDS)}, lowercase=True)
 checked = settings(derandomize=True, max_examples=200, deadline=None, database=None)
 
 

@@ -154,7 +154,7 @@ JOBS = {
 def test_jobs_are_thin(path, monkeypatch):
     assert len(path.read_text().splitlines()) < 40
     if path.stem == "pretrain_stages":
-        return  # test_stages.py runs it
+        return  # test_stage_chain.py runs it
     command, given = JOBS[path.stem]
     called = []
     monkeypatch.setattr("vlmo_ray.cli.main", lambda: called.append(sys.argv[1:]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib.resources
 import os
 
@@ -18,6 +19,12 @@ FIRST_WORD_ID = 999  # "!"; the ids between MASK_ID and this one are unused
 IGNORED_LABEL = -100
 
 
+def vocabulary() -> list[str]:
+    """The entries of bert-base-uncased, in the order of their ids. Packed, as every job uploads the package."""
+    packed = importlib.resources.files("vlmo_ray.data") / "vocab" / "bert_base_uncased.txt.gz"
+    return gzip.decompress(packed.read_bytes()).decode().splitlines()
+
+
 class Tokenizer:
     """The lower-casing WordPiece tokenizer of BERT base, cut or padded to `max_len`.
 
@@ -30,8 +37,7 @@ class Tokenizer:
             raise UserError(f"max_text_len = {max_len} leaves no room between [CLS] and [SEP]; use at least 3")
         # Texts are encoded one at a time here; a thread pool would only make later forks unsafe.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        vocab = importlib.resources.files("vlmo_ray.data") / "vocab" / "bert_base_uncased.txt"
-        ids = {entry: index for index, entry in enumerate(vocab.read_text(encoding="utf-8").splitlines())}
+        ids = {entry: index for index, entry in enumerate(vocabulary())}
         self.max_len = max_len
         self._words = RustTokenizer(WordPiece(ids, unk_token="[UNK]", max_input_chars_per_word=100))
         self._words.normalizer = TEXT_NORMALIZER

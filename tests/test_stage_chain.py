@@ -14,17 +14,17 @@ import pytest
 import torch
 from safetensors.torch import load as load_tensors
 
+from vlmo_ray import stages
 from vlmo_ray.data.prepare.shards import write_dataset
 from vlmo_ray.data.schema import Field, Schema
 from vlmo_ray.data.store import Store
 from vlmo_ray.demo.scenes.records import records
 from vlmo_ray.errors import UserError
-from vlmo_ray.launch import stages
 from vlmo_ray.launch.stop import Stopped
 from vlmo_ray.runs.checkpoints import Checkpoints
 from vlmo_ray.runs.metrics import read_metrics
 
-JOB = Path(__file__).parents[2] / "jobs" / "pretrain_stages.py"
+JOB = Path(__file__).parents[1] / "jobs" / "pretrain_stages.py"
 NAMES = ["vision_tiny", "language_tiny", "demo"]
 STEPS = 40
 
