@@ -144,6 +144,26 @@ def test_the_image_has_no_root_and_what_the_project_says():
     assert installs == ["pip install --no-cache-dir --constraint cluster/constraints.txt ."]
 
 
+def hadolint(text: str) -> tuple[int, str]:
+    program = Path(sys.executable).parent / "hadolint"
+    done = subprocess.run([program, "-"], input=text, capture_output=True, text=True, timeout=60)
+    return done.returncode, done.stdout
+
+
+def test_hadolint_finds_nothing_in_the_image_and_planted_mistakes():
+    image = (CLUSTER / "Dockerfile").read_text()
+    assert hadolint(image) == (0, "")
+    for right, wrong, rule in (
+        ("python:3.12-slim-bookworm", "python", "DL3006"),
+        (" --no-install-recommends", "", "DL3015"),
+        (" --no-cache-dir", "", "DL3042"),
+        ("WORKDIR /home/ray/", "WORKDIR ", "DL3000"),
+    ):
+        assert right in image
+        code, said = hadolint(image.replace(right, wrong))
+        assert code and rule in said, said
+
+
 def kuberay(name: str) -> list[dict]:
     return list(yaml.safe_load_all((CLUSTER / "kuberay" / f"{name}.yaml").read_text()))
 

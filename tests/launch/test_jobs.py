@@ -18,13 +18,18 @@ import time
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
+from small_run import job
 
 from vlmo_ray.data.prepare.shards import write_dataset
 from vlmo_ray.data.store import Store
 from vlmo_ray.demo.scenes.records import records
+from vlmo_ray.overrides import override
+from vlmo_ray.recipes import recipe
 from vlmo_ray.runs.checkpoints import Checkpoints
 from vlmo_ray.runs.metrics import read_metrics
+from vlmo_ray.train.loop import train
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -87,8 +92,10 @@ def test_submit_and_submit_again(bucket, tmp_path):
     arguments = ("--tiny", "--data", data, "--storage", storage, "--name", "job", "--set", "phases=[[44,16],[12,32]]")
     total = 56  # so many that the first job is stopped before its end
     with head(tmp_path) as (address, environment):
-        refused = submit(address, environment | {"RAY_AUTH_TOKEN": secrets.token_hex(32)}, *arguments)
-        assert refused.returncode and "succeeded" not in refused.stdout
+        without = {name: value for name, value in environment.items() if not name.startswith("RAY_AUTH")}
+        for wrong in (environment | {"RAY_AUTH_TOKEN": secrets.token_hex(32)}, without | {"HOME": str(tmp_path)}):
+            refused = submit(address, wrong, *arguments)
+            assert refused.returncode and "succeeded" not in refused.stdout
         early = submit(address, environment, *arguments, flags=("--no-wait", "--submission-id", "early"))
         assert early.returncode == 0, early.stdout[-4000:]
         run, deadline = Store(f"{storage}/job"), time.monotonic() + 150
@@ -109,6 +116,10 @@ def test_submit_and_submit_again(bucket, tmp_path):
         metrics, _ = read_metrics(Store(f"{storage}/job"))
         assert [m["step"] for m in metrics] == list(range(1, total + 1))
         assert {m["samples"] for m in metrics} >= {44 * 16, 44 * 16 + 12 * 32}  # both phases
+    config = override(recipe("pretrain_1b_tiny"), ["phases=[[44,16],[12,32]]"])
+    assert train(job(data, tmp_path / "undisturbed", config)).step == total
+    undisturbed, _ = read_metrics(Store(str(tmp_path / "undisturbed")))
+    np.testing.assert_allclose([m["loss"] for m in metrics], [m["loss"] for m in undisturbed], rtol=1e-3)
 
 
 @pytest.mark.ray
