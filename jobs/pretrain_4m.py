@@ -1,6 +1,7 @@
 """Pre-train VLMo on the paper's four million images (section 4.1): 200k steps of 1,024 pairs.
 
-    ray job submit --working-dir . -- python jobs/pretrain_4m.py base --data s3://pairs/4m --storage s3://runs/vlmo
+    ray job submit --working-dir . -- python jobs/pretrain_4m.py base \\
+        --data s3://cc3m,s3://sbu,s3://coco,s3://vg --storage s3://runs/vlmo
 
 The first word is the size: base, base_plus or large. Submit it again after any failure: it continues from the newest
 checkpoint. All options of `vlmo train` can be given.

@@ -19,7 +19,7 @@ from vlmo_ray.model.vlmo import VLMo
 from vlmo_ray.objectives.masked_lm import masked_lm_loss
 from vlmo_ray.recipes.language import LanguageConfig
 from vlmo_ray.rng import Noise
-from vlmo_ray.tasks.task import Columns, Counts, Evaluation, Losses, Pass, Score, Task, Term, given, joined
+from vlmo_ray.tasks.task import Columns, Counts, Evaluation, Losses, Pass, Score, Task, Term, by_row, given, joined
 
 _TRAINED = ("text_embed", "modality", "relative", "norm", "mlm")
 
@@ -88,13 +88,9 @@ class MaskedWords(Evaluation):
         logits = given(self.task.model.mlm)(self.task.states(batch)[target])
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         labels = batch.mlm_labels[target]
-        row = target.nonzero()[:, 0]
-
-        def summed(values: Tensor) -> Tensor:
-            return torch.zeros(len(batch), dtype=torch.float64, device=row.device).index_add_(0, row, values.double())
-
         loss = F.cross_entropy(logits, labels, reduction="none")
-        return {"right": summed(logits.argmax(dim=1) == labels), "loss": summed(loss), "targets": target.sum(dim=1)}
+        right = by_row(logits.argmax(dim=1) == labels, target)
+        return {"right": right, "loss": by_row(loss, target), "targets": target.sum(dim=1)}
 
     def score(self, blocks: Iterable[Columns]) -> dict[str, Score]:
         found = joined(blocks)

@@ -331,6 +331,12 @@ def pooled(
     return given(model.pooler)(given(pair.text)[:, 0])
 
 
+def by_row(values: Tensor, chosen: Tensor) -> Tensor:
+    """The sums [B] of values [M] that belong to the chosen places of `chosen` bool [B, ...], in their order."""
+    sums = torch.zeros(len(chosen), dtype=torch.float64, device=values.device)
+    return sums.index_add_(0, chosen.nonzero()[:, 0], values.double())
+
+
 def share(values: np.ndarray, chance: float | None = None) -> Score:
     """The mean of bools, or of numbers from 0 to 1."""
     return Score(float(values.mean(dtype=np.float64)), chance, len(values))

@@ -29,6 +29,7 @@ from vlmo_ray.tasks.task import (
     Score,
     Task,
     Term,
+    by_row,
     given,
     in_image_pass,
     joined,
@@ -113,13 +114,9 @@ class MaskedPatches(Evaluation):
         return self.task.encoder()
 
     def rows(self, batch: Batch) -> dict[str, Tensor]:
-        row = _masked(batch).nonzero()[:, 0]
+        masked = _masked(batch)
         error, right = self.task.predict(batch)
-
-        def summed(values: Tensor) -> Tensor:
-            return torch.zeros(len(batch), dtype=torch.float64, device=row.device).index_add_(0, row, values.double())
-
-        return {"error": summed(error), "right": summed(right), "patches": _masked(batch).sum(dim=1)}
+        return {"error": by_row(error, masked), "right": by_row(right, masked), "patches": masked.sum(dim=1)}
 
     def score(self, blocks: Iterable[Columns]) -> dict[str, Score]:
         found = joined(blocks)
