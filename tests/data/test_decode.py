@@ -434,3 +434,16 @@ def test_running_out_of_memory_is_not_blamed_on_the_record(monkeypatch):
 def test_data_processes_are_spared_torch():
     code = "import sys, vlmo_ray.data.decode, vlmo_ray.data.text; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_translation_is_the_affine_one(mode):
+    """Of every magnitude and sign, to the bit."""
+    pixels = np.random.default_rng(0).integers(0, 256, (37, 41, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels).convert(mode)
+    for magnitude in range(11):
+        for sign in (1.0, -1.0):
+            moved = 10 * (magnitude / 10) * sign
+            for name, matrix in (("translate_x", (1, 0, moved, 0, 1, 0)), ("translate_y", (1, 0, 0, 0, 1, moved))):
+                found = decode.OPERATIONS[name].apply(image, magnitude / 10, sign)
+                assert np.array_equal(np.asarray(found), np.asarray(decode._affine(image, *matrix))), (name, moved)

@@ -168,15 +168,26 @@ class Operation:
     kind: str | None = None  # the name in `FORBID` that excludes it
 
 
+def _fill(image: Image.Image) -> int | tuple[int, int, int]:
+    """What is outside of the image; 255 for a mask."""
+    return 255 if image.mode == "L" else (GREY, GREY, GREY)
+
+
 def _outside(image: Image.Image) -> dict[str, Any]:
-    """How a geometric operation samples: for a mask, nearest neighbours, and 255 outside of the image."""
-    if image.mode == "L":
-        return {"resample": Image.Resampling.NEAREST, "fillcolor": 255}
-    return {"resample": Image.Resampling.BILINEAR, "fillcolor": (GREY, GREY, GREY)}
+    """How a geometric operation samples: for a mask, nearest neighbours."""
+    sampling = Image.Resampling.NEAREST if image.mode == "L" else Image.Resampling.BILINEAR
+    return {"resample": sampling, "fillcolor": _fill(image)}
 
 
 def _affine(image: Image.Image, *matrix: float) -> Image.Image:
     return image.transform(image.size, Image.Transform.AFFINE, matrix, **_outside(image))
+
+
+def _translate(image: Image.Image, x: float, y: float) -> Image.Image:
+    """By whole pixels, so nothing is interpolated: `_affine` gives the same, many times slower."""
+    out = Image.new(image.mode, image.size, _fill(image))
+    out.paste(image, (-round(x), -round(y)))
+    return out
 
 
 def _enhance(enhancer: type) -> Callable[[Image.Image, float, float], Image.Image]:
@@ -192,10 +203,10 @@ OPERATIONS: dict[str, Operation] = {
     "shear_x": Operation(lambda image, level, sign: _affine(image, 1, 0.3 * level * sign, 0, 0, 1, 0), "geometric"),
     "shear_y": Operation(lambda image, level, sign: _affine(image, 1, 0, 0, 0.3 * level * sign, 1, 0), "geometric"),
     "translate_x": Operation(
-        lambda image, level, sign: _affine(image, 1, 0, _MAX_TRANSLATION_PX * level * sign, 0, 1, 0), "geometric"
+        lambda image, level, sign: _translate(image, _MAX_TRANSLATION_PX * level * sign, 0), "geometric"
     ),
     "translate_y": Operation(
-        lambda image, level, sign: _affine(image, 1, 0, 0, 0, 1, _MAX_TRANSLATION_PX * level * sign), "geometric"
+        lambda image, level, sign: _translate(image, 0, _MAX_TRANSLATION_PX * level * sign), "geometric"
     ),
     "rotate": Operation(lambda image, level, sign: image.rotate(30 * level * sign, **_outside(image)), "geometric"),
 }
