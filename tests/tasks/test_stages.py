@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 
@@ -32,7 +33,7 @@ from vlmo_ray.tasks import build_task
 from vlmo_ray.tasks.vision import normalised, patches
 from vlmo_ray.train.build import build_model
 from vlmo_ray.train.loop import train
-from vlmo_ray.train.optim import build_optimizer
+from vlmo_ray.train.optim import WeightAverage, build_optimizer
 from vlmo_ray.train.parallel import parallelize
 from vlmo_ray.train.step import gradients
 
@@ -56,6 +57,13 @@ CONFIGS = {
         name="vision",
         model=dataclasses.replace(MODEL, heads=(), patch_size=4),
         task=VisionConfig(target="test_stages:Brightness", mask="block", mask_share=0.4),
+    ),
+    "features": dataclasses.replace(
+        BASE,
+        name="vision",
+        model=dataclasses.replace(MODEL, heads=(), patch_size=4),
+        task=VisionConfig(target="features"),
+        optim=dataclasses.replace(BASE.optim, average_decay=0.9),
     ),
     "language": dataclasses.replace(
         BASE, name="language", model=dataclasses.replace(MODEL, heads=("mlm",), vocab_size=30522), task=LanguageConfig()
@@ -133,7 +141,10 @@ def make_batch(kind: str, invalid=(2,)) -> Batch:
 
 def plain_loss(kind: str, task, batch: Batch) -> torch.Tensor:
     """Row by row: the mean over all masked places of valid rows."""
-    errors = []
+    errors, teacher = [], copy.deepcopy(task.model)
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            parameter.mul_(0.8)
     for i in range(len(batch)):
         if not batch.valid[i]:
             continue
@@ -155,7 +166,11 @@ def plain_loss(kind: str, task, batch: Batch) -> torch.Tensor:
             y, x = divmod(place, 4)
             patch = image[0, :, 4 * y : 4 * y + 4, 4 * x : 4 * x + 4]
             found = task.head(states[1 + place])
-            if kind == "tokens":
+            if kind == "features":
+                states_of = teacher.encode(image=image).image[0, 1 + place]
+                wanted = (states_of - states_of.mean()) / (states_of.var(correction=0) + 1e-6).sqrt()
+                errors.append((found - wanted.detach()).square().mean())
+            elif kind == "tokens":
                 errors.append(-F.log_softmax(found, dim=-1)[int((patch.mean() + 1) / 2 * 4.999)])
             else:
                 values = (patch - patch.mean()) / (patch.var(correction=0) + 1e-6).sqrt()
@@ -169,7 +184,10 @@ def plain_loss(kind: str, task, batch: Batch) -> torch.Tensor:
 def test_a_step_equals_the_plain_one(kind, micro_batch, invalid):
     batch, task, plain = make_batch(kind, invalid), make_task(kind), make_task(kind)
     parallel = parallelize(task, BASE.cluster, 1, torch.device("cpu"))
-    figures = gradients(parallel, batch, Workers((7,)), 4, micro_batch)
+    average = WeightAverage(task, 0.9) if kind == "features" else None
+    for name, tensor in average.tensors.items() if average else ():
+        tensor.mul_(0.8 if name.startswith("model.") else 1.0)
+    figures = gradients(parallel, batch, Workers((7,)), 4, micro_batch, average=average)
     wanted = plain_loss(kind, plain, batch)
     wanted.backward()
     assert float(figures["loss"]) == pytest.approx(wanted.item(), rel=1e-12)
@@ -229,7 +247,7 @@ def assert_same(run, wanted, first=0) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-@pytest.mark.parametrize("kind", ["vision", "language"])
+@pytest.mark.parametrize("kind", ["vision", "features", "language"])
 def test_two_workers_equal_one(kind, alone, data, tmp_path, strategy):
     cluster = dataclasses.replace(BASE.cluster, strategy=strategy)
     outcomes = train_on(2, spec_of(kind, data, tmp_path, cluster=cluster, micro_batch=2))
@@ -237,7 +255,7 @@ def test_two_workers_equal_one(kind, alone, data, tmp_path, strategy):
     assert_same(tmp_path, alone[kind])
 
 
-@pytest.mark.parametrize("kind", ["vision", "language"])
+@pytest.mark.parametrize("kind", ["vision", "features", "language"])
 def test_a_resumed_run_equals_an_uninterrupted_one(kind, alone, data, tmp_path):
     begin_at(tmp_path, alone[kind] / "checkpoint-00000008")
     assert train(spec_of(kind, data, tmp_path)).step == 10
@@ -333,7 +351,9 @@ def test_mistakes(data):
     config = dataclasses.replace(CONFIGS["vision"], task=VisionConfig(target="no_such:thing"))
     with pytest.raises(UserError, match=r"task\.target='no_such:thing' cannot be imported"):
         build_task(VLMo(config.model), config, SCHEMAS["vision"])
-    with pytest.raises(UserError, match="neither 'pixels' nor 'module:name'"):
+    with pytest.raises(UserError, match="none of 'pixels', 'features' and 'module:name'"):
         VisionConfig(target="dalle").check(config)
+    with pytest.raises(UserError, match="needs an average of the weights"):
+        VisionConfig(target="features").check(config)
     with pytest.raises(UserError, match="lacks mlm"):
         LanguageConfig().check(CONFIGS["vision"])

@@ -18,13 +18,18 @@ class VisionConfig(TaskConfig):
 
     mask: Literal["random", "block"] = "random"  # units of 2 x 2 patches, or BEiT's rectangles
     mask_share: float = setting(0.6, above=0, below=1)  # of the patches; BEiT: 75 / 196
-    # "pixels": those of a patch, normalised by its mean and deviation. "MODULE:NAME": what the callable NAME of the
+    # "pixels": those of a patch, normalised by its mean and deviation. "features": what the average of the weights
+    # makes of the whole image there. "MODULE:NAME": what the callable NAME of the
     # Python module MODULE returns, a `tasks.vision.Tokenizer`, gives for a patch.
     target: str = "pixels"
 
     def check(self, config: Config) -> None:
-        if self.target != "pixels" and not all(self.target.partition(":")):
-            raise UserError(f"task.target={self.target!r} is neither 'pixels' nor 'module:name' of a tokenizer")
+        if self.target not in ("pixels", "features") and not all(self.target.partition(":")):
+            raise UserError(
+                f"task.target={self.target!r} is none of 'pixels', 'features' and 'module:name' of a tokenizer"
+            )
+        if self.target == "features" and not config.optim.average_decay:
+            raise UserError("task.target='features' needs an average of the weights: set optim.average_decay (0.999)")
 
 
 def vision_base() -> Config:

@@ -174,6 +174,15 @@ class Task(nn.Module):
         """What losses are divided by, of these rows; summed over all rows of the step before any loss."""
         return {"rows": batch.valid.sum()}
 
+    def taught_share(self, step: int) -> float:
+        """How much of the targets of a step the average of the weights gives; 0: no teacher is asked."""
+        return 0.0
+
+    def teach(self, batch: Batch) -> Any:
+        """What the averaged weights, which are in their place now, say of these rows: columns that `losses` gets with
+        the others."""
+        raise NotImplementedError
+
     def losses(self, batch: Batch, totals: Any, step: int) -> Losses:
         """The terms of these rows. `totals` holds the sums of `counts` over the whole step."""
         raise NotImplementedError
@@ -260,12 +269,7 @@ class GlobalPlan(Protocol):
 class GlobalTask(Task):
     """A task whose losses depend on the whole global batch. `train/step.py` puts its parts in order."""
 
-    def taught_share(self, step: int) -> float:
-        """How much of the targets of a step the average of the weights gives; 0: no teacher is asked."""
-        return 0.0
-
-    def teach(self, batch: Batch) -> Lesson:
-        """What the averaged weights, which are in their place now, say of these rows."""
+    def teach(self, batch: Batch) -> Lesson:  # type: ignore[override]
         raise NotImplementedError
 
     def encode(self, batch: Batch, step: int, lesson: Lesson | None = None) -> Encoded:

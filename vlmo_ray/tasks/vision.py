@@ -58,8 +58,10 @@ class Vision(Task):
         self.settings, self.data = config.task, config.data
         if "image" not in schema:
             raise UserError("the task vision needs an 'image' column: `vlmo prepare folders ... --option labels=no`")
-        self.tokenizer = None if self.settings.target == "pixels" else _tokenizer(self.settings.target)
-        size = 3 * model.config.patch_size**2 if self.tokenizer is None else self.tokenizer.vocab_size
+        self.tokenizer = _tokenizer(self.settings.target) if ":" in self.settings.target else None
+        self.features = self.settings.target == "features"
+        size = model.config.width if self.features else 3 * model.config.patch_size**2
+        size = size if self.tokenizer is None else self.tokenizer.vocab_size
         self.head = nn.Linear(model.config.width, size)
         self.init_linear("head", self.head)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, model.config.width))
@@ -75,8 +77,16 @@ class Vision(Task):
     def counts(self, batch: Batch) -> Counts:
         return super().counts(batch) | {"patches": _masked(batch).sum()}
 
+    def taught_share(self, step: int) -> float:
+        return float(self.features)
+
+    def teach(self, batch: Batch) -> dict[str, Tensor]:
+        """The states of the whole image, each with mean 0 and deviation 1 (data2vec, Baevski et al. 2022)."""
+        states = given(self.model.encode(image=pixels(self.model, batch.image)).image)[:, 1:]
+        return {"taught": normalised(states.to(torch.promote_types(states.dtype, torch.float32)))}
+
     def predict(self, batch: Batch, noise: Noise | None = None) -> tuple[Tensor, Tensor]:
-        """(error, whether it is right) of each masked patch of valid rows, [M], in order; of pixels none is right."""
+        """(error, whether it is right) of each masked patch of valid rows, [M], in order; only tokens can be right."""
         image, masked = pixels(self.model, batch.image), _masked(batch)
         tokens = self.model.embed_image(image, masked=batch.masked, mask_token=self.mask_token)
         states = given(self.model.encode(image=tokens, noise=noise).image)[:, 1:]
@@ -86,7 +96,10 @@ class Vision(Task):
             with torch.no_grad():
                 wanted = self.tokenizer(image)[masked]
             return F.cross_entropy(found, wanted, reduction="none"), found.argmax(dim=1) == wanted
-        wanted = normalised(patches(image, self.model.config.patch_size)[masked].to(found.dtype))
+        if self.features:  # in an evaluation the weights are the teacher's
+            wanted = (batch if "taught" in batch.columns else batch.with_columns(**self.teach(batch))).taught[masked]
+        else:
+            wanted = normalised(patches(image, self.model.config.patch_size)[masked].to(found.dtype))
         return (found - wanted).square().mean(dim=1), torch.zeros_like(found[:, 0], dtype=torch.bool)
 
     def losses(self, batch: Batch, totals: Counts, step: int) -> Losses:
@@ -104,8 +117,8 @@ class Vision(Task):
 
 
 class MaskedPatches(Evaluation):
-    """Of pixels the share of the variance within the masked patches that is predicted; of tokens the share that is
-    right. And what is minimised."""
+    """Of pixels and features the share of their variance in the masked patches that is predicted; of tokens the share
+    that is right. And what is minimised."""
 
     def __init__(self, task: Vision):
         self.task = task

@@ -39,13 +39,22 @@ def gradients(
     def precision() -> torch.autocast:
         return torch.autocast(batch.valid.device.type, torch.bfloat16, enabled=bf16)
 
+    lessons: list[Any] = [None] * len(micros)
+    if task.taught_share(step):
+        assert average is not None, "the task's config has refused to go without one"
+        average.swap()  # before any graph, which would miss the weights that it was made with
+        with precision():
+            lessons = [parallel.evaluate(task.teach, micro) for micro in micros]
+        average.swap()
+
     if isinstance(task, GlobalTask):
-        closing, totals, given = _look_ahead(parallel, batch, micros, spans, workers, step, precision, average)
+        closing, totals, given = _look_ahead(parallel, batch, micros, spans, lessons, workers, step, precision)
     else:
         local = task.counts(batch)
         summed = workers.sum(torch.stack([count.to(torch.float64) for count in local.values()]))
         totals = dict(zip(local, summed, strict=True))
         closing, given = None, lambda index: (totals,)
+        micros = [m if lesson is None else m.with_columns(**lesson) for m, lesson in zip(micros, lessons, strict=True)]
 
     sums: Counter[str] = Counter()
     losses = Losses({})
@@ -76,10 +85,10 @@ def _look_ahead(
     batch: Batch,
     micros: list[Batch],
     spans: list[slice | None],
+    lessons: list[Any],
     workers: Workers,
     step: int,
     precision: Callable[[], torch.autocast],
-    average: WeightAverage | None,
 ) -> tuple[Callable[[], Losses], Any, Callable[[int], tuple]]:
     """(closing losses, totals, what `losses` is given for micro-batch i) of a task over the whole global batch.
 
@@ -91,13 +100,6 @@ def _look_ahead(
     task = parallel.task
     assert isinstance(task, GlobalTask)
     single = len(micros) == 1
-    lessons: list[Any] = [None] * len(micros)
-    if task.taught_share(step):
-        assert average is not None, "the task's config has refused to go without one"
-        average.swap()  # before any graph, which would miss the weights that it was made with
-        with precision():
-            lessons = [parallel.evaluate(task.teach, micro) for micro in micros]
-        average.swap()
     with precision(), torch.set_grad_enabled(single):
         encoded = [parallel.encode(micro, step, lesson) for micro, lesson in zip(micros, lessons, strict=True)]
     own = [some.features.detach() for some, span in zip(encoded, spans, strict=True) if span]
