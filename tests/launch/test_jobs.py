@@ -125,11 +125,13 @@ def test_submit_and_submit_again(bucket, tmp_path):
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.full
-def test_a_finished_run_and_a_mistake(bucket, tmp_path):
+def test_a_finished_run_and_a_mistake(bucket, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file://{tmp_path}/mlruns")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     data, storage = f"{bucket}/scenes", f"{bucket}/runs"
     write_dataset(data, records(1, 100, image_size=32), rows_per_group=32)
     arguments = ("--tiny", "--data", data, "--storage", storage, "--name", "job", "--set", "phases=[[3,16]]")
-    arguments += ("--set", "optim.warmup_steps=1", "--log-json")
+    arguments += ("--set", "optim.warmup_steps=1", "--log-json", "--tracker", "mlflow")
     with head(tmp_path) as (address, environment):
         first = submit(address, environment, *arguments)
         assert first.returncode == 0 and "succeeded" in first.stdout, first.stdout[-4000:]
@@ -139,6 +141,8 @@ def test_a_finished_run_and_a_mistake(bucket, tmp_path):
         assert [event for event in wanted if event in events] == wanted, events
         assert "step 3/3  loss" not in first.stdout  # no sentences beside the objects
         metrics = read_metrics(Store(f"{storage}/job"))
+        tracked = list((tmp_path / "mlruns").rglob("metrics/loss"))
+        assert [len(path.read_text().splitlines()) for path in tracked] == [3]
 
         again = submit(address, environment, *arguments)
         assert again.returncode == 0, again.stdout[-4000:]
