@@ -26,7 +26,7 @@ from faulty_s3 import Faults, faulty_s3
 from safetensors.torch import load
 from small_run import SMALL, job
 
-from vlmo_ray.config import Config, OptimConfig, Phase
+from vlmo_ray.config import Config, OptimConfig, Phase, ineffective
 from vlmo_ray.data.prepare.shards import write_dataset
 from vlmo_ray.data.store import Store
 from vlmo_ray.demo.scenes.records import records
@@ -123,7 +123,7 @@ def settings(config: Config) -> list[str]:
         inner = {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
         flat |= inner
     flat |= {f"cluster.{name}": value for name, value in CLUSTER.items()}
-    silent = ("version", "task.kind", "evaluate_every", "name", "model.num_answers", "model.init_logit_bias", "init")
+    silent = {"version", "task.kind", "evaluate_every", "name", "model.init_logit_bias", "init", *ineffective(config)}
     return [f"--set={k}={json.dumps(v)}" for k, v in flat.items() if k not in silent]
 
 
