@@ -86,6 +86,7 @@ def submit(address, environment, *arguments, flags=()) -> subprocess.CompletedPr
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.full
 def test_submit_and_submit_again(bucket, tmp_path):
     data, storage = f"{bucket}/scenes", f"{bucket}/runs"
     write_dataset(data, records(1, 200, image_size=32), rows_per_group=32)

@@ -129,7 +129,7 @@ def test_mistakes(data, tmp_path):
     large, small = data.split(",")
     with pytest.raises(UserError, match=r"data\.weights has 2 weights for 1 data sets"):
         load_data(large, (2, 1))
-    with pytest.raises(UserError, match="/no/such is not a prepared data set"):
+    with pytest.raises(UserError, match="/no/such does not exist"):
         load_data(f"{large}, /no/such")
     texts = [{"id": "1", "image_id": "", "text": "a"}]
     write_dataset(str(tmp_path / "texts"), texts, schema=Schema((Field("text", "text"),)))

@@ -57,7 +57,7 @@ def addresses(data: str) -> list[str]:
     return [address.strip() for address in data.split(",")]
 
 
-def load_data(data: str, weights: Sequence[float] = (), retry_timeout_s: float = 0.0) -> DataSets:
+def load_data(data: str, weights: Sequence[float] = (), retry_timeout_s: float | None = None) -> DataSets:
     """The data sets at `data`; without `weights` each has as many slices of a batch as rows, so all epochs are alike.
 
     Raises UserError if one cannot be read, if their columns differ, or if the weights are not one each.
