@@ -70,18 +70,18 @@ def _ten_steps(scenes, run: Path, upto: int = 10) -> Store:
 
 def test_every_step_once_over_two_drivers(scenes, tmp_path, seen):
     run = Store(str(tmp_path))
-    with pytest.raises(Stopped), feed.feeding(run, _config("seen"), 0):
+    with pytest.raises(Stopped), feed.feeding(run, _config("seen")):
         _ten_steps(scenes, tmp_path, upto=5)
         raise Stopped("asked")
     assert [step for step, _ in seen.rows] == [1, 2, 3, 4, 5] and seen.ended == ["stopped"]
-    with feed.feeding(run, _config("seen"), 0):
+    with feed.feeding(run, _config("seen")):
         _ten_steps(scenes, tmp_path)
     assert seen.begun == [("", tmp_path.name, "small"), ("its id", tmp_path.name, "small")]
     assert seen.rows == [(int(row.pop("step")), row) for row in read_metrics(run)[0]] and seen.ended == [
         "stopped",
         "finished",
     ]
-    with pytest.raises(ZeroDivisionError), feed.feeding(run, _config("seen"), 0):
+    with pytest.raises(ZeroDivisionError), feed.feeding(run, _config("seen")):
         _ = 1 / 0
     assert len(seen.rows) == 10 and seen.ended[-1] == "failed"
 
@@ -93,14 +93,43 @@ def test_evaluations_and_figures_that_are_not_finite(tmp_path, seen):
     told = {"who": "worker", "event": "evaluation", "step": 1, "scores": {"accuracy": 0.5}}
     run.write("events/1-worker.jsonl", json.dumps(told).encode())
     for _ in range(2):
-        with feed.feeding(run, _config("seen"), 0):
+        with feed.feeding(run, _config("seen")):
             pass
     assert seen.rows == [(1, {"loss": 2.0, "evaluation/accuracy": 0.5}), (2, {"loss": 1.0})]
 
 
+def test_steps_only_grow_whenever_an_evaluation_is_told(tmp_path, seen):
+    """One that comes before the figures of its step, and one that comes long after them."""
+    run = Store(str(tmp_path))
+
+    def evaluated(number: int, step: int) -> None:
+        told = {"who": "worker", "event": "evaluation", "step": step, "scores": {"accuracy": step / 10}}
+        run.write(f"events/{number}-worker.jsonl", json.dumps(told).encode())
+
+    def until(count: int) -> None:
+        while len(seen.rows) < count:
+            time.sleep(0.01)
+
+    with feed.feeding(run, _config("seen")):
+        _write(run, range(1, 3))
+        until(2)
+        evaluated(1, 4)
+        time.sleep(0.1)
+        assert len(seen.rows) == 2
+        _write(run, range(3, 7))
+        until(6)
+        evaluated(2, 5)
+        until(7)
+        _write(run, range(7, 8))
+    steps = [step for step, _ in seen.rows]
+    assert steps == sorted(steps) == [1, 2, 3, 4, 5, 6, 6, 7]
+    scores = {step: values["evaluation/accuracy"] for step, values in seen.rows if "evaluation/accuracy" in values}
+    assert scores == {4: 0.4, 6: 0.5}
+
+
 def test_a_tracker_that_fails_is_told_once_and_gets_everything_later(tmp_path, seen, capsys):
     run, seen.broken = Store(str(tmp_path)), True
-    with feed.feeding(run, _config("seen"), 0):
+    with feed.feeding(run, _config("seen")):
         run.write("metrics/1.jsonl", b'{"step": 1, "loss": 2.0}\n')
         out = ""
         while "no route" not in (out := out + capsys.readouterr().out):
@@ -110,6 +139,10 @@ def test_a_tracker_that_fails_is_told_once_and_gets_everything_later(tmp_path, s
         seen.broken = False
     assert seen.rows == [(1, {"loss": 2.0}), (2, {"loss": 1.0})]
     assert (out + capsys.readouterr().out).count("seen failed, and is tried again: ConnectionError: no route") == 1
+    seen.broken = True
+    with feed.feeding(run, _config("seen")):
+        run.write("metrics/2.jsonl", b'{"step": 3, "loss": 0.5}\n')
+    assert "seen lacks the last figures, which the run has: ConnectionError: no route" in capsys.readouterr().out
 
 
 def test_unknown_and_missing_trackers_are_named(monkeypatch):
@@ -125,14 +158,20 @@ def test_json_lines(scenes, tmp_path, capsys):
     with console("none"):
         run = _ten_steps(scenes, tmp_path)
     assert capsys.readouterr().out == ""
-    with console("json"), feed.feeding(run, _config(log_json=True), 0):
+    done = {name: run.read(name) for folder in ("metrics/", "events/") for name in run.list(folder)}
+    for name in done:
+        run.delete(name)
+    run.write("metrics/1.jsonl", b'{"step": 99, "loss": 1.0}\n')  # of an earlier start: not told again
+    with console("json"), feed.feeding(run, _config(log_json=True)):
         tell("start", "the driver's own")
+        for name, content in done.items():
+            run.write(name, content)
     told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert all({"time", "event", "message"} <= set(entry) for entry in told)
     events = [entry["event"] for entry in told]
     assert events[0] == "start" and sorted(events) == sorted(["start", *["step"] * 2, *["checkpoint"] * 3])
     steps = [entry for entry in told if entry["event"] == "step"]
-    losses = [row["loss"] for row in read_metrics(run)[0]]
+    losses = [row["loss"] for row in read_metrics(run)[0]][:10]  # without that of the earlier start
     assert [entry["step"] for entry in steps] == [5, 10]
     assert [entry["loss"] for entry in steps] == pytest.approx([sum(losses[:5]) / 5, sum(losses[5:]) / 5])
 
@@ -147,7 +186,7 @@ def _twice(tmp_path, name: str) -> None:
     run = Store(str(tmp_path / "run-7"))
     for steps in (range(1, 4), range(4, 7)):
         _write(run, steps)
-        with feed.feeding(run, _config(name), 0):
+        with feed.feeding(run, _config(name)):
             pass
 
 

@@ -26,6 +26,7 @@ from vlmo_ray.runs.metrics import mean
 
 LOOK_S = 5.0  # between two looks at the run
 _CLOSE_S = 60.0
+_SKEW_NS = 3_600_000_000_000  # what was begun so long before the newest is looked at again: clocks of nodes differ
 
 
 class Sink(Protocol):
@@ -43,9 +44,11 @@ class _Console:
 
     what = "the JSON lines"
 
-    def __init__(self, run: Store, config: Config, since: int):
+    def __init__(self, run: Store, config: Config):
         self._config, self._rows = config, []
-        self._metrics, self._events = Following(run, "metrics/", since), Following(run, EVENTS, since)
+        self._metrics, self._events = Following(run, "metrics/"), Following(run, EVENTS)
+        for following in (self._metrics, self._events):
+            following.skip()
 
     def look(self) -> None:
         for row in self._metrics.new():
@@ -69,22 +72,23 @@ class _Tracked:
     def __init__(self, run: Store, config: Config, what: str, tracker: Tracker):
         self.what, self._run, self._config, self._tracker = what, run, config, tracker
         self._object, self._begun = f"trackers/{what}.json", False
-        self._state = {"id": "", "step": 0, "evaluated": 0, "after": 0}
+        self._state = {"id": "", "step": 0, "sent": 0, "evaluated": 0, "after": 0}
         self._waiting: list[tuple[int, dict[str, float]]] = []
+        self._evaluations: list[tuple[int, dict[str, float]]] = []  # of steps whose figures are not there yet
 
     def _begin(self) -> None:
         if self._run.exists(self._object):
             self._state |= json.loads(self._run.read(self._object))
         name, settings = self._run.uri.rstrip("/").rpartition("/")[2], _flat(to_dict(self._config))
         self._state["id"] = self._tracker.begin(self._state["id"], name, self._config.name, settings)
-        self._metrics = Following(self._run, "metrics/", self._state["after"])
+        self._metrics = Following(self._run, "metrics/", self._state["after"] - _SKEW_NS)
         self._events = Following(self._run, EVENTS)
         self._begun = True
 
     def look(self) -> None:
         if not self._begun:
             self._begin()
-        state, rows = self._state, self._waiting
+        state, rows, sent = self._state, self._waiting, self._state["sent"]
         for row in self._metrics.new():
             if (step := int(row.pop("step"))) > state["step"]:
                 state["step"] = step
@@ -92,10 +96,16 @@ class _Tracked:
         for entry in self._events.new():
             if entry["event"] == "evaluation" and entry["step"] > state["evaluated"]:
                 state["evaluated"] = entry["step"]
-                rows.append((entry["step"], {f"evaluation/{key}": value for key, value in entry["scores"].items()}))
+                scores = {f"evaluation/{key}": value for key, value in entry["scores"].items()}
+                self._evaluations.append((entry["step"], scores))
+        # a tracker's steps only grow: an evaluation waits for the figures of its step, and one that is late is of now
+        due = [(step, scores) for step, scores in self._evaluations if step <= state["step"]]
+        rows += [(max(step, sent), scores) for step, scores in due]
+        del self._evaluations[: len(due)]
         if rows:
             self._tracker.log(_joined(rows))
             rows.clear()
+            state["sent"] = state["step"]
         state["after"] = self._metrics.begun
         self._run.write(self._object, json.dumps(state).encode())
 
@@ -125,12 +135,12 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 @contextmanager
-def feeding(run: Store, config: Config, since: int) -> Iterator[None]:
-    """Inside the block a thread hands on what is stored of `run` from `since` (ns since 1970) on, if `config` asks."""
+def feeding(run: Store, config: Config) -> Iterator[None]:
+    """Inside the block a thread hands on what is stored of `run`, if `config` asks for it."""
     impatient = dataclasses.replace(run, retry_timeout_s=0.0)
     sinks: list[Sink] = [_Tracked(impatient, config, name, TRACKERS[name]()) for name in config.trackers]
     if config.log_json:
-        sinks.append(_Console(impatient, config, since))
+        sinks.append(_Console(run, config))
     if not sinks:
         yield
         return
@@ -143,7 +153,7 @@ def feeding(run: Store, config: Config, since: int) -> Iterator[None]:
             for sink in sinks:
                 _try(sink, sink.look, failing)
         for sink in sinks:
-            _try(sink, functools.partial(sink.end, how), set())
+            _try(sink, functools.partial(sink.end, how))
 
     thread = threading.Thread(target=follow, name="feed", daemon=True)
     thread.start()
@@ -162,13 +172,16 @@ def feeding(run: Store, config: Config, since: int) -> Iterator[None]:
             tell("tracker", f"trackers have not taken the last figures within {_CLOSE_S:.0f} s; the run has them")
 
 
-def _try(sink: Sink, act: Callable[[], None], failing: set[str]) -> None:
-    """Acts; what goes wrong is told once in a row."""
+def _try(sink: Sink, act: Callable[[], None], failing: set[str] | None = None) -> None:
+    """Acts; what goes wrong is told once in a row, and at the end, without `failing`."""
     try:
         act()
     except Exception as error:  # of a tracker, which can be any
-        if sink.what not in failing:
-            tell("tracker", f"{sink.what} failed, and is tried again: {type(error).__name__}: {error}")
-        failing.add(sink.what)
+        what = f"{type(error).__name__}: {error}"
+        if failing is None:
+            tell("tracker", f"{sink.what} lacks the last figures, which the run has: {what}")
+        elif sink.what not in failing:
+            tell("tracker", f"{sink.what} failed, and is tried again: {what}")
+            failing.add(sink.what)
     else:
-        failing.discard(sink.what)
+        (failing or set()).discard(sink.what)

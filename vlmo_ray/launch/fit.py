@@ -8,14 +8,12 @@ import dataclasses
 import functools
 import os
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 from vlmo_ray.config import ClusterConfig, Config, check
 from vlmo_ray.data.manifest import check_shards, load_manifest
 from vlmo_ray.data.mix import addresses, load_data
-from vlmo_ray.data.order import Schedule
 from vlmo_ray.data.store import Store, open_store
 from vlmo_ray.errors import UserError
 from vlmo_ray.launch.driver import Driver
@@ -26,12 +24,12 @@ from vlmo_ray.launch.stop import Stop, Stopped
 from vlmo_ray.launch.trackers import check_trackers
 from vlmo_ray.launch.worker import work
 from vlmo_ray.runs.checkpoints import Checkpoints
-from vlmo_ray.runs.events import console, keeping, tell
+from vlmo_ray.runs.events import console, keeping, note, tell
 from vlmo_ray.runs.lease import lease
 from vlmo_ray.runs.load import published
 from vlmo_ray.runs.scratch import scratch
 from vlmo_ray.session import ray_session
-from vlmo_ray.train.build import RunSpec
+from vlmo_ray.train.build import RunSpec, schedule_of
 
 
 def fit(
@@ -60,17 +58,17 @@ def fit(
     sources = load_data(data, config.data.weights)
     for manifest in sources.manifests:
         check_shards(manifest, open_store(manifest.uri))
-    schedule = Schedule(tuple((p.steps, p.global_batch) for p in config.phases), config.slice_size)
-    sources.order(config.seed, schedule, config.data.shuffle_steps)  # whether they fit into a batch
+    sources.order(config.seed, schedule_of(config), config.data.shuffle_steps)  # whether they fit into a batch
     check_evaluation(config, eval_data)
     check_trackers(config.trackers)
     open_store(storage, create=True)
     run = open_store(f"{storage.rstrip('/')}/{name}", create=True, retry_timeout_s=config.data.retry_timeout_s)
-    asked, since = Stop(run, stop), time.time_ns()
+    asked = Stop(run, stop)
     with contextlib.ExitStack() as stack:
         stack.enter_context(console("json" if config.log_json else "text"))
         token = stack.enter_context(lease(run, asked.lose))
         stack.enter_context(keeping(run, "driver"))
+        stack.push(_note_the_end)
         stack.enter_context(ray_session(dashboard=True))
         stack.enter_context(asked.on_signals())  # after Ray has set signal handlers of its own
         state = Checkpoints(run).newest()
@@ -110,7 +108,7 @@ def fit(
         with scratch() as folder:
             start = functools.partial(_start, functools.partial(work, spec, token), cluster, each, name, folder)
             phases = [(phase.steps, phase.global_batch // config.slice_size) for phase in config.phases]
-            stack.enter_context(feeding(run, config, since))
+            stack.enter_context(feeding(run, config))
             outcome = Driver(cluster, each, autoscaling, run, asked, start, phases).train()
             if outcome is None:
                 raise Stopped(
@@ -121,6 +119,12 @@ def fit(
                 raise (Stopped if outcome["requested"] else UserError)(f"run {name!r} stopped at {outcome['stopped']}")
             tell("finished", f"run {name!r}: all {config.total_steps} steps are done", step=config.total_steps)
             return run
+
+
+def _note_the_end(kind: type[BaseException] | None, error: BaseException | None, *_) -> None:
+    """What ends a run before its last step is an event too; whoever called shows the sentence."""
+    if error is not None:
+        note("stopped" if isinstance(error, Stopped) else "failed", str(error) or type(error).__name__)
 
 
 def absolute(config: Config, data: str, eval_data: str) -> tuple[Config, str, str]:

@@ -31,6 +31,12 @@ def tell(event: str, sentence: str, **facts: Any) -> None:
         _keeper.entries.put(entry)
 
 
+def note(event: str, sentence: str, **facts: Any) -> None:
+    """As `tell`, where the sentence comes on the console anyway."""
+    with console("json" if shows_json() else "none"):
+        tell(event, sentence, **facts)
+
+
 def show(event: str, sentence: str, **facts: Any) -> dict[str, Any]:
     """Tells it on the console alone, in the style of this process. Returns what a JSON line says."""
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")

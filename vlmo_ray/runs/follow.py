@@ -13,12 +13,17 @@ class Following:
     """The new lines of the objects of a folder, `metrics/` or `events/` of a run, in the order they were begun.
 
     Objects that were begun before `after` (ns since 1970) are left out; `begun` is that of the newest that was read.
+    The times are of the processes that wrote them, whose clocks may differ.
     """
 
     def __init__(self, run: Store, folder: str, after: int = 0):
         self._run, self._folder, self._after = run, folder, after
         self._read: dict[str, tuple[int, int]] = {}  # bytes and lines of each object
         self.begun = after
+
+    def skip(self) -> None:
+        """What is there by now is not new."""
+        self._read = {name: (size, 0) for name, size in self._run.sizes(self._folder).items()}
 
     def new(self) -> list[dict[str, Any]]:
         """What was not there at the last call."""
