@@ -85,6 +85,18 @@ def test_mistakes(data, tmp_path):
         module.ablate(**(data | {"task_eval": str(tmp_path)}), storage=str(tmp_path / "out"))
 
 
+@pytest.mark.parametrize("change", ["steps", "task_steps", "data"])
+def test_rows_of_another_budget_are_not_mixed(data, tmp_path, monkeypatch, change):
+    monkeypatch.setattr(module, "ray_session", lambda: pytest.fail("went on"))
+    asked = {"steps": 4, "stage_steps": 200, "task_steps": 300}
+    with pytest.raises(pytest.fail.Exception):
+        module.ablate(**data, storage=str(tmp_path), steps=4)
+    assert json.loads((tmp_path / "asked.json").read_text()).items() >= asked.items()
+    other = data | {"eval_pairs": data["pairs"]} if change == "data" else data | {"steps": 4} | {change: 7}
+    with pytest.raises(UserError, match=rf"has ablations with other {change}; .* give another storage"):
+        module.ablate(**({"steps": 4} | other), storage=str(tmp_path))
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.full

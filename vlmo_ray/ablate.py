@@ -1,6 +1,6 @@
 """The paper's ablations (Tables 4 to 7), small: each row pre-trained and fine-tuned alike, with several seeds.
 
-A trial of Ray Tune is one row with one seed, on one CPU or GPU. It trains the stages that the row asks for, then on
+A trial of Ray Tune is one row with one seed, on one CPU. It trains the stages that the row asks for, then on
 pairs, then the fusion task, each as a run in the storage that goes on where it stopped; trials that have a result are
 not repeated.
 """
@@ -32,7 +32,7 @@ from vlmo_ray.session import ray_session
 from vlmo_ray.train.build import RunSpec
 from vlmo_ray.train.loop import train
 
-_RESULT = "result.json"
+_ASKED, _RESULT = "asked.json", "result.json"
 
 
 @dataclass(frozen=True)
@@ -130,9 +130,17 @@ def ablate(
         ",".join(Store(address).uri for address in addresses(uri))  # trials have another working directory
         for uri in (pairs, eval_pairs, task_data, task_eval, images, texts)
     )
-    for data in (pairs, eval_pairs, task_data, task_eval, images, texts):
-        load_data(data)
-    storage = open_store(storage, create=True).uri
+    used = [load_data(data).fingerprint for data in (pairs, eval_pairs, task_data, task_eval, images, texts)]
+    place = open_store(storage, create=True)
+    asked = {"steps": steps, "stage_steps": stage_steps, "task_steps": task_steps, "data": used}
+    before = json.loads(place.read(_ASKED)) if place.exists(_ASKED) else asked
+    if before != asked:
+        different = ", ".join(name for name in asked if before[name] != asked[name])
+        raise UserError(
+            f"{place.uri} has ablations with other {different}; rows would not compare: give another storage"
+        )
+    place.write(_ASKED, json.dumps(asked).encode())
+    storage = place.uri
     budget = Budget(pairs, eval_pairs, task_data, task_eval, images, texts, storage, steps, stage_steps, task_steps)
     wanted = [row for row in ROWS if row.name in (rows or known)]
     with ray_session(), tempfile.TemporaryDirectory(prefix="vlmo-ablate-") as scratch:

@@ -372,7 +372,7 @@ def audit(run: Positional[str], data: str, json_output: bool = False) -> None:
 
     Args:
         run: a run that was trained with `--set audit=true`.
-        data: the data set it was trained on.
+        data: what it was trained on, as `vlmo train` was given it.
         json_output: print one JSON object instead of a table.
     """
     import dataclasses

@@ -57,7 +57,8 @@ def test_records_below_are_dropped_and_counted(ray_cluster, tmp_path):
         ({"keep_above": 0.0}, "go together"),
         ({"scores": "none.parquet", "keep_above": 0.1}, r"none\.parquet does not exist"),
         ({"scores": "bad.parquet", "keep_above": 0.1}, r"bad\.parquet cannot be read as Parquet"),
-        ({"scores": "other.parquet", "keep_above": 0.1}, r"other\.parquet .*(no column 'score'|columns id and score)"),
+        ({"scores": "other.parquet", "keep_above": 0.1}, r"other\.parquet has no column 'score'"),
+        ({"scores": "empty.parquet", "keep_above": 0.1}, r"empty\.parquet has no rows"),
         ({"scores": "scores.parquet", "keep_above": 0.1, "index": True}, "can leave nothing out"),
     ],
 )
@@ -66,7 +67,9 @@ def test_mistakes(tmp_path, monkeypatch, options, words):
     scores_of(tmp_path, _0=0.5)
     other = io.BytesIO()
     pq.write_table(pa.table({"id": ["a"]}), other)
-    put(str(tmp_path), {"bad.parquet": b"PAR1", "other.parquet": other.getvalue()})
+    none = io.BytesIO()
+    pq.write_table(pa.table({"id": pa.array([], pa.string()), "score": pa.array([], pa.float32())}), none)
+    put(str(tmp_path), {"bad.parquet": b"PAR1", "other.parquet": other.getvalue(), "empty.parquet": none.getvalue()})
     monkeypatch.chdir(tmp_path)
     out = None if options.get("index") else str(tmp_path / "out")
     with pytest.raises(UserError, match=words):

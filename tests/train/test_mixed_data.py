@@ -131,6 +131,11 @@ def test_mistakes(data, tmp_path):
         load_data(large, (2, 1))
     with pytest.raises(UserError, match="/no/such does not exist"):
         load_data(f"{large}, /no/such")
+    for wrong in (f"{large},", "", f",{small}"):
+        with pytest.raises(UserError, match="lacks a name beside a comma"):
+            load_data(wrong)
+    with pytest.raises(UserError, match=r"names .*large twice; name it once"):
+        load_data(f"{large},{small}, {large}")
     texts = [{"id": "1", "image_id": "", "text": "a"}]
     write_dataset(str(tmp_path / "texts"), texts, schema=Schema((Field("text", "text"),)))
     with pytest.raises(UserError, match=r"texts has other columns than .*large: text and image, text"):

@@ -53,8 +53,13 @@ class DataSets:
 
 
 def addresses(data: str) -> list[str]:
-    """The data sets that `--data` names, separated by commas."""
-    return [address.strip() for address in data.split(",")]
+    """The data sets that `--data` names, separated by commas. Raises UserError if a name is missing or there twice."""
+    found = [address.strip() for address in data.split(",")]
+    if not all(found):
+        raise UserError(f"data={data!r} lacks a name beside a comma; write --data A or --data A,B")
+    if twice := [address for address in found if found.count(address) > 1]:
+        raise UserError(f"data={data!r} names {twice[0]} twice; name it once, and say by data.weights how much of it")
+    return found
 
 
 def load_data(data: str, weights: Sequence[float] = (), retry_timeout_s: float | None = None) -> DataSets:

@@ -58,12 +58,21 @@ def _scores(address: str) -> tuple[np.ndarray, np.ndarray]:
     store, name = store_and_name(address)
     try:
         with store.open_input(name) as file:
-            table = pq.read_table(file, columns=["id", "score"])
+            table = pq.ParquetFile(file)
+            if missing := [column for column in ("id", "score") if column not in table.schema_arrow.names]:
+                raise UserError(
+                    f"{address} has no column {missing[0]!r}; name the Parquet file that an evaluation wrote"
+                )
+            pieces = [_piece(batch) for batch in table.iter_batches(1 << 16, columns=["id", "score"])]
     except (pa.ArrowException, OSError, KeyError) as error:
         raise UserError(f"{address} cannot be read as Parquet with the columns id and score: {error}") from error
-    if missing := [name for name in ("id", "score") if name not in table.column_names]:
-        raise UserError(f"{address} has no column {missing[0]!r}; name the Parquet file that an evaluation wrote")
-    values = pc.cast(table.column("score"), pa.float32()).to_numpy()
-    keys = np.array([hash_text(id) for id in table.column("id").to_pylist()], np.int64)
+    if not pieces:
+        raise UserError(f"{address} has no rows")
+    keys, values = (np.concatenate(columns) for columns in zip(*pieces, strict=True))
     order = np.argsort(keys)
     return keys[order], values[order]
+
+
+def _piece(rows: pa.RecordBatch) -> tuple[np.ndarray, np.ndarray]:
+    keys = np.array([hash_text(id) for id in rows.column("id").to_pylist()], np.int64)
+    return keys, pc.cast(rows.column("score"), pa.float32()).to_numpy(zero_copy_only=False)

@@ -8,7 +8,7 @@ import itertools
 import json
 import posixpath
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -70,22 +70,11 @@ class Shards(Source):
         """
         if re.search(r"[*?{]", self.uri):
             sizes = self._matching(suffixes)
-        elif self.uri.lower().endswith(suffixes):
-            self.store, name = open_file(self.uri)
-            self.uri = self.store.address(name)
-            sizes = {name: self.store.size(name) or 0}
         else:
-            self.store = open_store(self.uri)
-            self.uri = self.store.uri
-            found = self.store.sizes()
-            sizes = {n: size for n, size in found.items() if n.lower().endswith(suffixes) and n != MANIFEST}
-            if strange := [n for n in found if re.search(r"\.tar\.\w+$", n.lower()) and n not in sizes]:
-                raise UserError(f"{self.store.address(strange[0])} is compressed in a way that is not read; unpack it")
+            self.store, self.uri, sizes = find(self.uri, suffixes)
         if not sizes:
             raise UserError(f"{self.uri} holds no {what} ({', '.join(suffixes)})")
-        self.listing = json.dumps(sizes)
-        found = self.store.versions(next(iter(sizes)) if len(sizes) == 1 else "")
-        self.versions = json.dumps({name: found.get(name) for name in sizes})
+        self.listing, self.versions = json.dumps(sizes), versions_of(self.store, sizes)
         self._units = [WorkUnit(name, size) for name, size in sizes.items()]
 
     def _matching(self, suffixes: tuple[str, ...]) -> dict[str, int]:
@@ -106,6 +95,25 @@ class Shards(Source):
     def chunks(self, unit: WorkUnit, rows_per_chunk: int) -> list[Chunk]:
         """The chunks of one file, for its manifest."""
         raise NotImplementedError
+
+
+def find(uri: str, suffixes: tuple[str, ...]) -> tuple[Store, str, dict[str, int]]:
+    """(store, complete address, sizes by name) of a file, or of the files in a folder that end in one of `suffixes`."""
+    if uri.lower().endswith(suffixes):
+        store, name = open_file(uri)
+        return store, store.address(name), {name: store.size(name) or 0}
+    store = open_store(uri)
+    found = store.sizes()
+    sizes = {n: size for n, size in found.items() if n.lower().endswith(suffixes) and n != MANIFEST}
+    if strange := [n for n in found if re.search(r"\.tar\.\w+$", n.lower()) and n not in sizes]:
+        raise UserError(f"{store.address(strange[0])} is compressed in a way that is not read; unpack it")
+    return store, store.uri, sizes
+
+
+def versions_of(store: Store, names: Collection[str]) -> str:
+    """Changes when one of the files is written again."""
+    found = store.versions(next(iter(names)) if len(names) == 1 else "")
+    return json.dumps({name: found.get(name) for name in names})
 
 
 def expand(pattern: str) -> list[str]:

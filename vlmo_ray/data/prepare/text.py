@@ -14,9 +14,8 @@ from typing import ClassVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vlmo_ray.data.prepare.source import UNIT_BYTES, Source, WorkUnit, open_file
+from vlmo_ray.data.prepare.source import UNIT_BYTES, Source, WorkUnit, find, versions_of
 from vlmo_ray.data.schema import Field, Record, Schema, problem_of_text
-from vlmo_ray.data.store import open_store
 from vlmo_ray.data.text import Tokenizer
 from vlmo_ray.errors import UserError
 
@@ -46,20 +45,12 @@ class Text(Source):
             raise UserError(f"documents={self.documents!r} is none of {', '.join(_DOCUMENTS)}")
         if self.length < 3:
             raise UserError(f"length={self.length} leaves no room between [CLS] and [SEP]; use at least 3")
-        if self.uri.lower().endswith(_SUFFIXES):
-            self._store, name = open_file(self.uri)
-            self.uri = self._store.address(name)
-            sizes = {name: self._store.size(name) or 0}
-        else:
-            self._store = open_store(self.uri)
-            self.uri = self._store.uri
-            sizes = {name: size for name, size in self._store.sizes().items() if name.lower().endswith(_SUFFIXES)}
+        self._store, self.uri, sizes = find(self.uri, _SUFFIXES)
         if not sum(sizes.values()):
             raise UserError(f"{self.uri} holds no texts ({', '.join(_SUFFIXES)})")
         self.schema = Schema((Field("text", "text"),))
         self.listing = hashlib.sha256(json.dumps(sizes).encode()).hexdigest()
-        found = self._store.versions(next(iter(sizes)) if len(sizes) == 1 else "")
-        self.versions = json.dumps({name: found.get(name) for name in sizes})
+        self.versions = versions_of(self._store, sizes)
         self._units = [unit for name, size in sizes.items() for unit in self._cut(name, size)]
 
     def _cut(self, name: str, size: int) -> Iterator[WorkUnit]:
