@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load as load_tensors
+from small_run import train_on
 
 from vlmo_ray import stages
+from vlmo_ray.data.mix import load_data
 from vlmo_ray.data.prepare.shards import write_dataset
 from vlmo_ray.data.schema import Field, Schema
 from vlmo_ray.data.store import Store
@@ -23,6 +25,7 @@ from vlmo_ray.errors import UserError
 from vlmo_ray.launch.stop import Stopped
 from vlmo_ray.runs.checkpoints import Checkpoints
 from vlmo_ray.runs.metrics import read_metrics
+from vlmo_ray.train.build import RunSpec
 
 JOB = Path(__file__).parents[1] / "jobs" / "pretrain_stages.py"
 NAMES = ["vision_tiny", "language_tiny", "demo"]
@@ -90,12 +93,20 @@ def chain(data: dict[str, str], storage: Path) -> list[str]:
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.full
-def test_the_job_interrupted_once_in_each_stage_equals_the_uninterrupted_one(data, tmp_path):
+def test_the_job_interrupted_once_in_each_stage_equals_the_uninterrupted_one(data, tmp_path, monkeypatch):
+    """The oracle is the chain without Ray, on as many workers."""
+
+    def without_ray(config, uri, storage, stop):
+        fingerprint = load_data(uri).fingerprint
+        spec = RunSpec(config, uri, f"{storage}/{config.name}", fingerprint, in_process_data=True)
+        assert [outcome.step for outcome in train_on(2, spec)] == [STEPS] * 2
+        return Store(spec.run)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "fit", without_ray)
+        stages.pretrain_stages("tiny", **data, storage=str(tmp_path / "whole"), start_vl_experts="image", steps=STEPS)
     environment = os.environ | {"RAY_worker_niceness": "0"}
     environment.pop("RAY_ADDRESS", None)
-    done = subprocess.run(chain(data, tmp_path / "whole"), env=environment, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-
     for name in NAMES:
         run, log = Store(str(tmp_path / "cut" / name)), tmp_path / f"{name}.log"
         with log.open("w") as out:

@@ -21,6 +21,7 @@ from vlmo_ray.objectives.gather import Workers
 from vlmo_ray.recipes import RECIPES, recipe
 from vlmo_ray.tasks import build_task
 from vlmo_ray.train.memory import ROOM, memory_of, on_meta
+from vlmo_ray.train.optim import WeightAverage
 from vlmo_ray.train.parallel import parallelize
 from vlmo_ray.train.plan import GPUS, plan, traffic
 from vlmo_ray.train.step import gradients
@@ -100,12 +101,20 @@ def test_the_command(vlmo):
 WORLD, ROWS = 4, 8
 
 
-def wide(strategy: str) -> Config:
+def wide(strategy: str, distill: float) -> Config:
     """Large enough for its bytes to outweigh what gloo adds to each message."""
+    task = dataclasses.replace(SMALL.task, distill=distill)
     model = dataclasses.replace(SMALL.model, width=128, num_heads=4, image_size=64, drop_path=0.0, init_std=0.05)
     cluster = ClusterConfig(max_workers=WORLD, gpus_per_worker=0, strategy=strategy)
     return dataclasses.replace(
-        SMALL, model=model, phases=(Phase(9, WORLD * ROWS),), micro_batch=4, cluster=cluster, precision="float32"
+        SMALL,
+        model=model,
+        phases=(Phase(9, WORLD * ROWS),),
+        micro_batch=4,
+        cluster=cluster,
+        precision="float32",
+        task=task,
+        optim=dataclasses.replace(SMALL.optim, average_decay=0.9 if distill else 0.0),
     )
 
 
@@ -129,14 +138,15 @@ class Gathers:
         return function(*arguments, **options)
 
 
-def count_bytes(rank: int, world: int, strategy: str) -> tuple[float, float]:
+def count_bytes(rank: int, world: int, strategy: str, distill: float) -> tuple[float, float]:
     """Of a step and by worker: what the loopback carried, and what came by all-gathers."""
     gathers = Gathers()
-    config = wide(strategy)
+    config = wide(strategy, distill)
     model = VLMo(config.model)
     init_weights(model, 1)
     task = build_task(model, config, PAIRS)
     parallel = parallelize(task, config.cluster, world, torch.device("cpu"))
+    average = WeightAverage(task, 0.9) if distill else None
     draw = torch.Generator().manual_seed(rank)
     text_len = config.model.max_text_len
     ids = torch.randint(1000, 1100, (ROWS, text_len), generator=draw)
@@ -152,7 +162,7 @@ def count_bytes(rank: int, world: int, strategy: str) -> tuple[float, float]:
     for step in range(7):
         dist.barrier()
         before, gathered_before = received(), gathers.received
-        gradients(parallel, batch, Workers((ROWS,) * world, rank), step, config.micro_batch)
+        gradients(parallel, batch, Workers((ROWS,) * world, rank), step, config.micro_batch, average=average)
         dist.barrier()
         wire.append(received() - before)
         gathered.append(gathers.received - gathered_before)
@@ -160,12 +170,13 @@ def count_bytes(rank: int, world: int, strategy: str) -> tuple[float, float]:
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("distill", [0.0, 0.4])
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_traffic_is_what_workers_receive(strategy):
+def test_traffic_is_what_workers_receive(strategy, distill):
     """Sharded, the loopback says nothing of the gradients: gloo sums them whole on every worker."""
-    config = wide(strategy)
+    config = wide(strategy, distill)
     computed = traffic(on_meta(config), config, config.phases[0], WORLD)
-    wire, gathered = in_processes(WORLD, count_bytes, strategy)[0]
+    wire, gathered = in_processes(WORLD, count_bytes, strategy, distill)[0]
     if strategy == "ddp":
         assert wire == pytest.approx(sum(computed.values()), rel=0.05)
     names = {"sharded weights", "features", "texts and choices"} & computed.keys()

@@ -132,12 +132,16 @@ class Pretraining(GlobalTask):
         branch = [Pass(0, True, top), Pass(text_len, False, top)] if self.settings.vl_contrast else []
         return [*unimodal, *branch, *[pair] * (3 * self.matches + self.predicts)]
 
+    def taught_passes(self) -> list[Pass]:
+        passes = self.passes()
+        return [*passes[: self.repeated], *passes[-1:] * self.predicts] if self.settings.distill else []
+
     def traffic(self, global_batch: int, workers: int) -> dict[str, float]:
         config, rows = self.model.config, global_batch / workers
         remote, branches = global_batch - rows, len(self.contrasts)
-        features = 2 * branches * 4 * config.width
+        features = 2 * branches * 4 * config.width * (2 if self.settings.distill else 1)
         keys = 4 * 8  # of image and text, whether a row is valid, its masked words
-        sums = branches * 3 * 4 if self.settings.contrast == "softmax" else 0
+        sums = branches * (5 if self.settings.distill else 3) * 4 if self.settings.contrast == "softmax" else 0
         found = {"features": remote * (features + keys + sums)}
         if self.matches:
             distinct = global_batch * (1 - (1 - 1 / global_batch) ** rows)  # negatives drawn evenly

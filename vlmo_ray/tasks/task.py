@@ -213,6 +213,14 @@ class Task(nn.Module):
         """What several micro-batches add: the forward of the `repeated` passes."""
         return self._forward(self.passes()[: self.repeated])
 
+    def taught_passes(self) -> list[Pass]:
+        """The passes of a teacher over one row, of which no graph is kept."""
+        return []
+
+    def taught_flops_per_row(self) -> float:
+        """What a teacher adds: the forward of its passes."""
+        return self._forward(self.taught_passes())
+
     def _forward(self, passes: list[Pass]) -> float:
         config = self.model.config
         return sum(pass_flops(config, p.text_len, p.image, p.num_layers) for p in passes)

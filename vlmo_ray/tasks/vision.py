@@ -112,6 +112,9 @@ class Vision(Task):
     def passes(self) -> list[Pass]:
         return [Pass(0, image=True)]
 
+    def taught_passes(self) -> list[Pass]:
+        return self.passes() if self.features else []
+
     def evaluation(self, schema: Schema) -> MaskedPatches:
         return MaskedPatches(self)
 

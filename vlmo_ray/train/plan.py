@@ -16,7 +16,7 @@ from rich.table import Table
 
 from vlmo_ray.config import Config, Phase
 from vlmo_ray.errors import UserError
-from vlmo_ray.tasks.task import Task
+from vlmo_ray.tasks.task import Pass, Task
 from vlmo_ray.train.build import PEAK_TFLOPS
 from vlmo_ray.train.memory import ROOM, Memory, memory_of, on_meta
 
@@ -295,18 +295,25 @@ def traffic(task: Task, config: Config, phase: Phase, gpus: int) -> dict[str, fl
         return {"gradients": 2 * other * gradients} | task.traffic(phase.global_batch, gpus)
     micro_batches = -(-_share(config, phase, gpus) // config.micro_batch)
     layers = [sum(p.numel() for p in layer.parameters()) for layer in task.model.layers]
-    through = [sum(layers[-p.size(task.model.config)[1] :]) for p in task.passes()]  # parameters of a forward
-    again = sum(through[: task.repeated]) if micro_batches > 1 else 0
+
+    def through(passes: list[Pass]) -> list[int]:
+        """The layers' parameters of each forward."""
+        return [sum(layers[-p.size(task.model.config)[1] :]) for p in passes]
+
+    forwards, taught = through(task.passes()), through(task.taught_passes())
+    again = sum(forwards[: task.repeated]) if micro_batches > 1 else 0
     outside = sum(p.numel() for p in task.parameters()) - sum(layers)  # gathered once and kept for the backward
     width = 4.0 if config.precision == "float32" else 2.0
-    gathered = micro_batches * (2 * sum(through) + again + 2 * outside) * other * width
+    lessons = sum(taught) + outside * bool(taught)
+    gathered = micro_batches * (2 * sum(forwards) + again + 2 * outside + lessons) * other * width
     return {"sharded weights": gathered, "gradients": other * gradients} | task.traffic(phase.global_batch, gpus)
 
 
 def _step(task: Task, config: Config, phase: Phase, gpu: Gpu, peak: float, gpus: int, nodes: int) -> Step:
     rows = _share(config, phase, gpus)
     passes = -(-rows // config.micro_batch)
-    flops = useful = task.flops_per_row()
+    useful = task.flops_per_row()
+    flops = useful + task.taught_flops_per_row()
     if passes > 1:
         flops += task.repeated_flops_per_row()
     if config.cluster.activation_checkpointing:
