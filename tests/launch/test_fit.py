@@ -28,6 +28,7 @@ from vlmo_ray.model.vlmo import VLMo
 from vlmo_ray.recipes import RECIPES
 from vlmo_ray.runs import lease
 from vlmo_ray.runs.checkpoints import Checkpoints
+from vlmo_ray.runs.follow import Following
 from vlmo_ray.runs.metrics import read_metrics
 from vlmo_ray.train.loop import train
 
@@ -38,7 +39,7 @@ CONFIG = dataclasses.replace(SMALL, phases=(Phase(40, 8), Phase(120, 12)), check
 
 
 def test_other_settings_are_taken_on_request(ray_cluster, scenes, tmp_path, monkeypatch, capsys):
-    """By the command itself."""
+    """By the command itself; which tells what happens, as JSON if asked, and keeps it in the run."""
     train(job(scenes, tmp_path / "alone"))
     run = begin_at(tmp_path / "runs" / "small", tmp_path / "alone" / "checkpoint-00000008")
     monkeypatch.setitem(RECIPES, "small", lambda: SMALL)
@@ -50,9 +51,20 @@ def test_other_settings_are_taken_on_request(ray_cluster, scenes, tmp_path, monk
     with pytest.raises(SystemExit, match="2"):
         cli.main()
     assert "other settings: seed: 1 -> 5" in capsys.readouterr().err
-    monkeypatch.setattr("sys.argv", [*command, "--accept-changes"])
+    monkeypatch.setattr("sys.argv", [*command, "--accept-changes", "--log-json"])
     cli.main()
-    assert "from here on with other settings: seed: 1 -> 5" in capsys.readouterr().out
+    told = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    shown = [entry["event"] for entry in told]
+    assert [event for event in shown if event != "worker"] == [
+        "continued", "changed", "start", "workers", "resumed", "step", "checkpoint", "finished", "done"
+    ]  # fmt: skip
+    assert "from here on with other settings: seed: 1 -> 5" in [entry["message"] for entry in told]
+    kept = Following(Store(str(run)), "events/").new()
+    assert [entry["event"] for entry in kept if entry["who"] == "driver"] == [
+        "failed", "continued", "changed", "start", "workers", "finished"
+    ]  # fmt: skip
+    (failed,) = [entry for entry in kept if entry["event"] == "failed"]
+    assert "other settings: seed: 1 -> 5" in failed["message"]
     assert [m["step"] for m in read_metrics(Store(str(run)))[0]] == [9, 10]
     assert Checkpoints(Store(str(run))).newest().config["seed"] == 5
     cli.main()

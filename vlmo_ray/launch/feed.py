@@ -51,16 +51,21 @@ class _Console:
             following.skip()
 
     def look(self) -> None:
+        """In the order of steps; an event comes after the figures of its step."""
+        lines: list[tuple[int, int, dict[str, Any]]] = []
+        step, total = 0, self._config.total_steps
         for row in self._metrics.new():
             self._rows.append(row)
             step = int(row["step"])
-            if step % self._config.log_every == 0 or step == self._config.total_steps:
-                facts = {"total_steps": self._config.total_steps} | mean(self._rows) | {"step": step}
-                show("step", f"step {step}/{self._config.total_steps}", **facts)
+            if step % self._config.log_every == 0 or step == total:
+                facts = {"total_steps": total} | mean(self._rows) | {"step": step}
+                lines.append((step, 0, {"event": "step", "sentence": f"step {step}/{total}"} | facts))
                 self._rows.clear()
         for entry in self._events.new():
             if entry["who"] == "worker":
-                show(**_spread(entry))
+                lines.append((entry.get("step", step), 1, _spread(entry)))
+        for _, _, line in sorted(lines, key=lambda found: found[:2]):
+            show(**line)
 
     def end(self, state: State) -> None:
         self.look()

@@ -105,10 +105,9 @@ def fit(
             data_tasks=each.data_tasks,
             accept_changes=accept_changes,
         )
-        with scratch() as folder:
+        with scratch() as folder, feeding(run, config):
             start = functools.partial(_start, functools.partial(work, spec, token), cluster, each, name, folder)
             phases = [(phase.steps, phase.global_batch // config.slice_size) for phase in config.phases]
-            stack.enter_context(feeding(run, config))
             outcome = Driver(cluster, each, autoscaling, run, asked, start, phases).train()
             if outcome is None:
                 raise Stopped(
@@ -117,8 +116,8 @@ def fit(
                 )
             if outcome["stopped"]:
                 raise (Stopped if outcome["requested"] else UserError)(f"run {name!r} stopped at {outcome['stopped']}")
-            tell("finished", f"run {name!r}: all {config.total_steps} steps are done", step=config.total_steps)
-            return run
+        tell("finished", f"run {name!r}: all {config.total_steps} steps are done", step=config.total_steps)
+        return run
 
 
 def _note_the_end(kind: type[BaseException] | None, error: BaseException | None, *_) -> None:
