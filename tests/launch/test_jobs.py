@@ -167,10 +167,14 @@ JOBS = {
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "jobs").glob("*.py")), ids=lambda path: path.stem)
-def test_jobs_are_thin(path, monkeypatch):
+def test_jobs_are_thin(path, monkeypatch, capsys):
     assert len(path.read_text().splitlines()) < 40
-    if path.stem in ("pretrain_stages", "ablate"):
-        return  # which are run by test_stage_chain.py and test_ablate.py
+    if path.stem in ("pretrain_stages", "ablate"):  # which test_stage_chain.py and test_ablate.py run
+        monkeypatch.setattr("sys.argv", [str(path), "--help"])
+        with pytest.raises(SystemExit, match="0"):
+            runpy.run_path(str(path), run_name="__main__")
+        assert "--storage" in capsys.readouterr().out
+        return
     command, given = JOBS[path.stem]
     called = []
     monkeypatch.setattr("vlmo_ray.cli.main", lambda: called.append(sys.argv[1:]))
