@@ -201,6 +201,7 @@ def version_1(config: Config) -> dict:
     raw["data"]["mlm_probability"] = raw["loss"].pop("mlm_probability")
     raw["data"]["patience_s"] = raw["data"].pop("retry_timeout_s")
     raw["data"]["group_steps"] = raw["data"].pop("shuffle_steps")
+    assert raw["data"].pop("decoder") == "pillow"
     return raw
 
 
@@ -209,9 +210,9 @@ def test_a_config_of_the_first_version_is_read():
         recipe("tiny"),
         ["task.itc=0.9", "task.itm=1.1", "task.mlm=0.3", "task.mlm_probability=0.2", "task.label_smoothing=0.1",
          "task.feature_grad_scale=0.5", "task.negatives=local", "task.itm_share=0.5", "data.retry_timeout_s=7",
-         "data.shuffle_steps=3"],
+         "data.shuffle_steps=3", "data.decoder=pillow"],
     )  # fmt: skip
-    sigmoid = ["model.init_logit_bias=-10", "task.contrast=sigmoid"]
+    sigmoid = ["model.init_logit_bias=-10", "task.contrast=sigmoid", "data.decoder=pillow"]
     for new in (config, override(recipe("tiny"), sigmoid)):
         old = version_1(new)
         before = copy.deepcopy(old)
@@ -219,11 +220,19 @@ def test_a_config_of_the_first_version_is_read():
         assert old == before  # what was given is left as it was
 
 
+def test_a_config_of_the_second_version_has_its_decoder():
+    raw = to_dict(recipe("tiny")) | {"version": 2}
+    del raw["data"]["decoder"]
+    before = copy.deepcopy(raw)
+    assert from_dict(raw) == override(recipe("tiny"), ["data.decoder=pillow"])
+    assert raw == before
+
+
 def test_a_config_of_a_newer_version_or_an_unknown_task_is_refused():
     raw = to_dict(recipe("tiny"))
-    assert raw["version"] == VERSION == 2 and raw["task"]["kind"] == "pretraining"
-    with pytest.raises(UserError, match="is of version 3 and this program reads up to 2"):
-        from_dict(raw | {"version": 3})
+    assert raw["version"] == VERSION == 3 and raw["task"]["kind"] == "pretraining"
+    with pytest.raises(UserError, match="is of version 4 and this program reads up to 3"):
+        from_dict(raw | {"version": 4})
     for task in ({"kind": "dancing"}, {}, 3):
         with pytest.raises(UserError, match=r"task.kind=('dancing'|None) is no task here; known: .*pretraining"):
             from_dict(raw | {"task": task})

@@ -67,6 +67,7 @@ def test_retrieval_does_not_depend_on_the_number_of_workers(ray_cluster, tmp_pat
     [problem] = result.problems
     assert "#6:3" in problem  # the last row of the last of 7 chunks, by its address
 
+    from vlmo_ray.config import DataConfig
     from vlmo_ray.data.decode import decode_eval
     from vlmo_ray.data.text import Tokenizer
 
@@ -75,7 +76,7 @@ def test_retrieval_does_not_depend_on_the_number_of_workers(ray_cluster, tmp_pat
     texts = [(row["text"], names.index(row["image_id"])) for row in rows + extra[:1]]
     tokens = [Tokenizer(20).encode(text)[:2] for text, _ in texts]
     with torch.inference_mode():
-        pixels = torch.from_numpy(np.stack([decode_eval(first[name], 16) for name in names])) / 127.5 - 1
+        pixels = torch.from_numpy(np.stack([decode_eval(first[name], 16, DataConfig()) for name in names])) / 127.5 - 1
         ids, mask = (torch.from_numpy(np.stack(column)) for column in zip(*tokens, strict=True))
         image = model.itc.image(model.encode(image=pixels).image[:, 0]).numpy()
         text = model.itc.text(model.encode(text=ids.long(), text_mask=mask).text[:, 0]).numpy()

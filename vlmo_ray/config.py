@@ -108,6 +108,8 @@ class DataConfig:
     flip: bool = True
     randaugment_ops: int = setting(2, at_least=0)
     randaugment_magnitude: int = setting(7, at_least=0, at_most=10)
+    # "pillow" resizes as runs did before there was a choice: the same to 0.2 of 255 on average, and slower.
+    decoder: Literal["fast", "pillow"] = "fast"
     # Of several data sets, what share of each batch comes from each, up to whole slices; (): as many as it has rows.
     weights: tuple[float, ...] = ()
     shuffle_steps: int = setting(8, at_least=1)  # rows are shuffled within a span of this many steps

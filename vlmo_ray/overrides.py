@@ -15,7 +15,7 @@ from vlmo_ray.config import Config, ModelConfig, TaskConfig, check, ineffective
 from vlmo_ray.errors import UserError
 from vlmo_ray.fields import Resume, check_choice, kinds_of
 
-VERSION = 2  # of stored configs; one without a version is of version 1
+VERSION = 3  # of stored configs; one without a version is of version 1
 
 # version -> path of a field or section -> its path in the next version
 _RENAMED: dict[int, dict[str, str]] = {
@@ -24,7 +24,8 @@ _RENAMED: dict[int, dict[str, str]] = {
         "data.patience_s": "data.retry_timeout_s",
         "data.group_steps": "data.shuffle_steps",
         "loss": "task",
-    }
+    },
+    2: {},
 }
 
 
@@ -165,6 +166,8 @@ def from_dict(raw: dict[str, Any]) -> Config:
         raw = _nested({_renamed(path, version): value for path, value in _values(raw)})
     if version == 1:  # pre-training was the only task
         raw.setdefault("task", {})["kind"] = "pretraining"
+    if version < 3:  # there was one decoder
+        raw.setdefault("data", {})["decoder"] = "pillow"
     return _build(Config, raw, "config")
 
 

@@ -414,7 +414,7 @@ def test_eval_dataset_is_every_row_in_order(ray_cluster, manifest):
     tokenizer = Tokenizer(12)
     for i in (0, 30, 70):
         source, row = record(i), rows[i]
-        assert np.array_equal(row["image"], decode_eval(source["image"], 16))
+        assert np.array_equal(row["image"], decode_eval(source["image"], 16, DATA))
         assert row["image_key"] == rng.hash_text(source["image_id"]) and row["valid"]
         assert row["text_key"] == rng.hash_text(normalise(source["text"]))
         ids, mask, _ = tokenizer.encode(source["text"])

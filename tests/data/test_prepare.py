@@ -16,6 +16,7 @@ from conftest import make_image
 from PIL import Image
 from sources import dropped, put, read_all, tar_of
 
+from vlmo_ray.config import DataConfig
 from vlmo_ray.data.decode import DecodeError, decode_eval, image_problem
 from vlmo_ray.data.prepare import Counts, prepare
 from vlmo_ray.data.prepare.source import image_id_of, name_in
@@ -185,7 +186,7 @@ def test_image_problem():
         large[29:33] = zlib.crc32(bytes(large[12:29])).to_bytes(4, "big")
         assert image_problem(bytes(large), verify=False) == "the image size is outside the limits"
         with pytest.raises(DecodeError, match="outside the limits"):
-            decode_eval(bytes(large), 16)
+            decode_eval(bytes(large), 16, DataConfig())
 
 
 def test_name_in(tmp_path):
