@@ -55,6 +55,30 @@ def test_rows_and_concatenate_are_inverse(cuts):
         assert [bool(problem) for problem in piece.problems] == (~piece.valid).tolist()
 
 
+def test_rows_by_their_indices():
+    batch = Batch.from_numpy(columns(7, bad=(0, 2, 5)))
+    order = torch.tensor([4, 0, 0, 6])
+    picked = batch.rows(order)
+    assert equal(picked, Batch.concatenate([batch.rows(slice(i, i + 1)) for i in order.tolist()]))
+    assert picked.text_len.tolist() == batch.text_len[order].tolist()
+
+
+def test_texts_are_cut_where_the_longest_one_ends():
+    given = columns(6)
+    given["text_mask"] = np.arange(5) < np.array([2, 4, 3, 1, 2, 3])[:, None]
+    batch = Batch.from_numpy(given)
+    assert batch.text_len.tolist() == [2, 4, 3, 1, 2, 3]
+    trimmed = batch.trimmed()
+    assert {name: trimmed.columns[name].shape[1] for name in ("text_ids", "text_mask", "mlm_ids", "mlm_labels")} == {
+        "text_ids": 4, "text_mask": 4, "mlm_ids": 4, "mlm_labels": 4
+    }  # fmt: skip
+    assert torch.equal(trimmed.text_ids, batch.text_ids[:, :4]) and torch.equal(trimmed.image, batch.image)
+    assert batch.rows(torch.tensor([3, 0])).trimmed().text_mask.tolist() == [[True, False], [True, True]]
+    assert equal(batch.rows(slice(0, 0)).trimmed().trimmed(), batch.rows(slice(0, 0)).trimmed())
+    without = Batch.from_numpy({name: value for name, value in given.items() if not name.startswith(("text", "mlm"))})
+    assert without.text_len.tolist() == [0] * 6 and equal(without.trimmed(), without)
+
+
 def test_problems_go_with_their_rows():
     batch = Batch.from_numpy(columns(7, bad=(0, 2, 5)))
     assert batch.rows(slice(1, 5)).problems == ["", "address 2: bad", "", ""]

@@ -128,6 +128,41 @@ def test_padding_changes_nothing(config):
     assert torch.equal(again.text[mask], padded_pair.text[mask])
 
 
+READ = [
+    TINY,
+    ABSOLUTE,
+    dataclasses.replace(TINY, experts="one"),
+    dataclasses.replace(TINY, attention="separate"),
+    dataclasses.replace(TINY, attention="separate", vl_start=3),
+    dataclasses.replace(TINY, vl_start=3),
+]
+
+
+@pytest.mark.parametrize("config", READ, ids=["relative", "absolute", "one", "separate", "separate below", "no VL"])
+def test_what_is_read_does_not_depend_on_what_is_not(config):
+    """Values and gradients of the first tokens, with drop path, as if all had been computed."""
+    model, (image, text, mask) = build(config), inputs()
+    passes = {"image": (1, 3, 5), "text": (1, 4, 6), "pair": (1, 4, 6)}
+    for kind, counts in passes.items():
+        given = {} if kind == "text" else {"image": image}
+        given |= {} if kind == "image" else {"text": text, "text_mask": mask}
+        for count in counts:
+            grads = []
+            for read in (None, count):
+                found = model.encode(**given, read=read, noise=noise(torch.arange(5)), vl_branch=kind != "pair")
+                states = [getattr(found, name) for name in ("text", "text_vl") if kind != "image"]
+                states += [getattr(found, name) for name in ("image", "image_vl") if kind == "image"]
+                states = torch.stack([x[:, :count] for x in states if x is not None])
+                model.zero_grad()
+                (states * torch.linspace(-1, 1, states.numel()).view_as(states)).sum().backward()
+                grads.append((states, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
+            (whole, wanted), (some, own) = grads
+            assert some.shape == whole.shape and torch.allclose(some, whole, rtol=1e-10, atol=1e-12)
+            assert wanted.keys() == own.keys()
+            for name, value in wanted.items():
+                assert torch.allclose(own[name], value, rtol=1e-9, atol=1e-10), (kind, count, name)
+
+
 def test_one_bias_serves_all_passes():
     model = build(TINY)
     image, text, mask = inputs()

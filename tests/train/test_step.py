@@ -341,6 +341,22 @@ def test_compiled_layers_change_nothing_but_rounding():
         check(figures, grads_of(task), "duplicates and invalid rows")
 
 
+def test_micro_batches_have_texts_of_about_the_same_length():
+    """Each row once, with little padding; in their own order if only some rows are matched, as these are spread."""
+    batch, seen = make_batch(rows=12, invalid=()), []
+    for share in (1.0, 0.5):
+        task = make_task()
+        task.settings = dataclasses.replace(task.settings, itm_share=share)
+        encode = task.encode
+        task.encode = lambda micro, *args, encode=encode: (seen.append(micro), encode(micro, *args))[1]
+        seen.clear()
+        gradients(Parallel(task), batch, Workers((12,)), STEP, 4)
+        lengths = [micro.text_len.tolist() for micro in seen[:3]]
+        assert [micro.text_ids.shape[1] for micro in seen[:3]] == [max(some) for some in lengths]
+        wanted = sorted(batch.text_len.tolist()) if share == 1 else batch.text_len.tolist()
+        assert [n for some in lengths for n in some] == wanted
+
+
 def test_drop_path_is_on_in_these_tests():
     batch, task, still = make_batch(), make_task(), make_task()
     still.model.config = dataclasses.replace(CONFIG.model, drop_path=0.0)

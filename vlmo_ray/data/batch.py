@@ -12,6 +12,7 @@ from torch import Tensor
 from vlmo_ray.data.encoders import Column
 
 _TORCH_KEEPS = ("uint8", "bool", "float32", "float64")  # other numbers become int64
+_TEXT = ("text_ids", "text_mask", "mlm_ids", "mlm_labels")  # columns [B,T] of texts that are padded at their end
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,12 @@ class Batch:
     position: Tensor  # int64 [B], in the global batch; in an evaluation the row in its chunk
     ids: list[str]  # B of them
     problems: list[str]  # B of them: the address of an invalid row and the reason; "" if the row is valid
+    # int64 [B], always on the CPU: tokens of each text, 0 without; counted here if it is left out
+    text_len: Tensor = None  # pyright: ignore[reportAssignmentType]
+
+    def __post_init__(self) -> None:
+        if self.text_len is None:
+            object.__setattr__(self, "text_len", _text_len(self.columns.get("text_mask"), len(self.position)))
 
     def __len__(self) -> int:
         return len(self.position)
@@ -60,10 +67,21 @@ class Batch:
             [problem for batch in batches for problem in batch.problems],
         )
 
-    def rows(self, wanted: slice) -> Batch:
-        """Some of the rows, as views."""
-        some = self._each(lambda tensor: tensor[wanted])
-        return replace(some, ids=self.ids[wanted], problems=self.problems[wanted])
+    def rows(self, wanted: slice | Tensor) -> Batch:
+        """Some of the rows: views of a slice, copies by their indices, int64 on the CPU."""
+        if isinstance(wanted, slice):
+            some = self._each(lambda tensor: tensor[wanted])
+            ids, problems = self.ids[wanted], self.problems[wanted]
+        else:
+            there = wanted.to(self.valid.device)
+            some = self._each(lambda tensor: tensor[there])
+            ids, problems = ([names[i] for i in wanted.tolist()] for names in (self.ids, self.problems))
+        return replace(some, ids=ids, problems=problems, text_len=self.text_len[wanted])
+
+    def trimmed(self) -> Batch:
+        """The same rows, their texts cut where the longest one ends: what follows is padding in all of them."""
+        longest = int(self.text_len.max()) if len(self) else 0
+        return self.with_columns(**{name: self.columns[name][:, :longest] for name in _TEXT if name in self.columns})
 
     def with_columns(self, **columns: Tensor) -> Batch:
         """The same rows with other values in some columns."""
@@ -82,6 +100,13 @@ class Batch:
     def _each(self, do: Callable[[Tensor], Tensor]) -> Batch:
         columns = {name: do(tensor) for name, tensor in self.columns.items()}
         return replace(self, columns=columns, valid=do(self.valid), position=do(self.position))
+
+
+def _text_len(mask: Tensor | None, rows: int) -> Tensor:
+    """Where the last True of each row is, counted from 1."""
+    if mask is None or not rows:
+        return torch.zeros(rows, dtype=torch.int64)
+    return (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(dim=1).cpu()
 
 
 def _tensor(column: np.ndarray) -> Tensor:

@@ -23,28 +23,36 @@ class SelfAttention(nn.Module):
         self.v_bias = nn.Parameter(torch.zeros(width))
         self.out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, bias: Tensor | None = None, padding: Tensor | None = None) -> Tensor:
-        """[B,S,D] -> [B,S,D]; `bias` [H,S,S] of this layer; `padding` bool [B,S], True for padded keys.
+    def forward(
+        self, x: Tensor, bias: Tensor | None = None, padding: Tensor | None = None, read: int | None = None
+    ) -> Tensor:
+        """[B,S,D] -> [B,S,D], or [B,read,D]: only the first `read` tokens ask.
+
+        `bias` [H,S,S] of this layer; `padding` bool [B,S], True for padded keys.
 
         The bias is broadcast over the batch. A padded key has one more component, `PADDED`, which meets a 1 in every
         query. So no [B,H,S,S] exists: a sum of bias and padding would be kept by every layer for the backward.
         """
-        qkv_bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        qkv = F.linear(x, self.qkv.weight, qkv_bias)
-        qkv = qkv.unflatten(-1, (3, self.num_heads, self.head_width))
+        weight, width, per_head = self.qkv.weight, len(self.q_bias), (self.num_heads, self.head_width)
+        kv_bias = torch.cat([torch.zeros_like(self.v_bias), self.v_bias])
+        if read is None:
+            qkv = F.linear(x, weight, torch.cat([self.q_bias, kv_bias]))
+            q, k, v = qkv.unflatten(-1, (3, *per_head)).unbind(2)  # [B,S,H,d]
+        else:
+            q = F.linear(x[:, :read], weight[:width], self.q_bias).unflatten(-1, per_head)
+            k, v = F.linear(x, weight[width:], kv_bias).unflatten(-1, (2, *per_head)).unbind(2)
         scale = self.head_width**-0.5
         # Fused kernels need head widths that are multiples of 8 (base_plus has 34). Zeros change no product.
         more = -self.head_width % 8 or (8 if padding is not None else 0)
         if padding is None:
-            q, k, v = F.pad(qkv, (0, more)).unbind(2)  # [B,S,H,d]
+            q, k, v = (F.pad(t, (0, more)) if more else t for t in (q, k, v))
         else:
-            q, k, v = qkv.unbind(2)
-            last = F.pad(torch.ones_like(q[..., :1]), (more - 1, 0))
-            q = torch.cat([q, last], dim=-1)
+            last = F.pad(torch.ones_like(k[..., :1]), (more - 1, 0))
+            q = torch.cat([q, last[:, : q.shape[1]]], dim=-1)
             k = torch.cat([k, last * (padding[:, :, None, None] * (PADDED / scale)).to(k.dtype)], dim=-1)
             v = F.pad(v, (0, more)) if self.head_width % 8 else v.clone()  # a view would keep all of qkv
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B,H,S,d]
-        added = None if bias is None else bias.to(q.dtype)[None]  # [1,H,S,S]
+        added = None if bias is None else bias[:, :read].to(q.dtype)[None]  # [1,H,S,S]
         # The kernels compute logits and softmax in float32 whatever the dtype of their inputs.
         heads = F.scaled_dot_product_attention(q, k, v, attn_mask=added, scale=scale)
         heads = heads[..., : self.head_width].transpose(1, 2).flatten(2)  # [B,H,S,d] -> [B,S,D]

@@ -65,11 +65,12 @@ class MoMELayer(nn.Module):
         route: Route,
         *,
         num_text: int = 0,
+        read: int | None = None,
         bias: Tensor | None = None,
         padding: Tensor | None = None,
         keep: Tensor | None = None,
     ) -> Tensor:
-        """[B,S,D] -> [B,S,D].
+        """[B,S,D] -> [B,S,D], or [B,read,D]: the first tokens alone, to which the others are only keys and values.
 
         `num_text` is the number of text tokens of a "pair". `bias` [H,S,S] and `padding` [B,S] are as in
         `SelfAttention`. `keep` [B,3] holds each row's drop path factors, 0 or 1/(1 - rate): of the attention, of the
@@ -80,8 +81,8 @@ class MoMELayer(nn.Module):
             keep_attention, keep_expert, keep_image = keep[:, :, None, None].unbind(1)  # each [B,1,1]
 
         # (1)  H' = MSA(LN(H)) + H
-        attended = self._attend(self.attention_norm(x), route, num_text, bias, padding)
-        x = x + _branch(attended, self.attention_scale, keep_attention)
+        attended = self._attend(self.attention_norm(x), route, num_text, read, bias, padding)
+        x = x[:, :read] + _branch(attended, self.attention_scale, keep_attention)
 
         # (2)  H = MoME-FFN(LN(H')) + H'
         if route == "pair" and not self.one:
@@ -91,17 +92,19 @@ class MoMELayer(nn.Module):
             return torch.cat([text, image], dim=1)
         return x + _branch(self.experts["all" if self.one else route](x), self.expert_scale, keep_expert)
 
-    def _attend(self, x: Tensor, route: Route, num_text: int, bias: Tensor | None, padding: Tensor | None) -> Tensor:
+    def _attend(
+        self, x: Tensor, route: Route, num_text: int, read: int | None, bias: Tensor | None, padding: Tensor | None
+    ) -> Tensor:
         if self.text_attention is None or route == "image":
-            return self.attention(x, bias, padding)
+            return self.attention(x, bias, padding, read)
         if route == "text":
-            return self.text_attention(x, bias, padding)
+            return self.text_attention(x, bias, padding, read)
         text, image = (slice(0, num_text), slice(num_text, None))
         own_bias = None if bias is None else bias[:, text, text]
         own_padding = None if padding is None else padding[:, text]
         attended = self.text_attention(x[:, text], own_bias, own_padding)
         own_bias = None if bias is None else bias[:, image, image]
-        return torch.cat([attended, self.attention(x[:, image], own_bias)], dim=1)
+        return torch.cat([attended, self.attention(x[:, image], own_bias)], dim=1)[:, :read]
 
 
 def _branch(x: Tensor, layer_scale: Tensor | None, keep: Tensor | None) -> Tensor:

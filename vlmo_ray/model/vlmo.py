@@ -96,6 +96,7 @@ class VLMo(nn.Module):
         text: Tensor | None = None,
         text_mask: Tensor | None = None,
         *,
+        read: int | None = None,
         bias: Tensor | None = None,
         noise: rng.Noise | None = None,
         vl_branch: bool = False,
@@ -107,6 +108,8 @@ class VLMo(nn.Module):
             image: pixels [B,3,H,W], or tokens [B,P,D] from `embed_image`.
             text: token ids int [B,T].
             text_mask: bool [B,T], True for real tokens; None: all are real. Padding changes no result.
+            read: how many tokens are wanted, from the first on: 1 is the CLS of an image, of a text, or of a pair's
+                text. The last layer then computes no others. None: all. Of a pair, at most its text.
             bias: from `position_bias`, covering at least the tokens of this call; None gathers it here.
             noise: the draws of drop path and dropout. None: neither, regardless of `train()` or `eval()`.
             vl_branch: in a unimodal pass, also run the top layers with the vision-language expert, from the hidden
@@ -115,6 +118,7 @@ class VLMo(nn.Module):
         """
         assert not (vl_branch and image is not None and text is not None), "a pair has no separate VL branch"
         num_text = 0 if text is None else text.shape[1]
+        assert read is None or text is None or 0 < read <= num_text, f"{read} states of {num_text} text tokens"
         if image is not None and image.ndim == 4:
             image = self.embed_image(image, image_slot)
 
@@ -137,28 +141,29 @@ class VLMo(nn.Module):
 
         lower, upper = range(self.config.vl_start), range(self.config.vl_start, self.config.depth)
         keep = self._keep(noise, "drop_path")
-        below = self._run(x, lower, bottom, num_text, layer_bias, padding, keep)
-        x = self._run(below, upper, top, num_text, layer_bias, padding, keep)
+        below = self._run(x, lower, bottom, num_text, read, layer_bias, padding, keep)
+        x = self._run(below, upper, top, num_text, read, layer_bias, padding, keep)
         x = self.norm(x)
         x_vl = None
         if vl_branch:
             keep = self._keep(noise, "drop_path_vl")
-            x_vl = self.norm(self._run(below, upper, "vl", num_text, layer_bias, padding, keep))
+            x_vl = self.norm(self._run(below, upper, "vl", num_text, read, layer_bias, padding, keep))
 
         if image is None:
             return Encoding(text=x, text_vl=x_vl)
         if text is None:
             return Encoding(image=x, image_vl=x_vl)
-        return Encoding(text=x[:, :num_text], image=x[:, num_text:])
+        return Encoding(text=x[:, :num_text], image=None if read else x[:, num_text:])
 
     forward = encode
 
-    def _run(self, x, layers: range, route: Route, num_text: int, bias, padding, keep) -> Tensor:
+    def _run(self, x, layers: range, route: Route, num_text: int, read: int | None, bias, padding, keep) -> Tensor:
         for index in layers:
             x = self.layers[index](
                 x,
                 route,
                 num_text=num_text,
+                read=read if index == self.config.depth - 1 else None,
                 bias=None if bias is None else bias[index],
                 padding=padding,
                 keep=None if keep is None else keep[:, index],

@@ -98,16 +98,19 @@ class Matching(ZeroShot):
             raise UserError("all pairs have the same image or the same text: nothing can be set against anything")
         return both
 
-    def _states(self, rows: dict[str, Tensor], images: Tensor, ids: Tensor, texts: Tensor) -> Tensor:
-        """States [M,T,D] of the token ids [M,T], of the texts `texts`, fused with the images `images`."""
+    def _states(
+        self, rows: dict[str, Tensor], images: Tensor, ids: Tensor, texts: Tensor, read: int | None = None
+    ) -> Tensor:
+        """States [M,T,D] of the token ids [M,T], of the texts `texts`, fused with the images `images`; the first `read`
+        of them."""
         shown, mask = pixels(self.model, rows["image"][images]), rows["text_mask"][texts]
-        return given(self.model.encode(image=shown, text=ids, text_mask=mask).text)
+        return given(self.model.encode(image=shown, text=ids, text_mask=mask, read=read or ids.shape[1]).text)
 
     def _log_odds(self, rows: dict[str, Tensor], images: Tensor, texts: Tensor) -> Tensor:
         """log P(match) - log P(no match) of pairs of row numbers `[M]`, float32 `[M]`."""
         found = []
         for image, text in zip(images.split(_BATCH), texts.split(_BATCH), strict=True):
-            states = self._states(rows, image, rows["text_ids"][text], text)
+            states = self._states(rows, image, rows["text_ids"][text], text, read=1)
             logits = given(self.model.itm)(given(self.model.pooler)(states[:, 0])).float()
             found.append(logits[:, 1] - logits[:, 0])
         return torch.cat(found) if found else torch.zeros(0)

@@ -62,10 +62,15 @@ class Plan:
     negative_image: Tensor  # uint8 [b, 3, H, W], one for each text
     negative_text: Tensor  # int64 [b, T], one for each image
     negative_mask: Tensor  # bool [b, T]
+    negative_len: Tensor  # int64 [b], on the CPU: tokens of each negative text
     kept: Tensor  # bool [b]: asked, valid, and with a negative
 
-    def rows(self, wanted: slice) -> Plan:
-        return Plan(*(getattr(self, name)[wanted] for name in self.__dataclass_fields__))
+    def rows(self, wanted: slice | Tensor) -> Plan:
+        """As `Batch.rows`, with the texts cut where the longest one ends."""
+        parts = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        some = {name: x[wanted if isinstance(wanted, slice) else wanted.to(x.device)] for name, x in parts.items()}
+        longest = int(some["negative_len"].max())
+        return Plan(**some | {name: some[name][:, :longest] for name in ("negative_text", "negative_mask")})
 
     def without_losses(self) -> Plan:
         """The same passes, nothing of which counts."""
@@ -110,6 +115,10 @@ class Pretraining(GlobalTask):
         return MaskedPairs(
             config.image_size, config.max_text_len, self.data, config.vocab_size, self.settings.mlm_probability
         )
+
+    def order(self, batch: Batch) -> Tensor:
+        # the rows that matching is computed for are spread evenly over neighbouring positions
+        return torch.arange(len(batch)) if self.settings.itm_share < 1 else super().order(batch)
 
     def trainable(self, name: str) -> bool:
         """Only what a term reaches: not the heads of others, nor VL experts that nothing passes through."""
@@ -174,7 +183,8 @@ class Pretraining(GlobalTask):
         encoded, words = self.encode(batch, None), None
         if self.predicts:
             image, text, mask = encoded.image_tokens, batch.mlm_ids, batch.text_mask
-            states = given(self.model.encode(image=image, text=text, text_mask=mask, bias=encoded.bias).text)
+            read = text.shape[1]
+            states = given(self.model.encode(image=image, text=text, text_mask=mask, read=read, bias=encoded.bias).text)
             logits = given(self.model.mlm)(states[batch.mlm_labels >= 0])
             words = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(dim=-1)
         return Lesson(encoded.features, words)
@@ -189,10 +199,9 @@ class Pretraining(GlobalTask):
         bias = model.position_bias(batch.text_ids.shape[1])
         tokens = model.embed_image(pixels(model, batch.image))
         both = self.settings.vl_contrast
-        image = model.encode(image=tokens, bias=bias, vl_branch=both, noise=noise("image"))
-        text = model.encode(
-            text=batch.text_ids, text_mask=batch.text_mask, bias=bias, vl_branch=both, noise=noise("text")
-        )
+        image = model.encode(image=tokens, read=1, bias=bias, vl_branch=both, noise=noise("image"))
+        ids, mask = batch.text_ids, batch.text_mask
+        text = model.encode(text=ids, text_mask=mask, read=1, bias=bias, vl_branch=both, noise=noise("text"))
         states = [(image.image, text.text), (image.image_vl, text.text_vl)]
         features: list[Tensor] = []
         for head, (images, texts) in zip(self.contrasts.values(), states, strict=False):
@@ -227,7 +236,8 @@ class Pretraining(GlobalTask):
         feature_grad *= self.settings.feature_grad_scale
         if not self.matches:
             nobody, nothing = torch.zeros_like(batch.valid), torch.zeros((), device=features.device)
-            plan = Plan(feature_grad, nobody.cpu(), batch.image, batch.text_ids, batch.text_mask, nobody)
+            texts = (batch.text_ids, batch.text_mask, batch.text_len)
+            plan = Plan(feature_grad, nobody.cpu(), batch.image, *texts, nobody)
             return plan, Totals(nobody.sum(), targets.sum(), branches, nothing, nothing, 0)
 
         asked = rows_to_match(workers.first, len(batch), self.slice_size, self.settings.itm_share)
@@ -266,6 +276,7 @@ class Pretraining(GlobalTask):
             negative_image=images,
             negative_text=text.clamp(min=0),
             negative_mask=text >= 0,
+            negative_len=(text >= 0).sum(dim=1).cpu(),
             kept=kept,
         )
         totals = Totals(
@@ -341,9 +352,10 @@ class Pretraining(GlobalTask):
         terms: dict[str, Term] = {}
         sums: Counts = {}
 
-        def pair(name: str, position: Tensor, image: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+        def pair(name: str, position: Tensor, image: Tensor, text: Tensor, mask: Tensor, read: int) -> Tensor:
             noise = self.noise(name, position, step)
-            return given(model.encode(image=image, text=text, text_mask=mask, bias=encoded.bias, noise=noise).text)
+            bias = encoded.bias if text.shape[1] == batch.text_ids.shape[1] else None  # that of these lengths
+            return given(model.encode(image=image, text=text, text_mask=mask, read=read, bias=bias, noise=noise).text)
 
         branches = (encoded.features * plan.feature_grad).sum(dim=(0, 2)).view(-1, 2).sum(dim=1)
         for name, term, total in zip(self.contrasts, branches, totals.branches, strict=True):
@@ -352,7 +364,8 @@ class Pretraining(GlobalTask):
             term, sums["itm_right"] = self._matching(batch, encoded, plan, totals, pair)
             terms["itm"] = Term(term, weights.itm)
         if self.predicts:
-            hidden = pair("mlm", batch.position, encoded.image_tokens, batch.mlm_ids, batch.text_mask)
+            ids, mask = batch.mlm_ids, batch.text_mask
+            hidden = pair("mlm", batch.position, encoded.image_tokens, ids, mask, read=ids.shape[1])
             target = batch.mlm_labels >= 0
             logits, labels = given(model.mlm)(hidden[target]), batch.mlm_labels[target]
             taught = None
@@ -374,7 +387,7 @@ class Pretraining(GlobalTask):
             return x if rows is None else x[rows]
 
         def match(name: str, image: Tensor, text: Tensor, mask: Tensor) -> Tensor:
-            states = pair(name, asked(batch.position), image, asked(text), asked(mask))
+            states = pair(name, asked(batch.position), image, asked(text), asked(mask), read=1)
             return itm_head(pooler(states[:, 0]))
 
         shown = asked(encoded.image_tokens)

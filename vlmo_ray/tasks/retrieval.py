@@ -44,8 +44,9 @@ class Retrieval(ZeroShot):
         return Pairs(config.image_size, config.max_text_len, DataConfig())
 
     def rows(self, batch: Batch) -> dict[str, Tensor]:
-        image = image_states(self.model, batch.image)
-        text = given(self.model.encode(text=batch.text_ids, text_mask=batch.text_mask).text)
+        batch = batch.trimmed()
+        image = image_states(self.model, batch.image, read=1)
+        text = given(self.model.encode(text=batch.text_ids, text_mask=batch.text_mask, read=1).text)
         return {
             "image_feature": self.head.image(image[:, 0]).float(),
             "text_feature": self.head.text(text[:, 0]).float(),

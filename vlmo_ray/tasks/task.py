@@ -174,6 +174,11 @@ class Task(nn.Module):
         """What losses are divided by, of these rows; summed over all rows of the step before any loss."""
         return {"rows": batch.valid.sum()}
 
+    def order(self, batch: Batch) -> Tensor:
+        """Indices, int64 on the CPU: the order in which rows are cut into micro-batches. Texts of about the same
+        length come together, so that little is padded."""
+        return torch.argsort(batch.text_len, stable=True)
+
     def taught_share(self, step: int) -> float:
         """How much of the targets of a step the average of the weights gives; 0: no teacher is asked."""
         return 0.0
@@ -267,7 +272,7 @@ class Lesson(Protocol):
 class GlobalPlan(Protocol):
     """What the global batch means for some local rows."""
 
-    def rows(self, wanted: slice) -> GlobalPlan: ...
+    def rows(self, wanted: slice | Tensor) -> GlobalPlan: ...
 
     def without_losses(self) -> GlobalPlan:
         """The same passes, nothing of which counts."""
@@ -339,7 +344,8 @@ def pooled(
 ) -> Tensor:
     """The pooled [T_CLS] [B,D] of the pairs of a batch; `image` uint8 `[B,3,H,W]` replaces the column of that name."""
     shown = pixels(model, batch.image if image is None else image)
-    pair = model.encode(image=shown, text=batch.text_ids, text_mask=batch.text_mask, noise=noise, image_slot=image_slot)
+    ids, mask = batch.text_ids, batch.text_mask
+    pair = model.encode(image=shown, text=ids, text_mask=mask, read=1, noise=noise, image_slot=image_slot)
     return given(model.pooler)(given(pair.text)[:, 0])
 
 
@@ -368,6 +374,6 @@ def pixels(model: VLMo, image: Tensor) -> Tensor:
     return image.to(model.dtype) / 127.5 - 1.0
 
 
-def image_states(model: VLMo, image: Tensor, noise: rng.Noise | None = None) -> Tensor:
-    """uint8 [B,3,H,W] -> the image encoder's states [B,P,D], CLS first."""
-    return given(model.encode(image=pixels(model, image), noise=noise).image)
+def image_states(model: VLMo, image: Tensor, noise: rng.Noise | None = None, read: int | None = None) -> Tensor:
+    """uint8 [B,3,H,W] -> the image encoder's states [B,P,D], CLS first; the first `read` of them."""
+    return given(model.encode(image=pixels(model, image), read=read, noise=noise).image)

@@ -67,14 +67,14 @@ class ZeroShotClasses(ZeroShot):
             ids, mask = (torch.stack([torch.as_tensor(each[i]) for each in encoded]) for i in (0, 1))
             device, found = self.model.norm.weight.device, []
             for some, shown in zip(ids.split(_BATCH), mask.split(_BATCH), strict=True):
-                states = self.model.encode(text=some.long().to(device), text_mask=shown.to(device)).text
+                states = self.model.encode(text=some.long().to(device), text_mask=shown.to(device), read=1).text
                 found.append(head.text(given(states)[:, 0]).float())
             each = torch.cat(found).view(len(self._sentences), -1, found[0].shape[1])
             self._features = F.normalize(each.mean(dim=1), dim=1)
         return self._features
 
     def rows(self, batch: Batch) -> dict[str, Tensor]:
-        image = given(self.model.itc).image(image_states(self.model, batch.image)[:, 0]).float()
+        image = given(self.model.itc).image(image_states(self.model, batch.image, read=1)[:, 0]).float()
         return {"rank": rank_of(image @ self.class_features().T, batch.label)}
 
     def score(self, blocks: Iterable[Columns]) -> dict[str, Score]:

@@ -100,8 +100,9 @@ def parallelize(task: Task, cluster: ClusterConfig, world: int, device: torch.de
         import torch._dynamo.config as dynamo  # slow to import
 
         # All layers share one code object, of which Dynamo keeps eight variants and then falls back to eager. There are
-        # at most four routes a layer, each with and without drop path; more than that is an error.
-        dynamo.recompile_limit = dynamo.accumulated_recompile_limit = 8 * len(task.model.layers)
+        # at most four routes a layer, each with and without drop path and a gradient, and the last layer is asked for
+        # all tokens, for the text, or for one; more than that is an error.
+        dynamo.recompile_limit = dynamo.accumulated_recompile_limit = 4 * 2 * 2 * 3 * len(task.model.layers)
         dynamo.fail_on_recompile_limit_hit = True
     for layer in task.model.layers:
         # on the method and not around the module, so that the names of the weights stay

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ from vlmo_ray.objectives.gather import Workers
 from vlmo_ray.tasks.task import GlobalTask, Losses, weighted
 from vlmo_ray.train.optim import WeightAverage
 from vlmo_ray.train.parallel import Parallel
+
+_FIRST = slice(0, 1)
 
 
 def gradients(
@@ -33,8 +35,11 @@ def gradients(
     assert len(batch), "a worker without rows"
     task = parallel.task
     spans = parallel.micro_batches(workers.counts, workers.rank, micro_batch)
+    if len(spans) > 1:
+        order = task.order(batch)
+        spans = [None if span is None else order[span] for span in spans]
     # an empty micro-batch is the worker's first row with all its losses left out
-    micros = [batch.rows(span or slice(0, 1)) for span in spans]
+    micros = [batch.rows(_FIRST if span is None else span).trimmed() for span in spans]
 
     def precision() -> torch.autocast:
         return torch.autocast(batch.valid.device.type, torch.bfloat16, enabled=bf16)
@@ -62,7 +67,7 @@ def gradients(
         last = i == len(spans) - 1
         with parallel.backward(last):
             with precision():
-                rows = micro if span else task.without_losses(micro)
+                rows = task.without_losses(micro) if span is None else micro
                 losses = parallel.losses(rows, *given(i), step)
             if last and closing is not None:
                 losses = losses + closing()
@@ -84,7 +89,7 @@ def _look_ahead(
     parallel: Parallel,
     batch: Batch,
     micros: list[Batch],
-    spans: list[slice | None],
+    spans: Sequence[slice | Tensor | None],
     lessons: list[Any],
     workers: Workers,
     step: int,
@@ -102,17 +107,25 @@ def _look_ahead(
     single = len(micros) == 1
     with precision(), torch.set_grad_enabled(single):
         encoded = [parallel.encode(micro, step, lesson) for micro, lesson in zip(micros, lessons, strict=True)]
-    own = [some.features.detach() for some, span in zip(encoded, spans, strict=True) if span]
-    features = torch.cat(own)
-    taught = [lesson.features for lesson, span in zip(lessons, spans, strict=True) if span and lesson is not None]
+    features = _joined(batch, [some.features.detach() for some in encoded], spans)
+    taught = None if lessons[0] is None else _joined(batch, [lesson.features for lesson in lessons], spans)
     if not single:
         encoded.clear()
-    plan, totals = task.plan(batch, features, workers, step, torch.cat(taught) if taught else None)
+    plan, totals = task.plan(batch, features, workers, step, taught)
 
     def given(i: int) -> tuple:
         span = spans[i]
         again = encoded[0] if single else parallel.encode(micros[i], step, lessons[i])
-        needs = plan.rows(span) if span else plan.rows(slice(0, 1)).without_losses()
+        needs = plan.rows(_FIRST).without_losses() if span is None else plan.rows(span)
         return again, needs, totals
 
     return lambda: task.closing(totals), totals, given
+
+
+def _joined(batch: Batch, parts: list[Tensor], spans: Sequence[slice | Tensor | None]) -> Tensor:
+    """The rows of all micro-batches, in the order of `batch`."""
+    out = parts[0].new_empty((len(batch), *parts[0].shape[1:]))
+    for part, span in zip(parts, spans, strict=True):
+        if span is not None:
+            out[span if isinstance(span, slice) else span.to(out.device)] = part
+    return out
