@@ -12,6 +12,7 @@ function is SplitMix64 (Steele, Lea and Flood, OOPSLA 2014).
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -94,3 +95,21 @@ class Noise:
     def uniform(self, purpose: str, n: int) -> torch.Tensor:
         """Float32 `[B, n]` in [0, 1); a row's draws do not depend on the other rows of the batch."""
         return uniforms_torch(stream(self.seed, f"{self.name}/{purpose}", self.step), self.positions, n)
+
+
+@dataclass(frozen=True)
+class Noises:
+    """The draws of several passes that run as one, their rows one after the other."""
+
+    parts: tuple[Noise, ...]
+
+    @classmethod
+    def of(cls, parts: Iterable[Noise | None]) -> Noises | None:
+        """None if nothing is drawn."""
+        drawn = tuple(part for part in parts if part is not None)
+        return cls(drawn) if drawn else None
+
+    def uniform(self, purpose: str, n: int) -> torch.Tensor:
+        import torch
+
+        return torch.cat([part.uniform(purpose, n) for part in self.parts])

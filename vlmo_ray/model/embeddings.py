@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from vlmo_ray.config import ModelConfig
 from vlmo_ray.errors import UserError
-from vlmo_ray.rng import Noise
+from vlmo_ray.rng import Noise, Noises
 
 
 class TextEmbedding(nn.Module):
@@ -25,7 +25,7 @@ class TextEmbedding(nn.Module):
             self.position = nn.Embedding(config.max_text_len, config.width)
         self.norm = nn.LayerNorm(config.width, eps=1e-12)
 
-    def forward(self, ids: Tensor, noise: Noise | None = None) -> Tensor:
+    def forward(self, ids: Tensor, noise: Noise | Noises | None = None) -> Tensor:
         """`ids` int [B,T] -> [B,T,D]; without `noise` there is no dropout."""
         x = self.word(ids) + self.token_type.weight[0]
         if self.position is not None:

@@ -76,7 +76,7 @@ class VLMo(nn.Module):
         """
         return self.image_embed(pixels, masked, mask_token) + self.modality.weight[image_slot]
 
-    def embed_text(self, ids: Tensor, noise: rng.Noise | None = None) -> Tensor:
+    def embed_text(self, ids: Tensor, noise: rng.Noise | rng.Noises | None = None) -> Tensor:
         """Token ids int [B,T] -> [B,T,D]; the modality is added after LayerNorm and dropout."""
         return self.text_embed(ids, noise) + self.modality.weight[0]
 
@@ -98,7 +98,7 @@ class VLMo(nn.Module):
         *,
         read: int | None = None,
         bias: Tensor | None = None,
-        noise: rng.Noise | None = None,
+        noise: rng.Noise | rng.Noises | None = None,
         vl_branch: bool = False,
         image_slot: int = 1,
     ) -> Encoding:
@@ -170,7 +170,7 @@ class VLMo(nn.Module):
             )
         return x
 
-    def _keep(self, noise: rng.Noise | None, purpose: str) -> Tensor | None:
+    def _keep(self, noise: rng.Noise | rng.Noises | None, purpose: str) -> Tensor | None:
         """Drop path factors [B,L,3]: of the attention, the expert, and the vision expert of a pair."""
         if noise is None or self.config.drop_path == 0:
             return None

@@ -7,10 +7,10 @@ gradient and its hard negatives; `losses` runs the passes over pairs. `train/ste
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vlmo_ray.config import HEADS, Config
@@ -29,9 +29,10 @@ from vlmo_ray.objectives.masked_lm import masked_lm_loss
 from vlmo_ray.objectives.matching import hard_negatives, matching_loss, rows_to_match
 from vlmo_ray.objectives.pairs import Pairs
 from vlmo_ray.recipes.pretraining import PretrainingConfig
-from vlmo_ray.rng import Noise, stream
+from vlmo_ray.rng import Noise, Noises, stream
 from vlmo_ray.tasks.task import Counts, Evaluation, GlobalTask, Losses, Pass, Term, given, pixels
 
+MATCHING = ("itm_positive", "itm_negative_image", "itm_negative_text")  # passes, whose draws have these names
 IMAGE, TEXT = range(2)  # of the main branch; then those of the VL branch
 
 
@@ -136,14 +137,15 @@ class Pretraining(GlobalTask):
     def passes(self) -> list[Pass]:
         config = self.model.config
         text_len, top = config.max_text_len, config.depth - config.vl_start
-        pair = Pass(text_len, image=True)
+        pairs = 3 * self.matches + self.predicts
         unimodal = [Pass(0, True), Pass(text_len, False)]
         branch = [Pass(0, True, top), Pass(text_len, False, top)] if self.settings.vl_contrast else []
-        return [*unimodal, *branch, *[pair] * (3 * self.matches + self.predicts)]
+        return [*unimodal, *branch, *[Pass(text_len, image=True, times=pairs)] * (pairs > 0)]
 
     def taught_passes(self) -> list[Pass]:
         passes = self.passes()
-        return [*passes[: self.repeated], *passes[-1:] * self.predicts] if self.settings.distill else []
+        words = [replace(passes[-1], times=1)] * self.predicts
+        return [*passes[: self.repeated], *words] if self.settings.distill else []
 
     def traffic(self, global_batch: int, workers: int) -> dict[str, float]:
         config, rows = self.model.config, global_batch / workers
@@ -351,22 +353,19 @@ class Pretraining(GlobalTask):
         model, weights = self.model, self.settings
         terms: dict[str, Term] = {}
         sums: Counts = {}
-
-        def pair(name: str, position: Tensor, image: Tensor, text: Tensor, mask: Tensor, read: int) -> Tensor:
-            noise = self.noise(name, position, step)
-            bias = encoded.bias if text.shape[1] == batch.text_ids.shape[1] else None  # that of these lengths
-            return given(model.encode(image=image, text=text, text_mask=mask, read=read, bias=bias, noise=noise).text)
-
         branches = (encoded.features * plan.feature_grad).sum(dim=(0, 2)).view(-1, 2).sum(dim=1)
         for name, term, total in zip(self.contrasts, branches, totals.branches, strict=True):
             terms[name] = Term(term, weights.itc / len(branches), torch.zeros_like(total.loss))
+        states = self._pair_passes(batch, encoded, plan, step)
         if self.matches:
-            term, sums["itm_right"] = self._matching(batch, encoded, plan, totals, pair)
+            itm_head, pooler = given(model.itm), given(model.pooler)
+            positive, image, text = (itm_head(pooler(states[name][:, 0])) for name in MATCHING)
+            kept = plan.kept[plan.asked.to(plan.kept.device)]
+            term, sums["itm_right"] = matching_loss(positive, image, text, kept, totals.kept)
             terms["itm"] = Term(term, weights.itm)
         if self.predicts:
-            ids, mask = batch.mlm_ids, batch.text_mask
-            hidden = pair("mlm", batch.position, encoded.image_tokens, ids, mask, read=ids.shape[1])
             target = batch.mlm_labels >= 0
+            hidden = states["mlm"][:, : target.shape[1]]
             logits, labels = given(model.mlm)(hidden[target]), batch.mlm_labels[target]
             taught = None
             if encoded.lesson is not None and encoded.lesson.words is not None:
@@ -376,26 +375,30 @@ class Pretraining(GlobalTask):
             terms["mlm"] = Term(term, weights.mlm)
         return Losses(terms, sums)
 
-    def _matching(
-        self, batch: Batch, encoded: Unimodal, plan: Plan, totals: Totals, pair: Callable[..., Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """(loss, number of right predictions) of a micro-batch's rows that matching is computed for."""
-        model, itm_head, pooler = self.model, given(self.model.itm), given(self.model.pooler)
-        rows = None if plan.asked.all() else plan.asked.nonzero().squeeze(1).to(batch.position.device)
-
-        def asked(x: Tensor) -> Tensor:
-            return x if rows is None else x[rows]
-
-        def match(name: str, image: Tensor, text: Tensor, mask: Tensor) -> Tensor:
-            states = pair(name, asked(batch.position), image, asked(text), asked(mask), read=1)
-            return itm_head(pooler(states[:, 0]))
-
-        shown = asked(encoded.image_tokens)
-        other = model.embed_image(pixels(model, asked(plan.negative_image)))
-        return matching_loss(
-            match("itm_positive", shown, batch.text_ids, batch.text_mask),
-            match("itm_negative_image", other, batch.text_ids, batch.text_mask),
-            match("itm_negative_text", shown, plan.negative_text, plan.negative_mask),
-            asked(plan.kept),
-            totals.kept,
+    def _pair_passes(self, batch: Batch, encoded: Unimodal, plan: Plan, step: int) -> dict[str, Tensor]:
+        """The text states [b,T,D] of every pass over pairs, T the longest text of all; they run as one."""
+        model, position = self.model, batch.position
+        passes: dict[str, tuple[Tensor, Tensor, Tensor, Tensor]] = {}  # row positions, images, texts, masks
+        if self.matches:
+            rows = slice(None) if plan.asked.all() else plan.asked.nonzero().squeeze(1).to(position.device)
+            at, shown = position[rows], encoded.image_tokens[rows]
+            other = model.embed_image(pixels(model, plan.negative_image[rows]))
+            own, opposed = (batch.text_ids, batch.text_mask), (plan.negative_text, plan.negative_mask)
+            for name, image, (ids, mask) in zip(MATCHING, (shown, other, shown), (own, own, opposed), strict=True):
+                passes[name] = (at, image, ids[rows], mask[rows])
+        if self.predicts:
+            passes["mlm"] = (position, encoded.image_tokens, batch.mlm_ids, batch.text_mask)
+        if not passes:
+            return {}
+        positions, images, texts, masks = zip(*passes.values(), strict=True)
+        longest = max(text.shape[1] for text in texts)
+        ids, mask = (torch.cat([F.pad(x, (0, longest - x.shape[1])) for x in each]) for each in (texts, masks))
+        states = model.encode(
+            image=torch.cat(images),
+            text=ids,
+            text_mask=mask,
+            read=longest if self.predicts else 1,
+            bias=encoded.bias if longest == batch.text_ids.shape[1] else None,  # that is of these lengths
+            noise=Noises.of(self.noise(name, at, step) for name, at in zip(passes, positions, strict=True)),
         )
+        return dict(zip(passes, given(states.text).split([len(at) for at in positions]), strict=True))

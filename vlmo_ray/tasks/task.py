@@ -130,6 +130,7 @@ class Pass:
     text_len: int
     image: bool
     num_layers: int | None = None  # None: all
+    times: int = 1  # so many over each row run as one
 
     def size(self, config: ModelConfig) -> tuple[int, int]:
         """(tokens, layers)."""
@@ -228,7 +229,7 @@ class Task(nn.Module):
 
     def _forward(self, passes: list[Pass]) -> float:
         config = self.model.config
-        return sum(pass_flops(config, p.text_len, p.image, p.num_layers) for p in passes)
+        return sum(p.times * pass_flops(config, p.text_len, p.image, p.num_layers) for p in passes)
 
     def traffic(self, global_batch: int, workers: int) -> dict[str, float]:
         """Bytes that a worker receives in a step from collectives of the task's own, by term."""

@@ -39,8 +39,8 @@ class Memory:
 def saved_bytes(task: Task, passes: list[Pass], recomputed: bool) -> float:
     """What the backward of these passes over one row keeps."""
     config = task.model.config
-    sizes = [tokens * config.width for tokens, _ in (p.size(config) for p in passes)]
-    layers = [num_layers for _, num_layers in (p.size(config) for p in passes)]
+    sizes = [p.times * p.size(config)[0] * config.width for p in passes]
+    layers = [p.size(config)[1] for p in passes]
     if not recomputed:
         return SAVED * sum(size * depth for size, depth in zip(sizes, layers, strict=True))
     kept = SAVED_INPUT * sum(size * depth for size, depth in zip(sizes, layers, strict=True))
