@@ -51,6 +51,7 @@ OBJECTIVES = {
     "published balance": dataclasses.replace(WEIGHTS, feature_grad_scale=1 / 64),
     "local negatives": dataclasses.replace(WEIGHTS, negatives="local"),
     "half of the matching": dataclasses.replace(WEIGHTS, itm_share=0.5),
+    "masked matching": dataclasses.replace(WEIGHTS, masked_matching=True),
     "one contrast alone": dataclasses.replace(WEIGHTS, itm=0.0, mlm=0.0, vl_contrast=False),
     "one contrast and matching": dataclasses.replace(WEIGHTS, mlm=0.0, vl_contrast=False),
     "contrasts and masked words": dataclasses.replace(WEIGHTS, itm=0.0),
@@ -190,23 +191,25 @@ def oracle(task: Pretraining, batch: Batch, objective: str = "exact") -> dict[st
         pair = model.encode(image=pictures, text=ids, text_mask=mask, noise=noise(name))
         return model.itm(model.pooler(pair.text[:, 0]))
 
+    ids = batch.mlm_ids if options.masked_matching else batch.text_ids
     terms = [
         F.cross_entropy(
-            match("itm_positive", pixels, batch.text_ids, batch.text_mask)[kept],
+            match("itm_positive", pixels, ids, batch.text_mask)[kept],
             torch.ones(int(kept.sum()), dtype=torch.long), reduction="sum",
         ),
         F.cross_entropy(
-            match("itm_negative_image", pixels[image_for_text], batch.text_ids, batch.text_mask)[kept],
+            match("itm_negative_image", pixels[image_for_text], ids, batch.text_mask)[kept],
             torch.zeros(int(kept.sum()), dtype=torch.long), reduction="sum",
         ),
         F.cross_entropy(
-            match("itm_negative_text", pixels, batch.text_ids[text_for_image], batch.text_mask[text_for_image])[kept],
+            match("itm_negative_text", pixels, ids[text_for_image], batch.text_mask[text_for_image])[kept],
             torch.zeros(int(kept.sum()), dtype=torch.long), reduction="sum",
         ),
     ]  # fmt: skip
     itm = sum(terms) / max(1, 3 * int(kept.sum()))
 
-    hidden = model.encode(image=pixels, text=batch.mlm_ids, text_mask=batch.text_mask, noise=noise("mlm")).text
+    draws = noise("itm_positive" if options.masked_matching else "mlm")
+    hidden = model.encode(image=pixels, text=batch.mlm_ids, text_mask=batch.text_mask, noise=draws).text
     target = batch.mlm_labels >= 0
     found = model.mlm(hidden[target])
     mlm = (1 - share) * F.cross_entropy(found, batch.mlm_labels[target], reduction="sum")

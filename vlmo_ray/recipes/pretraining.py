@@ -34,6 +34,9 @@ class PretrainingConfig(TaskConfig):
     feature_grad_scale: float = setting(1.0, above=0, remedy="1 is exact. To leave the contrast out, set task.itc=0")
     negatives: Literal["global", "local"] = "global"  # from the whole batch, or from the row's own slice
     itm_share: float = 1.0  # the fraction of each slice's rows that matching is computed for
+    # Matching sees masked texts, and the masked words are read from its pass over the right pairs: three passes over
+    # pairs in place of four. All three see masked texts, or the mask alone would tell which pair is the right one.
+    masked_matching: bool = False
     # Momentum distillation (ALBEF): the share of the contrast's and the masked words' targets that the average of the
     # weights predicts (`optim.average_decay`; ALBEF: 0.4 and 0.995), and the steps until the share is reached.
     distill: float = setting(0.0, at_least=0, below=1)
@@ -47,6 +50,9 @@ class PretrainingConfig(TaskConfig):
 
     def ineffective(self, config: Config) -> dict[str, str]:
         without = {} if self.itm else {"negatives": "task.itm is 0", "itm_share": "task.itm is 0"}
+        without |= (
+            {} if self.itm and self.mlm else {"masked_matching": "matching and masked words are not both trained"}
+        )
         without |= {} if self.distill else {"distill_ramp": "task.distill is 0"}
         return without | ({} if self.mlm else {"mlm_probability": "task.mlm is 0"})
 
@@ -83,6 +89,11 @@ class PretrainingConfig(TaskConfig):
             raise UserError(
                 f"task.itm_share={self.itm_share} of a slice of {slice_size} rows is less than one row or more than "
                 f"all of them; choose from {1 / slice_size:.3g} to 1"
+            )
+        if self.masked_matching and self.itm_share < 1:
+            raise UserError(
+                f"task.masked_matching=true reads the masked words of all rows from the passes of matching, which "
+                f"task.itm_share={self.itm_share} computes for some rows; set one of them back"
             )
         if self.negatives == "local" and slice_size == 1:
             raise UserError(

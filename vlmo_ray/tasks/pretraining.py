@@ -101,6 +101,7 @@ class Pretraining(GlobalTask):
         self.slice_size = config.slice_size
         self.repeated = 2 * len(self.contrasts)
         self.matches, self.predicts = self.settings.itm > 0, self.settings.mlm > 0
+        self.masked_matching = self.settings.masked_matching and self.matches and self.predicts
         self.shown = tuple(name for name in self.settings.heads if name != "itc_vl")
 
     @property
@@ -137,7 +138,7 @@ class Pretraining(GlobalTask):
     def passes(self) -> list[Pass]:
         config = self.model.config
         text_len, top = config.max_text_len, config.depth - config.vl_start
-        pairs = 3 * self.matches + self.predicts
+        pairs = 3 * self.matches + (self.predicts and not self.masked_matching)
         unimodal = [Pass(0, True), Pass(text_len, False)]
         branch = [Pass(0, True, top), Pass(text_len, False, top)] if self.settings.vl_contrast else []
         return [*unimodal, *branch, *[Pass(text_len, image=True, times=pairs)] * (pairs > 0)]
@@ -269,7 +270,7 @@ class Pretraining(GlobalTask):
 
         choice = workers.gather(torch.stack([image_for_text, kept.long()], dim=1))
         images, exchanged = workers.fetch(batch.image, choice[:, 0])
-        texts = workers.gather(batch.text_ids.masked_fill(~batch.text_mask, -1).to(torch.int32))
+        texts = workers.gather(self._matched_ids(batch).masked_fill(~batch.text_mask, -1).to(torch.int32))
         text = texts[text_for_image].long()
 
         plan = Plan(
@@ -365,7 +366,7 @@ class Pretraining(GlobalTask):
             terms["itm"] = Term(term, weights.itm)
         if self.predicts:
             target = batch.mlm_labels >= 0
-            hidden = states["mlm"][:, : target.shape[1]]
+            hidden = states["itm_positive" if self.masked_matching else "mlm"][:, : target.shape[1]]
             logits, labels = given(model.mlm)(hidden[target]), batch.mlm_labels[target]
             taught = None
             if encoded.lesson is not None and encoded.lesson.words is not None:
@@ -375,6 +376,10 @@ class Pretraining(GlobalTask):
             terms["mlm"] = Term(term, weights.mlm)
         return Losses(terms, sums)
 
+    def _matched_ids(self, batch: Batch) -> Tensor:
+        """The texts [b,T] as matching sees them."""
+        return batch.mlm_ids if self.masked_matching else batch.text_ids
+
     def _pair_passes(self, batch: Batch, encoded: Unimodal, plan: Plan, step: int) -> dict[str, Tensor]:
         """The text states [b,T,D] of every pass over pairs, T the longest text of all; they run as one."""
         model, position = self.model, batch.position
@@ -383,10 +388,10 @@ class Pretraining(GlobalTask):
             rows = slice(None) if plan.asked.all() else plan.asked.nonzero().squeeze(1).to(position.device)
             at, shown = position[rows], encoded.image_tokens[rows]
             other = model.embed_image(pixels(model, plan.negative_image[rows]))
-            own, opposed = (batch.text_ids, batch.text_mask), (plan.negative_text, plan.negative_mask)
+            own, opposed = (self._matched_ids(batch), batch.text_mask), (plan.negative_text, plan.negative_mask)
             for name, image, (ids, mask) in zip(MATCHING, (shown, other, shown), (own, own, opposed), strict=True):
                 passes[name] = (at, image, ids[rows], mask[rows])
-        if self.predicts:
+        if self.predicts and not self.masked_matching:
             passes["mlm"] = (position, encoded.image_tokens, batch.mlm_ids, batch.text_mask)
         if not passes:
             return {}
