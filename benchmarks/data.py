@@ -167,7 +167,9 @@ def ours(trial: Trial) -> Iterator[int]:
     import ray
 
     quiet = {"include_dashboard": False, "logging_level": "ERROR", "log_to_driver": False}
-    ray.init(address="local", num_cpus=trial.processes, **quiet)
+    # As many CPUs as a node has on which a worker trains beside its data tasks: Ray ends processes that are idle for a
+    # second if there are more than CPUs, and starting them again costs two CPU-seconds each.
+    ray.init(address="local", num_cpus=2 * trial.processes + 2, **quiet)
     with stream(trial) as batches:
         for batch in batches:
             assert batch.valid.all()
