@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vlmo_ray.config import HEADS, Config
@@ -33,6 +32,7 @@ from vlmo_ray.rng import Noise, Noises, stream
 from vlmo_ray.tasks.task import Counts, Evaluation, GlobalTask, Losses, Pass, Term, given, pixels
 
 MATCHING = ("itm_positive", "itm_negative_image", "itm_negative_text")  # passes, whose draws have these names
+PairRows = tuple[Tensor, Tensor, Tensor, Tensor]  # positions [b], image tokens [b,P,D], token ids and mask [b,T]
 IMAGE, TEXT = range(2)  # of the main branch; then those of the VL branch
 
 
@@ -138,10 +138,11 @@ class Pretraining(GlobalTask):
     def passes(self) -> list[Pass]:
         config = self.model.config
         text_len, top = config.max_text_len, config.depth - config.vl_start
-        pairs = 3 * self.matches + (self.predicts and not self.masked_matching)
+        own = 2 * self.matches + (self.predicts and not self.masked_matching)
         unimodal = [Pass(0, True), Pass(text_len, False)]
         branch = [Pass(0, True, top), Pass(text_len, False, top)] if self.settings.vl_contrast else []
-        return [*unimodal, *branch, *[Pass(text_len, image=True, times=pairs)] * (pairs > 0)]
+        pairs = [Pass(text_len, image=True, times=times) for times in (own, int(self.matches)) if times]
+        return [*unimodal, *branch, *pairs]
 
     def taught_passes(self) -> list[Pass]:
         passes = self.passes()
@@ -366,7 +367,7 @@ class Pretraining(GlobalTask):
             terms["itm"] = Term(term, weights.itm)
         if self.predicts:
             target = batch.mlm_labels >= 0
-            hidden = states["itm_positive" if self.masked_matching else "mlm"][:, : target.shape[1]]
+            hidden = states["itm_positive" if self.masked_matching else "mlm"]
             logits, labels = given(model.mlm)(hidden[target]), batch.mlm_labels[target]
             taught = None
             if encoded.lesson is not None and encoded.lesson.words is not None:
@@ -381,29 +382,31 @@ class Pretraining(GlobalTask):
         return batch.mlm_ids if self.masked_matching else batch.text_ids
 
     def _pair_passes(self, batch: Batch, encoded: Unimodal, plan: Plan, step: int) -> dict[str, Tensor]:
-        """The text states [b,T,D] of every pass over pairs, T the longest text of all; they run as one."""
+        """The text states [b,T,D] of every pass over pairs. Those with the rows' own texts run as one."""
         model, position = self.model, batch.position
-        passes: dict[str, tuple[Tensor, Tensor, Tensor, Tensor]] = {}  # row positions, images, texts, masks
+        own: dict[str, PairRows] = {}
+        opposed: dict[str, PairRows] = {}  # their texts are longer or shorter
         if self.matches:
             rows = slice(None) if plan.asked.all() else plan.asked.nonzero().squeeze(1).to(position.device)
-            at, shown = position[rows], encoded.image_tokens[rows]
+            at, shown, ids, mask = (
+                x[rows] for x in (position, encoded.image_tokens, self._matched_ids(batch), batch.text_mask)
+            )
             other = model.embed_image(pixels(model, plan.negative_image[rows]))
-            own, opposed = (self._matched_ids(batch), batch.text_mask), (plan.negative_text, plan.negative_mask)
-            for name, image, (ids, mask) in zip(MATCHING, (shown, other, shown), (own, own, opposed), strict=True):
-                passes[name] = (at, image, ids[rows], mask[rows])
+            own["itm_positive"], own["itm_negative_image"] = (at, shown, ids, mask), (at, other, ids, mask)
+            opposed["itm_negative_text"] = (at, shown, plan.negative_text[rows], plan.negative_mask[rows])
         if self.predicts and not self.masked_matching:
-            passes["mlm"] = (position, encoded.image_tokens, batch.mlm_ids, batch.text_mask)
-        if not passes:
-            return {}
-        positions, images, texts, masks = zip(*passes.values(), strict=True)
-        longest = max(text.shape[1] for text in texts)
-        ids, mask = (torch.cat([F.pad(x, (0, longest - x.shape[1])) for x in each]) for each in (texts, masks))
-        states = model.encode(
-            image=torch.cat(images),
-            text=ids,
-            text_mask=mask,
-            read=longest if self.predicts else 1,
-            bias=encoded.bias if longest == batch.text_ids.shape[1] else None,  # that is of these lengths
-            noise=Noises.of(self.noise(name, at, step) for name, at in zip(passes, positions, strict=True)),
-        )
-        return dict(zip(passes, given(states.text).split([len(at) for at in positions]), strict=True))
+            own["mlm"] = (position, encoded.image_tokens, batch.mlm_ids, batch.text_mask)
+
+        def run(passes: dict[str, PairRows], bias: Tensor | None, read: int) -> dict[str, Tensor]:
+            if not passes:
+                return {}
+            positions, images, texts, masks = zip(*passes.values(), strict=True)
+            noise = Noises.of(self.noise(name, at, step) for name, at in zip(passes, positions, strict=True))
+            image, text, mask = (torch.cat(each) for each in (images, texts, masks))
+            states = model.encode(image=image, text=text, text_mask=mask, read=read, bias=bias, noise=noise).text
+            return dict(zip(passes, given(states).split([len(at) for at in positions]), strict=True))
+
+        length = batch.text_ids.shape[1]
+        same = length == plan.negative_text.shape[1]
+        found = run(own, encoded.bias, length if self.predicts else 1)
+        return found | run(opposed, encoded.bias if same else None, 1)
