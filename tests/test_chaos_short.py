@@ -56,6 +56,7 @@ def test_a_worker_is_killed_a_node_added_and_a_node_drained(place, command):
     assert "saved, to go on without the node that is being taken away" in command.output
 
 
+@pytest.mark.full  # `tests/runs/test_checkpoints.py` has it without Ray
 def test_storage_fails(place, command):
     """Busy, slow and cut off, then away for a while."""
     place.want_nodes(2)
