@@ -75,6 +75,8 @@ def test_texts_are_cut_where_the_longest_one_ends():
     assert torch.equal(trimmed.text_ids, batch.text_ids[:, :4]) and torch.equal(trimmed.image, batch.image)
     assert batch.rows(torch.tensor([3, 0])).trimmed().text_mask.tolist() == [[True, False], [True, True]]
     assert equal(batch.rows(slice(0, 0)).trimmed().trimmed(), batch.rows(slice(0, 0)).trimmed())
+    unmasked = Batch.from_numpy({name: value for name, value in given.items() if name != "text_mask"})
+    assert equal(unmasked.trimmed(), unmasked)  # nothing says what is padding
     without = Batch.from_numpy({name: value for name, value in given.items() if not name.startswith(("text", "mlm"))})
     assert without.text_len.tolist() == [0] * 6 and equal(without.trimmed(), without)
 

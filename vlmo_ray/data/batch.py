@@ -80,7 +80,9 @@ class Batch:
 
     def trimmed(self) -> Batch:
         """The same rows, their texts cut where the longest one ends: what follows is padding in all of them."""
-        longest = int(self.text_len.max()) if len(self) else 0
+        if "text_mask" not in self.columns or not len(self):
+            return self
+        longest = int(self.text_len.max())
         return self.with_columns(**{name: self.columns[name][:, :longest] for name in _TEXT if name in self.columns})
 
     def with_columns(self, **columns: Tensor) -> Batch:
