@@ -123,6 +123,10 @@ def test_options_that_need_each_other():
     assert override(recipe("tiny"), sigmoid).task.contrast == "sigmoid"
     with pytest.raises(UserError, match="label_smoothing is only for the softmax contrast"):
         override(recipe("tiny"), [*sigmoid, "task.label_smoothing=0.1"])
+    with pytest.raises(UserError, match="computes for some rows; set one of them back"):
+        override(recipe("tiny"), ["task.masked_matching=true", "task.itm_share=0.5"])
+    with pytest.raises(UserError, match="no effect here: matching and masked words are not both trained"):
+        override(recipe("tiny"), ["task.mlm=0", "task.masked_matching=true"])
     with pytest.raises(UserError, match="slice_size=1 has no other row"):
         override(recipe("tiny"), ["slice_size=1", "task.negatives=local"])
 

@@ -220,6 +220,31 @@ def test_jpegs_are_decoded_as_pillow_does_to_the_bit(kind, options, size):
         np.testing.assert_array_equal(decode._pixels(opened, jpeg), np.asarray(other.convert("RGB")))
 
 
+def test_who_decodes(monkeypatch):
+    """simplejpeg clean JPEGs, at a fraction if the crop allows; Pillow other formats, CMYK and what is damaged."""
+    plain = decode.simplejpeg.decode_jpeg
+    shapes = []
+    monkeypatch.setattr(decode.simplejpeg, "decode_jpeg", lambda *a, **b: (shapes.append(0), plain(*a, **b))[1])
+    large = sharp(640, 480)
+    for image, times in (
+        (encoded(large, "JPEG"), 1),
+        (encoded(large.convert("L"), "JPEG"), 1),
+        (encoded(large.convert("CMYK"), "JPEG"), 0),
+        (encoded(large), 0),
+    ):
+        shapes.clear()
+        train(image)
+        assert len(shapes) == times
+    shapes.clear()
+    train(encoded(large, "JPEG"), data=PILLOW)
+    assert not shapes
+    sizes = []
+    monkeypatch.setattr(decode, "_resize", lambda pixels, *_: (sizes.append(pixels.shape), Image.new("RGB", (8, 8)))[1])
+    train(encoded(large, "JPEG"))
+    decode_eval(encoded(large, "JPEG"), SIZE, FULL)
+    assert sizes[0][0] <= 240 and sizes[1] == (480, 640, 3)
+
+
 def test_a_jpeg_decoded_at_a_fraction_looks_the_same():
     """Smooth pictures nearly so; of sharp ones the frequencies that the crop cannot show are cut off otherwise."""
     for shown, most, mean in ((picture(700, 500), 4, 0.2), (sharp(1024, 768), 40, 2.5)):

@@ -163,6 +163,18 @@ def test_what_is_read_does_not_depend_on_what_is_not(config):
                 assert torch.allclose(own[name], value, rtol=1e-9, atol=1e-10), (kind, count, name)
 
 
+@pytest.mark.parametrize("read", [None, 1, 4])
+def test_the_last_layer_computes_only_what_is_read(read):
+    model, (image, text, mask) = build(TINY), inputs()
+    asked, expert = [], []
+    last = model.layers[-1]
+    last.attention.out.register_forward_pre_hook(lambda _, given: asked.append(given[0].shape[1]))
+    last.experts["vl"].register_forward_pre_hook(lambda _, given: expert.append(given[0].shape[1]))
+    model.layers[0].attention.out.register_forward_pre_hook(lambda _, given: asked.append(given[0].shape[1]))
+    model.encode(image=image, text=text, text_mask=mask, read=read)
+    assert asked == [6 + 5, read or 6 + 5] and expert == [read or 6 + 5]
+
+
 def test_one_bias_serves_all_passes():
     model = build(TINY)
     image, text, mask = inputs()
