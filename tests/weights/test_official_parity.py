@@ -18,7 +18,10 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from translated import from_official
 
+from vlmo_ray.data.batch import Batch
 from vlmo_ray.model.vlmo import VLMo
+from vlmo_ray.tasks.nlvr2 import logits_of as nlvr2_logits
+from vlmo_ray.tasks.task import pooled as task_pooled
 
 FOLDER = Path(os.environ.get("VLMO_GOLDEN_DIR") or Path(__file__).parents[3] / "shared" / "golden")
 FILES = sorted(FOLDER.glob("*.safetensors")) if FOLDER.is_dir() else []
@@ -83,9 +86,12 @@ def outputs_of(model: VLMo, config: dict, carried: dict, inputs: dict) -> dict:
         labels = inputs["text_labels_mlm"]
         return F.cross_entropy(model.mlm(masked_states()[labels != -100]), labels[labels != -100])
 
-    def nlvr2():
-        other = model.encode(image=second, text=text, text_mask=mask, bias=bias, image_slot=2)
-        return model.nlvr2(torch.cat([pooled(pair()), pooled(other)], dim=1))
+    def batch():
+        """As the tasks get it: pixels from 0 to 255."""
+        rows = len(text)
+        columns = {"image": (first + 1) * 127.5, "image_2": (second + 1) * 127.5, "text_ids": text, "text_mask": mask}
+        names = [str(i) for i in range(rows)]
+        return Batch(columns, torch.ones(rows, dtype=torch.bool), torch.arange(rows), names, [""] * rows)
 
     return {
         "image_embed": lambda: model.itc.image(image_only().image[:, 0]),
@@ -101,8 +107,8 @@ def outputs_of(model: VLMo, config: dict, carried: dict, inputs: dict) -> dict:
         "itm_logits": lambda: model.itm(pooled(pair())),
         "mlm_logits": lambda: model.mlm(masked_states()),
         "mlm_loss": mlm_loss,
-        "vqa_logits": lambda: model.vqa(pooled(pair())),
-        "nlvr2_logits": nlvr2,
+        "vqa_logits": lambda: model.vqa(task_pooled(model, batch())),
+        "nlvr2_logits": lambda: nlvr2_logits(model, batch()),
         "relative_position_bias_table": lambda: model.relative.table,
     }
 
