@@ -89,6 +89,9 @@ def test_override_sets_typed_values():
         ("task.feature_grad_scale=0", "feature_grad_scale=0.0 must be above 0; 1 is exact"),
         ("task.itm_share=0.05", "itm_share=0.05 of a slice of 8 rows is less than one row"),
         ("task.itm_share=1.5", "choose from 0.125 to 1"),
+        ("task.patch_dropout=1", "patch_dropout=1.0 must be from 0 to below 1"),
+        ("task.patch_dropout=0.99", "patch_dropout=0.99 leaves none of the 16 patches of an image; lower it"),
+        ("task.unmasked_steps=5", "no effect here: task.patch_dropout is 0"),
         ("model.init_temperature=0", "model.init_temperature=0.0 must be above 0; the paper has 0.07"),
         ("cluster.strategy=zero", "must be one of 'ddp', 'fsdp'"),
         ("precision=fp8", "must be one of 'auto', 'bf16', 'float32', 'float64'"),
@@ -127,6 +130,8 @@ def test_options_that_need_each_other():
         override(recipe("tiny"), ["task.masked_matching=true", "task.itm_share=0.5"])
     with pytest.raises(UserError, match="no effect here: matching and masked words are not both trained"):
         override(recipe("tiny"), ["task.mlm=0", "task.masked_matching=true"])
+    with pytest.raises(UserError, match="unmasked_steps=9999 is more than the"):
+        override(recipe("tiny"), ["task.patch_dropout=0.5", "task.unmasked_steps=9999"])
     with pytest.raises(UserError, match="slice_size=1 has no other row"):
         override(recipe("tiny"), ["slice_size=1", "task.negatives=local"])
 

@@ -58,6 +58,7 @@ ROWS = (
     # not of the paper: what saves time and changes the objective
     Row("masked matching", ("task.masked_matching=true",)),
     Row("matching for half", ("task.itm_share=0.5",)),
+    Row("half of the patches", ("task.patch_dropout=0.5", "task.unmasked_steps={tail}")),
 )
 # (table of the paper, or none; what it found better, or should be; and than what)
 CLAIMS = (
@@ -73,6 +74,7 @@ CLAIMS = (
     ("7", "everything", "attention apart"),
     ("", "everything", "masked matching"),
     ("", "everything", "matching for half"),
+    ("", "everything", "half of the patches"),
 )
 
 
@@ -183,8 +185,8 @@ def run_row(row: Row, seed: int, budget: Budget) -> dict[str, float]:
     """Trains one row with one seed in this process; its figures, shares from 0 to 1."""
     place = _place(budget, row.name, seed)
     base = recipe("demo")
-    depth = base.model.depth
-    pairs = override(base, [setting.format(depth=depth) for setting in row.settings])
+    depth, tail = base.model.depth, budget.steps // 10
+    pairs = override(base, [setting.format(depth=depth, tail=tail) for setting in row.settings])
     init = ""
     for stage in row.stages:
         config = recipe(f"{stage}_tiny")

@@ -37,7 +37,7 @@ CONFIG = Config(
         width=24, depth=3, num_heads=2, vl_start=1, drop_path=0.2, image_size=8, patch_size=4, vocab_size=60,
         max_text_len=7, bias_text_len=9,
     ),
-    phases=(Phase(1, 12),),
+    phases=(Phase(STEP + 1, 12),),
     slice_size=4,
     micro_batch=4,
     seed=SEED,
@@ -52,6 +52,8 @@ OBJECTIVES = {
     "local negatives": dataclasses.replace(WEIGHTS, negatives="local"),
     "half of the matching": dataclasses.replace(WEIGHTS, itm_share=0.5),
     "masked matching": dataclasses.replace(WEIGHTS, masked_matching=True),
+    "half of the patches": dataclasses.replace(WEIGHTS, patch_dropout=0.5),
+    "all patches at the end": dataclasses.replace(WEIGHTS, patch_dropout=0.5, unmasked_steps=1, itm_share=0.5),
     "one contrast alone": dataclasses.replace(WEIGHTS, itm=0.0, mlm=0.0, vl_contrast=False),
     "one contrast and matching": dataclasses.replace(WEIGHTS, mlm=0.0, vl_contrast=False),
     "contrasts and masked words": dataclasses.replace(WEIGHTS, itm=0.0),
@@ -129,8 +131,22 @@ def oracle(task: Pretraining, batch: Batch, objective: str = "exact") -> dict[st
     def noise(name):
         return Noise(SEED, STEP, name, batch.position)
 
+    patches = CONFIG.model.num_patches
+    seen = torch.arange(1 + patches)
+    if options.patch_dropout and CONFIG.total_steps - options.unmasked_steps > STEP:
+        draws = uniforms_torch(stream(SEED, "patch_dropout", STEP), torch.zeros(1, dtype=torch.int64), patches)[0]
+        least = sorted(range(patches), key=lambda i: draws[i])[: round(patches * (1 - options.patch_dropout))]
+        seen = torch.tensor([0, *sorted(1 + i for i in least)])
+
+    def encode_images(pictures, text=None, **arguments):
+        """The tokens that are seen, and their part of the bias of all."""
+        before = 0 if text is None else text.shape[1]
+        tokens = torch.cat([torch.arange(before), before + seen])
+        bias = model.position_bias(before)[:, :, tokens][..., tokens]
+        return model.encode(image=model.embed_image(pictures)[:, seen], text=text, bias=bias, **arguments)
+
     pixels = batch.image.to(model.dtype) / 127.5 - 1
-    image = model.encode(image=pixels, vl_branch=True, noise=noise("image"))
+    image = encode_images(pixels, vl_branch=True, noise=noise("image"))
     text = model.encode(text=batch.text_ids, text_mask=batch.text_mask, vl_branch=True, noise=noise("text"))
 
     same = (batch.image_key[:, None] == batch.image_key) | (batch.text_key[:, None] == batch.text_key)
@@ -188,7 +204,7 @@ def oracle(task: Pretraining, batch: Batch, objective: str = "exact") -> dict[st
     kept = minable.any(dim=1) & asked
 
     def match(name, pictures, ids, mask):
-        pair = model.encode(image=pictures, text=ids, text_mask=mask, noise=noise(name))
+        pair = encode_images(pictures, ids, text_mask=mask, noise=noise(name))
         return model.itm(model.pooler(pair.text[:, 0]))
 
     ids = batch.mlm_ids if options.masked_matching else batch.text_ids
@@ -209,7 +225,7 @@ def oracle(task: Pretraining, batch: Batch, objective: str = "exact") -> dict[st
     itm = sum(terms) / max(1, 3 * int(kept.sum()))
 
     draws = noise("itm_positive" if options.masked_matching else "mlm")
-    hidden = model.encode(image=pixels, text=batch.mlm_ids, text_mask=batch.text_mask, noise=draws).text
+    hidden = encode_images(pixels, batch.mlm_ids, text_mask=batch.text_mask, noise=draws).text
     target = batch.mlm_labels >= 0
     found = model.mlm(hidden[target])
     mlm = (1 - share) * F.cross_entropy(found, batch.mlm_labels[target], reduction="sum")
@@ -342,6 +358,25 @@ def test_compiled_layers_change_nothing_but_rounding():
         task.zero_grad()
         figures = gradients(parallel, batch, Workers((12,)), STEP, micro_batch)
         check(figures, grads_of(task), "duplicates and invalid rows")
+
+
+def test_left_out_patches_are_drawn_anew_in_each_step():
+    task = make_task(objective="half of the patches")
+    task.settings, task.full_from = dataclasses.replace(task.settings, patch_dropout=0.25), 2000
+    drawn = [task._kept_patches(step, torch.device("cpu")) for step in range(2001)]
+    assert drawn.pop() is None  # a step that sees all of them
+    assert all(kept[0] == 0 and len(kept) == 4 and (kept.diff() > 0).all() for kept in drawn)  # [I_CLS] always
+    counts = torch.bincount(torch.cat(drawn), minlength=5)[1:]
+    assert ((counts - 1500).abs() < 100).all()  # five standard deviations of 2000 draws with 3/4
+
+
+def test_fewer_patches_make_shorter_passes():
+    task, lengths = make_task(objective="half of the patches"), []
+    layer = task.model.layers[0].forward
+    task.model.layers[0].forward = lambda x, *rest, **named: (lengths.append(x.shape[1]), layer(x, *rest, **named))[1]
+    gradients(Parallel(task), make_batch(invalid=()), Workers((12,)), STEP, 12)
+    longest = int(make_batch().text_len.max())
+    assert lengths == [3, longest, longest + 3, longest + 3]
 
 
 def test_micro_batches_have_texts_of_about_the_same_length():

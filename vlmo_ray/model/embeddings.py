@@ -125,16 +125,17 @@ class RelativePositionBias(nn.Module):
         self.table = nn.Parameter(torch.zeros(num_rows, config.depth * config.num_heads))
         self.register_buffer("index", index, persistent=False)
 
-    def forward(self, text_len: int, image: bool = True) -> Tensor:
-        """The bias `[L,H,S,S]` of all layers for `text_len` text tokens and, if `image`, then all image tokens."""
+    def forward(self, text_len: int, image: bool = True, kept: Tensor | None = None) -> Tensor:
+        """The bias `[L,H,S,S]` of all layers for `text_len` text tokens and, if `image`, then the image tokens: all,
+        or those at `kept` int64 [P]."""
         if text_len > self.text_len:
             raise UserError(
                 f"The text has {text_len} tokens, but the relative bias table has room for {self.text_len}: "
                 "cut the text to that."
             )
-        end = len(self.index) if image else self.text_len
-        tokens = torch.arange(end, device=self.index.device)
-        tokens = torch.cat([tokens[:text_len], tokens[self.text_len :]])
+        tokens = torch.arange(len(self.index), device=self.index.device)
+        text, pictures = tokens[:text_len], tokens[self.text_len :] if image else tokens[:0]
+        tokens = torch.cat([text, pictures if kept is None else pictures[kept]])
         index = self.index[tokens][:, tokens]
         bias = F.embedding(index, self.table)  # [S,S,L*H]
         return bias.permute(2, 0, 1).reshape(self.depth, self.num_heads, *index.shape)

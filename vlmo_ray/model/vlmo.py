@@ -80,15 +80,18 @@ class VLMo(nn.Module):
         """Token ids int [B,T] -> [B,T,D]; the modality is added after LayerNorm and dropout."""
         return self.text_embed(ids, noise) + self.modality.weight[0]
 
-    def position_bias(self, text_len: int | None = None, image: bool = True) -> Tensor | None:
+    def position_bias(
+        self, text_len: int | None = None, image: bool = True, kept: Tensor | None = None
+    ) -> Tensor | None:
         """The relative bias [L,H,S,S] of all layers, tokens `[text; image]`; None for absolute positions.
 
         A step gathers it once and hands it to every pass; unimodal passes read its diagonal blocks. `text_len` None
-        means `config.max_text_len`; `image` False leaves the image tokens out.
+        means `config.max_text_len`; `image` False leaves the image tokens out; `kept` int64 [P] names those that a
+        caller has kept of the tokens of `embed_image`, None: all.
         """
         if self.relative is None:
             return None
-        return self.relative(self.config.max_text_len if text_len is None else text_len, image)
+        return self.relative(self.config.max_text_len if text_len is None else text_len, image, kept)
 
     def encode(
         self,

@@ -37,6 +37,10 @@ class PretrainingConfig(TaskConfig):
     # Matching sees masked texts, and the masked words are read from its pass over the right pairs: three passes over
     # pairs in place of four. All three see masked texts, or the mask alone would tell which pair is the right one.
     masked_matching: bool = False
+    # The share of an image's patches that a step leaves out (FLIP, Li et al. 2023), the same of all its images, and how
+    # many steps at the end of the run see all of them.
+    patch_dropout: float = setting(0.0, at_least=0, below=1)
+    unmasked_steps: int = setting(0, at_least=0)
     # Momentum distillation (ALBEF): the share of the contrast's and the masked words' targets that the average of the
     # weights predicts (`optim.average_decay`; ALBEF: 0.4 and 0.995), and the steps until the share is reached.
     distill: float = setting(0.0, at_least=0, below=1)
@@ -48,11 +52,16 @@ class PretrainingConfig(TaskConfig):
         used = {"itc": True, "itc_vl": self.vl_contrast, "itm": self.itm > 0, "mlm": self.mlm > 0}
         return tuple(name for name, is_used in used.items() if is_used)
 
+    def kept_patches(self, patches: int) -> int:
+        """How many of an image's patches are left."""
+        return round((1 - self.patch_dropout) * patches)
+
     def ineffective(self, config: Config) -> dict[str, str]:
         without = {} if self.itm else {"negatives": "task.itm is 0", "itm_share": "task.itm is 0"}
         without |= (
             {} if self.itm and self.mlm else {"masked_matching": "matching and masked words are not both trained"}
         )
+        without |= {} if self.patch_dropout else {"unmasked_steps": "task.patch_dropout is 0"}
         without |= {} if self.distill else {"distill_ramp": "task.distill is 0"}
         return without | ({} if self.mlm else {"mlm_probability": "task.mlm is 0"})
 
@@ -94,6 +103,16 @@ class PretrainingConfig(TaskConfig):
             raise UserError(
                 f"task.masked_matching=true reads the masked words of all rows from the passes of matching, which "
                 f"task.itm_share={self.itm_share} computes for some rows; set one of them back"
+            )
+        if self.patch_dropout and not self.kept_patches(model.num_patches):
+            raise UserError(
+                f"task.patch_dropout={self.patch_dropout} leaves none of the {model.num_patches} patches of an image; "
+                "lower it"
+            )
+        if self.unmasked_steps > config.total_steps:
+            raise UserError(
+                f"task.unmasked_steps={self.unmasked_steps} is more than the {config.total_steps} steps in phases; "
+                "lower it"
             )
         if self.negatives == "local" and slice_size == 1:
             raise UserError(

@@ -28,7 +28,7 @@ from vlmo_ray.objectives.masked_lm import masked_lm_loss
 from vlmo_ray.objectives.matching import hard_negatives, matching_loss, rows_to_match
 from vlmo_ray.objectives.pairs import Pairs
 from vlmo_ray.recipes.pretraining import PretrainingConfig
-from vlmo_ray.rng import Noise, Noises, stream
+from vlmo_ray.rng import Noise, Noises, stream, uniforms_torch
 from vlmo_ray.tasks.task import Counts, Evaluation, GlobalTask, Losses, Pass, Term, given, pixels
 
 MATCHING = ("itm_positive", "itm_negative_image", "itm_negative_text")  # passes, whose draws have these names
@@ -43,6 +43,7 @@ class Unimodal:
     features: Tensor  # [b, 4, D], L2-normalised: image, text, image and text of the VL branch (2 without that)
     image_tokens: Tensor  # [b, P, D] embedded, before the first layer
     bias: Tensor | None  # [L, H, S, S]
+    kept: Tensor | None = None  # [P], which of an image's tokens these are; None: all
     lesson: Lesson | None = None
 
 
@@ -99,6 +100,7 @@ class Pretraining(GlobalTask):
         self.settings = config.task
         self.data = config.data
         self.slice_size = config.slice_size
+        self.full_from = config.total_steps - self.settings.unmasked_steps  # the first step with all patches
         self.repeated = 2 * len(self.contrasts)
         self.matches, self.predicts = self.settings.itm > 0, self.settings.mlm > 0
         self.masked_matching = self.settings.masked_matching and self.matches and self.predicts
@@ -200,8 +202,9 @@ class Pretraining(GlobalTask):
         def noise(name: str) -> Noise | None:
             return None if step is None else self.noise(name, batch.position, step)
 
-        bias = model.position_bias(batch.text_ids.shape[1])
-        tokens = model.embed_image(pixels(model, batch.image))
+        kept = None if step is None else self._kept_patches(step, batch.position.device)
+        bias = model.position_bias(batch.text_ids.shape[1], kept=kept)
+        tokens = self._image_tokens(batch.image, kept)
         both = self.settings.vl_contrast
         image = model.encode(image=tokens, read=1, bias=bias, vl_branch=both, noise=noise("image"))
         ids, mask = batch.text_ids, batch.text_mask
@@ -210,7 +213,24 @@ class Pretraining(GlobalTask):
         features: list[Tensor] = []
         for head, (images, texts) in zip(self.contrasts.values(), states, strict=False):
             features += [head.image(given(images)[:, 0]), head.text(given(texts)[:, 0])]
-        return Unimodal(torch.stack(features, dim=1), tokens, bias, lesson)
+        return Unimodal(torch.stack(features, dim=1), tokens, bias, kept, lesson)
+
+    def _kept_patches(self, step: int, device: torch.device) -> Tensor | None:
+        """The image tokens [P] that a step sees, the first of which is [I_CLS]; None: all.
+
+        They are the same for all images, so that the relative bias stays [L,H,S,S] for the whole batch.
+        """
+        if not self.settings.patch_dropout or step >= self.full_from:
+            return None
+        patches = self.model.config.num_patches
+        nothing = torch.zeros(1, dtype=torch.int64, device=device)
+        draws = uniforms_torch(stream(self.seed, "patch_dropout", step), nothing, patches)[0]
+        return torch.cat([nothing, 1 + draws.argsort()[: self.settings.kept_patches(patches)].sort().values])
+
+    def _image_tokens(self, image: Tensor, kept: Tensor | None) -> Tensor:
+        """uint8 [b,3,H,W] -> [b,P,D]."""
+        tokens = self.model.embed_image(pixels(self.model, image))
+        return tokens if kept is None else tokens[:, kept]
 
     @torch.no_grad()
     def plan(
@@ -391,7 +411,7 @@ class Pretraining(GlobalTask):
             at, shown, ids, mask = (
                 x[rows] for x in (position, encoded.image_tokens, self._matched_ids(batch), batch.text_mask)
             )
-            other = model.embed_image(pixels(model, plan.negative_image[rows]))
+            other = self._image_tokens(plan.negative_image[rows], encoded.kept)
             own["itm_positive"], own["itm_negative_image"] = (at, shown, ids, mask), (at, other, ids, mask)
             opposed["itm_negative_text"] = (at, shown, plan.negative_text[rows], plan.negative_mask[rows])
         if self.predicts and not self.masked_matching:
@@ -407,6 +427,7 @@ class Pretraining(GlobalTask):
             return dict(zip(passes, given(states).split([len(at) for at in positions]), strict=True))
 
         length = batch.text_ids.shape[1]
-        same = length == plan.negative_text.shape[1]
         found = run(own, encoded.bias, length if self.predicts else 1)
-        return found | run(opposed, encoded.bias if same else None, 1)
+        longest = plan.negative_text.shape[1]
+        bias = encoded.bias if length == longest else model.position_bias(longest, kept=encoded.kept)
+        return found | run(opposed, bias, 1)
