@@ -92,3 +92,16 @@ def test_nothing_kept_gives_zero():
     loss, _ = matching_loss(logits, logits, logits, torch.zeros(2).bool(), torch.tensor(0))
     loss.backward()
     assert loss == 0 and (logits.grad == 0).all()
+
+
+def test_the_share_of_pairs_that_are_no_negatives():
+    """Against all pairs one by one; invalid rows do not count, whatever their keys."""
+    generator = torch.Generator().manual_seed(0)
+    for rows in (1, 2, 40):
+        image, text = (torch.randint(0, 15, (rows,), generator=generator) for _ in "it")
+        for valid in (torch.rand(rows, generator=generator) < 0.7, torch.zeros(rows, dtype=torch.bool)):
+            pairs = Pairs(image, text, valid, 0, rows)
+            number = int(valid.sum())
+            opposed = int(pairs.may_oppose(slice(0, rows), slice(0, rows)).sum())
+            wanted = 1 - opposed / (number * (number - 1)) if number > 1 else 0.0
+            assert float(pairs.same_share()) == pytest.approx(wanted)

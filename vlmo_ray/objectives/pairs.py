@@ -43,6 +43,25 @@ class Pairs:
         counted.diagonal(self.first - columns.start).fill_(True)
         return counted
 
+    def same_share(self) -> Tensor:
+        """Of the pairs of two valid rows, the share that the same image or text keeps from being negatives; 0-d."""
+        number = self.valid.sum()
+        both = self.image_key * -7046029254386353131 + self.text_key  # wraps; equal only where both are
+        same = sum(
+            sign * _equal(key, self.valid) for sign, key in ((1, self.image_key), (1, self.text_key), (-1, both))
+        )
+        return same / (number * (number - 1)).clamp(min=1)
+
+
+def _equal(key: Tensor, valid: Tensor) -> Tensor:
+    """How many ordered pairs of two different valid rows have equal keys, float64 0-d; without waiting for a GPU."""
+    number = valid.sum()
+    largest = torch.iinfo(torch.int64).max
+    ordered = torch.where(valid, key, largest).sort().values  # the valid ones come first
+    end = torch.searchsorted(ordered, key, right=True).clamp(max=number)
+    count = end - torch.searchsorted(ordered, key)
+    return ((count - 1) * valid).sum().double()
+
 
 def columns_of(total: int, size: int, start: int = 0) -> list[slice]:
     """Blocks of at most `size` that cover `range(start, total)`."""

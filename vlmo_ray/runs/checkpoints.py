@@ -198,5 +198,15 @@ class Checkpoints:
         self.run.delete(f"{name}/{STATE}")
 
 
+def stored_checkpoints(run: Store) -> dict[int, int]:
+    """The bytes of each checkpoint that has its state, by step. Only names and sizes are looked at."""
+    found: dict[str, dict[str, int]] = {}
+    for path, size in run.sizes(_PREFIX).items():
+        name, _, file = path.partition("/")
+        found.setdefault(name, {})[file] = size
+    complete = {name: sum(sizes.values()) for name, sizes in found.items() if STATE in sizes}
+    return {int(name.removeprefix(_PREFIX)): size for name, size in sorted(complete.items())}
+
+
 def name_of(step: int) -> str:
     return f"{_PREFIX}{step:08d}"

@@ -175,6 +175,12 @@ def held(run: Store) -> bool:
     return run.exists(_NAME)
 
 
+def renewed_at(run: Store) -> float:
+    """When the holder of the lease of `run` last renewed it, in seconds since 1970 by its clock; 0: nobody has it."""
+    holder, _ = _read(run)
+    return holder.renewed if holder else 0.0
+
+
 def _read(run: Store) -> tuple[Holder | None, str | None]:
     """Who holds the lease, and the version of that."""
     try:

@@ -55,6 +55,14 @@ def describe(run: Store, config: Config, schema: Schema, folder: str = "") -> No
     run.write(f"{folder}{_TASK}", json.dumps(content, indent=1).encode())
 
 
+def described(run: Store) -> Config | None:
+    """The config of a run; None if the store holds none."""
+    if run.exists(_TASK):
+        return from_dict(json.loads(run.read(_TASK))["config"])
+    newest = Checkpoints(run).newest()  # runs of the first version have no more
+    return from_dict(newest.config) if newest else None
+
+
 def publish(run: Store, model: VLMo, weights: dict[str, Tensor], config: Config, schema: Schema) -> None:
     """Writes `weights` (by stored name), which are those of the newest checkpoint, as the final ones of the run.
 

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import Any
 
+from vlmo_ray.data.store import Store
 from vlmo_ray.runs.events import tell
 
 _FOLDER = "masked"
+
+
+def masked_rows(run: Store) -> Iterator[dict[str, Any]]:
+    """Step and problem (address: reason) of every row that a run has masked and kept."""
+    for name in run.list(f"{_FOLDER}/"):
+        yield from map(json.loads, run.read(name).splitlines())
 
 
 class Masked:

@@ -12,7 +12,7 @@ import json
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -152,6 +152,13 @@ def _clock(seconds: float) -> str:
 def _segments(store: Store) -> list[str]:
     """Names of the segments, in the order in which they were begun."""
     return sorted(store.list("metrics/"), key=lambda name: int(Path(name).stem))
+
+
+def newest_first(store: Store) -> Iterator[list[dict[str, float]]]:
+    """The rows of each segment, the newest segment first. A step that was done twice comes twice."""
+    for name in reversed(_segments(store)):
+        if rows := [json.loads(line) for line in store.read(name).splitlines()]:
+            yield rows
 
 
 def last_step(store: Store) -> int:

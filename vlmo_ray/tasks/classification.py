@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import numpy as np
@@ -73,6 +74,9 @@ class Classification(Task):
 
     def metrics(self, sums: Counts, totals: Counts) -> dict[str, Tensor]:
         return {"accuracy": sums["right"] / totals["rows"].clamp(min=1)}
+
+    def chance(self, global_batch: int) -> dict[str, float]:
+        return {"cross_entropy": math.log(len(self.names))}
 
     def passes(self) -> list[Pass]:
         return [Pass(0, image=True)]

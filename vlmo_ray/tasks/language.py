@@ -63,6 +63,9 @@ class Language(Task):
     def metrics(self, sums: Counts, totals: Counts) -> dict[str, Tensor]:
         return {"mlm_accuracy": sums["mlm_right"] / totals["targets"].clamp(min=1)}
 
+    def chance(self, global_batch: int) -> dict[str, float]:
+        return {"mlm": math.log(self.model.config.vocab_size)}
+
     def passes(self) -> list[Pass]:
         return [Pass(self.model.config.max_text_len, image=False)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import numpy as np
@@ -78,6 +79,9 @@ class Nlvr2(Task):
     def metrics(self, sums: Counts, totals: Counts) -> dict[str, Tensor]:
         rows = totals["rows"].clamp(min=1)
         return {"accuracy": sums["right"] / rows, "predicted_true": sums["true"] / rows}
+
+    def chance(self, global_batch: int) -> dict[str, float]:
+        return {"cross_entropy": math.log(2)}
 
     def passes(self) -> list[Pass]:
         return [Pass(self.model.config.max_text_len, image=True)] * 2

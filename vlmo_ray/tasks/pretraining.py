@@ -7,6 +7,7 @@ gradient and its hard negatives; `losses` runs the passes over pairs. `train/ste
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -89,6 +90,7 @@ class Totals:
     negative_similarity: Tensor  # local sum of the cosines of the chosen negatives, 2 per kept pair
     without_negative: Tensor  # local count of valid rows that were asked and have no candidate
     exchanged_bytes: int
+    same_share: Tensor  # of all pairs of two rows, those that the same image or text keeps from being negatives
 
 
 class Pretraining(GlobalTask):
@@ -136,6 +138,12 @@ class Pretraining(GlobalTask):
         from vlmo_ray.tasks.retrieval import Retrieval  # which trains by this module
 
         return Retrieval(self.model, schema)
+
+    def chance(self, global_batch: int) -> dict[str, float]:
+        found = {"mlm": math.log(self.model.config.vocab_size), "itm": math.log(3) - math.log(4) / 3}
+        if self.settings.contrast == "softmax":
+            found |= dict.fromkeys(("itc", "itc_vl"), math.log(global_batch))
+        return {name: value for name, value in found.items() if name in self.settings.heads}
 
     def passes(self) -> list[Pass]:
         config = self.model.config
@@ -262,7 +270,7 @@ class Pretraining(GlobalTask):
             nobody, nothing = torch.zeros_like(batch.valid), torch.zeros((), device=features.device)
             texts = (batch.text_ids, batch.text_mask, batch.text_len)
             plan = Plan(feature_grad, nobody.cpu(), batch.image, *texts, nobody)
-            return plan, Totals(nobody.sum(), targets.sum(), branches, nothing, nothing, 0)
+            return plan, Totals(nobody.sum(), targets.sum(), branches, nothing, nothing, 0, pairs.same_share())
 
         asked = rows_to_match(workers.first, len(batch), self.slice_size, self.settings.itm_share)
         rows = asked.to(features.device)
@@ -310,6 +318,7 @@ class Pretraining(GlobalTask):
             negative_similarity=(similarity * kept).sum(),
             without_negative=batch.valid[rows].sum() - kept.sum(),
             exchanged_bytes=exchanged,
+            same_share=pairs.same_share(),
         )
         return plan, totals
 
@@ -349,7 +358,7 @@ class Pretraining(GlobalTask):
     def metrics(self, sums: Counts, totals: Totals) -> dict[str, Tensor]:
         temperatures = [branch.temperature for branch in totals.branches]
         names = ["temperature", "temperature_vl"]
-        found = dict(zip(names, temperatures, strict=False))
+        found = dict(zip(names, temperatures, strict=False)) | {"same_share": totals.same_share}
         if self.matches:
             kept = totals.kept.to(torch.float64)
             found |= {

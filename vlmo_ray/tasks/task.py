@@ -197,6 +197,11 @@ class Task(nn.Module):
         """Figures of the step from the global sums; terms, loss and masked rows are reported anyway."""
         return {}
 
+    def chance(self, global_batch: int) -> dict[str, float]:
+        """What a model that knows nothing costs, by term, in steps of `global_batch` rows; terms of which that cannot
+        be said are left out."""
+        return {}
+
     def warning(self, figures: dict[str, float], num_rows: int) -> str:
         """What a person should know about a step of `num_rows` rows with these figures, "" if nothing."""
         if figures["masked_rows"] >= num_rows:

@@ -109,6 +109,10 @@ class Vision(Task):
     def metrics(self, sums: Counts, totals: Counts) -> dict[str, Tensor]:
         return {} if self.tokenizer is None else {"mim_accuracy": sums["right"] / totals["patches"].clamp(min=1)}
 
+    def chance(self, global_batch: int) -> dict[str, float]:
+        # pixels and features have the variance 1
+        return {"mim": 1.0 if self.tokenizer is None else math.log(self.tokenizer.vocab_size)}
+
     def passes(self) -> list[Pass]:
         return [Pass(0, image=True)]
 

@@ -1,0 +1,1 @@
+"""`vlmo report`: one page about one or more runs, to look at."""
