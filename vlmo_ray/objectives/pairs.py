@@ -47,10 +47,8 @@ class Pairs:
         """Of the pairs of two valid rows, the share that the same image or text keeps from being negatives; 0-d."""
         number = self.valid.sum()
         both = self.image_key * -7046029254386353131 + self.text_key  # wraps; equal only where both are
-        same = sum(
-            sign * _equal(key, self.valid) for sign, key in ((1, self.image_key), (1, self.text_key), (-1, both))
-        )
-        return same / (number * (number - 1)).clamp(min=1)
+        image, text, twice = (_equal(key, self.valid) for key in (self.image_key, self.text_key, both))
+        return (image + text - twice) / (number * (number - 1)).clamp(min=1)
 
 
 def _equal(key: Tensor, valid: Tensor) -> Tensor:
