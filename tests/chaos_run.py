@@ -31,6 +31,7 @@ from vlmo_ray.data.prepare.shards import write_dataset
 from vlmo_ray.data.store import Store
 from vlmo_ray.demo.scenes.records import records
 from vlmo_ray.overrides import to_dict
+from vlmo_ray.report.facts import read_facts
 from vlmo_ray.runs.audit import audit
 from vlmo_ray.runs.checkpoints import Checkpoints
 from vlmo_ray.runs.metrics import read_metrics
@@ -95,7 +96,9 @@ def chaos_place(endpoint: str, bucket: str, steps: int, lost_after_s: int = 3, *
     The AWS variables of this process must be set for that server.
     """
     config = dataclasses.replace(config_of(steps), **changes)
-    write_dataset(f"{bucket}/data", records(7, 500, image_size=16), rows_per_group=20, groups_per_shard=5)
+    scenes = list(records(7, 500, image_size=16))
+    scenes[77]["image"] = b"no image"  # which every run has to mask
+    write_dataset(f"{bucket}/data", scenes, rows_per_group=20, groups_per_shard=5)
     with faulty_s3(endpoint) as (faulty, faults):
         environment = os.environ | {
             "AWS_ENDPOINT_URL": faulty,
@@ -229,6 +232,19 @@ class Command:
             torch.testing.assert_close(weights[0][name], value, rtol=1e-9, atol=1e-9, msg=name)
         found = audit(self.run.uri, self.place.data)
         assert found.clean, found.sentences()
+        self.check_report()
+
+    def check_report(self) -> None:
+        """The report of the run tells what happened to it."""
+        facts = read_facts(self.run.uri)
+        assert facts.state == "finished" and self.run.exists("report.html")
+        again = {step for first, last in facts.curves.repeated for step in range(first, last + 1)}
+        assert again == set(self.repeated())
+        assert [number for _, number in facts.curves.workers] == self.sizes()
+        masked = {reason: found.count for reason, found in facts.masked.items()}
+        told = sum(m["masked_rows"] for m in read_metrics(self.run)[0])
+        assert sum(masked.values()) >= told > 0, masked  # of steps done twice, perhaps twice
+        assert all("not an image" in reason for reason in masked)
 
     def resumed_where_ended(self) -> int:
         """How often workers ended to be started again by others, each time with no step in between."""

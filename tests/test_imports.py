@@ -28,7 +28,8 @@ MAY = {
     "weights": BOTTOM | {"model", "weights"},
     "runs": BOTTOM | {"data", "model", "weights", "tasks", "runs"},
     "train": BOTTOM | {"tasks", "data", "model", "objectives", "runs", "weights", "train"},
-    "launch": BOTTOM | {"data", "runs", "train", "launch"},
+    "report": BOTTOM | {"data", "model", "objectives", "recipes", "runs", "tasks", "train", "report"},
+    "launch": BOTTOM | {"data", "runs", "train", "report", "launch"},
     "evaluate": BOTTOM | {"model", "tasks", "data", "runs"},
 }
 NEVER = {"model": {"pyarrow"}, "objectives": {"pyarrow"}, "data": {"torch"}, "recipes": {"torch"}}

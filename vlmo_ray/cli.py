@@ -393,6 +393,29 @@ def audit(run: Positional[str], data: str, json_output: bool = False) -> None:
         sys.exit(1)
 
 
+def report(
+    runs: Positional[tuple[str, ...]],
+    out: str = "",
+    data: str = "",
+    rows: int = 200,
+    pictures: bool = True,
+    audit: bool = False,
+) -> None:
+    """Write one HTML page about a run, also while it lasts; about several, laid over one another.
+
+    Args:
+        runs: folders or `s3://bucket/prefix`, of which the first is looked at in detail.
+        out: the file to write, also on `s3://`; default: report.html in the first run.
+        data: a data set of pairs for the pictures; default: the one that the run is evaluated on.
+        rows: how many pairs of it, from the first on.
+        pictures: whether to run the model for pictures of retrieval, negatives and attention.
+        audit: check what the run consumed, however long that takes.
+    """
+    from vlmo_ray.report.page import report as write
+
+    print(f"wrote {write(runs, out, data, rows, pictures, audit)}; it opens in any browser")
+
+
 def report_mistakes(command: Callable[P, T]) -> Callable[P, T]:
     """A mistake that the user can fix gives one sentence and exit code 2."""
 
@@ -412,6 +435,6 @@ def report_mistakes(command: Callable[P, T]) -> Callable[P, T]:
 @report_mistakes
 def main() -> None:
     """Entry point."""
-    functions = (recipes, show, plan, prepare, train, tune, evaluate, import_, export, audit)
+    functions = (recipes, show, plan, prepare, train, tune, evaluate, report, import_, export, audit)
     commands = {function.__name__.rstrip("_"): function for function in functions}
     tyro.extras.subcommand_cli_from_dict(commands, prog="vlmo", description="VLMo on a Ray cluster.")

@@ -56,12 +56,14 @@ def test_other_settings_are_taken_on_request(ray_cluster, scenes, tmp_path, monk
     told = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
     shown = [entry["event"] for entry in told]
     assert [event for event in shown if event != "worker"] == [
-        "continued", "changed", "start", "workers", "resumed", "step", "checkpoint", "finished", "done"
+        "continued", "changed", "start", "workers", "resumed", "step", "checkpoint", "finished", "report",
+        "done",
     ]  # fmt: skip
     assert "from here on with other settings: seed: 1 -> 5" in [entry["message"] for entry in told]
+    assert f"the report: {run}/report.html" in [entry["message"] for entry in told]
     kept = Following(Store(str(run)), "events/").new()
     assert [entry["event"] for entry in kept if entry["who"] == "driver"] == [
-        "failed", "continued", "changed", "start", "workers", "finished"
+        "failed", "continued", "changed", "start", "workers", "finished", "report"
     ]  # fmt: skip
     (failed,) = [entry for entry in kept if entry["event"] == "failed"]
     assert "other settings: seed: 1 -> 5" in failed["message"]

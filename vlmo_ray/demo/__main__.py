@@ -2,8 +2,8 @@
 
 A SeaweedFS server on this machine holds the bucket. The demo writes scenes of coloured shapes into it as shards,
 pre-trains a small VLMo with all three objectives by `vlmo train` on two elastic CPU workers, kills one of them on the
-way, and measures zero-shot retrieval and matching on unseen scenes. `demo-out/` keeps the scores as JSON, the curves as
-a picture, the log and the bucket.
+way, and measures zero-shot retrieval and matching on unseen scenes. `demo-out/` keeps the scores as JSON, a page about
+the run, the log and the bucket.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from vlmo_ray.demo.scenes.records import declared, records, retrieval_records
 from vlmo_ray.errors import UserError
 from vlmo_ray.evaluate import evaluate
 from vlmo_ray.recipes import recipe
+from vlmo_ray.report.page import report
 from vlmo_ray.runs.checkpoints import Checkpoints
 from vlmo_ray.runs.evaluations import table
 from vlmo_ray.runs.metrics import read_metrics
@@ -135,7 +136,7 @@ def _report(console: Console, story: Story, began: float) -> int:
         matching = evaluate(f"{RUNS}/demo", PAIRS, "matching")
     metrics, repeated = read_metrics(open_store(f"{RUNS}/demo"))
     last, planned = int(metrics[-1]["step"]), recipe("demo").total_steps
-    _draw(metrics, repeated, OUT / "losses.png")
+    page = report([f"{RUNS}/demo"], str(OUT / "report.html"), PAIRS)
 
     console.print(table(result, "retrieval among unseen scenes"))
     console.print(table(matching, "matching on unseen scenes"))
@@ -147,7 +148,7 @@ def _report(console: Console, story: Story, began: float) -> int:
     run.add_row("loss, first and last 20 steps", f"{_mean(metrics[:20]):.2f}, {_mean(metrics[-20:]):.2f}")
     run.add_row("held-out scenes among the unseen", str(len(held_out)))
     run.add_row("time", f"{time.monotonic() - began:.0f} s")
-    run.add_row("picture of the losses", str(OUT / "losses.png"))
+    run.add_row("to look at, in a browser", page)
     console.print(run)
     summary = {
         "scores": {name: dataclasses.asdict(score) for name, score in result.scores.items()},
@@ -183,35 +184,6 @@ def _report(console: Console, story: Story, began: float) -> int:
 
 def _mean(metrics: list[dict[str, float]]) -> float:
     return sum(m["loss"] for m in metrics) / len(metrics)
-
-
-def _draw(metrics: list[dict[str, float]], repeated: list[int], path: Path) -> None:
-    """Plots the four losses against pairs seen, with repeated steps shaded."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    names = {
-        "itc": "image-text contrast",
-        "itm": "image-text matching",
-        "mlm": "masked language modelling",
-        "loss": "total",
-    }
-    figure, axes = plt.subplots(2, 2, figsize=(10, 6), sharex=True, constrained_layout=True)
-    samples = {int(m["step"]): m["samples"] for m in metrics}
-    for axis, (name, title) in zip(axes.flat, names.items(), strict=True):
-        axis.plot([m["samples"] for m in metrics], [m[name] for m in metrics], linewidth=0.9)
-        if repeated:
-            twice = samples[repeated[0]], samples[repeated[-1]]
-            axis.axvspan(*twice, color="tab:orange", alpha=0.3, label="repeated: a worker was killed")
-        axis.set_title(title)
-        axis.grid(alpha=0.3)
-    axes[0, 0].legend()
-    for axis in axes[1]:
-        axis.set_xlabel("pairs seen")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 if __name__ == "__main__":

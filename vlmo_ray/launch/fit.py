@@ -95,6 +95,8 @@ def fit(
             f"tasks; room for {each.room}{' now, the cluster adds nodes' if autoscaling else ''}",
             run=run.uri,
             total_steps=config.total_steps,
+            data=data,
+            eval_data=eval_data,
         )
         spec = RunSpec(
             config,
@@ -117,7 +119,18 @@ def fit(
             if outcome["stopped"]:
                 raise (Stopped if outcome["requested"] else UserError)(f"run {name!r} stopped at {outcome['stopped']}")
         tell("finished", f"run {name!r}: all {config.total_steps} steps are done", step=config.total_steps)
+        _write_report(run)
         return run
+
+
+def _write_report(run: Store) -> None:
+    """Beside the metrics; a run that is done does not fail for it."""
+    from vlmo_ray.report.page import report  # takes a second
+
+    try:
+        tell("report", f"the report: {report([run.uri], pictures=False)}")
+    except Exception as error:  # whatever it is, the run has everything
+        tell("report", f"there is no report ({type(error).__name__}: {error}); vlmo report {run.uri} makes it")
 
 
 def _note_the_end(kind: type[BaseException] | None, error: BaseException | None, *_) -> None:

@@ -53,7 +53,7 @@ class Pairs:
 
 def _equal(key: Tensor, valid: Tensor) -> Tensor:
     """How many ordered pairs of two different valid rows have equal keys, float64 0-d; without waiting for a GPU."""
-    number = valid.sum()
+    number, key = valid.sum(), key.contiguous()
     largest = torch.iinfo(torch.int64).max
     ordered = torch.where(valid, key, largest).sort().values  # the valid ones come first
     end = torch.searchsorted(ordered, key, right=True).clamp(max=number)

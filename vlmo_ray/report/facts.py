@@ -112,7 +112,7 @@ class Facts:
         return next((event[what] for event in reversed(self.events) if event.get(what)), "")
 
 
-def read_facts(uri: str) -> Facts:
+def read_facts(uri: str, points: int = POINTS) -> Facts:
     """Reads the run at `uri`, a folder or `s3://bucket/prefix`. Raises UserError if there is none."""
     run = open_store(uri)
     config = described(run)
@@ -124,7 +124,7 @@ def read_facts(uri: str) -> Facts:
         name=name,
         uri=run.uri,
         config=config,
-        curves=read_curves(run),
+        curves=read_curves(run, points),
         events=_timed(Following(run, EVENTS).new()),
         evaluations=read_evaluations(run),
         checkpoints=stored_checkpoints(run),

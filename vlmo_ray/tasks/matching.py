@@ -66,7 +66,7 @@ class Matching(ZeroShot):
         count = len(rows["text_ids"])
         pairs = Pairs(rows["image_key"], rows["text_key"], torch.ones(count, dtype=torch.bool, device=device), 0, count)
         own = torch.arange(count, device=device)
-        true = self._log_odds(rows, own, own)
+        true = self.log_odds(rows, own, own)
         scores: dict[str, Score] = {}
         for kind, log_scale in (
             ("random", true.new_full((1,), -torch.inf)),
@@ -92,7 +92,7 @@ class Matching(ZeroShot):
             chosen = hard_negatives(of, among, log_scale, pairs, stream(0, f"matching/{purpose}"))
             kept = (chosen >= 0).nonzero().squeeze(1)
             images, texts = (chosen[kept], kept) if purpose == "image" else (kept, chosen[kept])
-            found.append(self._log_odds(rows, images, texts))
+            found.append(self.log_odds(rows, images, texts))
         both = torch.cat(found)
         if not len(both):
             raise UserError("all pairs have the same image or the same text: nothing can be set against anything")
@@ -106,7 +106,7 @@ class Matching(ZeroShot):
         shown, mask = pixels(self.model, rows["image"][images]), rows["text_mask"][texts]
         return given(self.model.encode(image=shown, text=ids, text_mask=mask, read=read or ids.shape[1]).text)
 
-    def _log_odds(self, rows: dict[str, Tensor], images: Tensor, texts: Tensor) -> Tensor:
+    def log_odds(self, rows: dict[str, Tensor], images: Tensor, texts: Tensor) -> Tensor:
         """log P(match) - log P(no match) of pairs of row numbers `[M]`, float32 `[M]`."""
         found = []
         for image, text in zip(images.split(_BATCH), texts.split(_BATCH), strict=True):
@@ -141,7 +141,7 @@ class Matching(ZeroShot):
             k = min(self.top, len(candidates))
             best = cosine.topk(k, dim=1).indices
             asked, offered = queries[:, None].expand(-1, k).flatten(), candidates[best].flatten()
-            odds = self._log_odds(rows, *((asked, offered) if name == "text_retrieval" else (offered, asked)))
+            odds = self.log_odds(rows, *((asked, offered) if name == "text_retrieval" else (offered, asked)))
             reranked = cosine.gather(1, best) * scale + odds.view(-1, k)
             wanted = right.gather(1, best)
             chance = float(right.float().mean())
