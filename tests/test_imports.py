@@ -35,7 +35,7 @@ MAY = {
 NEVER = {"model": {"pyarrow"}, "objectives": {"pyarrow"}, "data": {"torch"}, "recipes": {"torch"}}
 TORCH_IN_DATA = {"batch.py"}  # the one place where rows become tensors
 # The only places that know Ray: all of Ray Train, joining a cluster, the stream, preparation, evaluation.
-KNOW_RAY = ("launch/", "ablate.py", "session.py", "data/pipeline.py", "data/prepare/", "evaluate.py")
+KNOW_RAY = ("launch/", "ablate.py", "session.py", "data/pipeline.py", "data/prepare/", "evaluate.py", "doctor.py")
 # These know tasks by their interface; which task it is, they never learn.
 NAME_NO_TASK = ("train/", "runs/", "launch/", "evaluate.py")
 OPEN_TASKS = {"vlmo_ray.tasks", "vlmo_ray.tasks.task"}

@@ -416,6 +416,42 @@ def report(
     print(f"wrote {write(runs, out, data, rows, pictures, audit)}; it opens in any browser")
 
 
+def runs(storage: Positional[str], json_output: bool = False) -> None:
+    """List the runs of a storage: state, step, time left, last figures.
+
+    Args:
+        storage: where runs are kept, as `vlmo train` was given it.
+        json_output: print one JSON object for each run instead of a table.
+    """
+    from rich.console import Console
+
+    from vlmo_ray.report import overview
+
+    found = overview.read_runs(storage)
+    if not found:
+        raise UserError(f"{storage} holds no run; give what `vlmo train --storage` was given")
+    if json_output:
+        for facts in found:
+            print(json.dumps(overview.as_dict(facts)))
+    else:
+        Console().print(overview.table(found))
+
+
+def doctor(data: str = "", storage: str = "") -> None:
+    """Say what this machine, or the cluster of RAY_ADDRESS, lacks, each with its remedy; exit code 1 if anything does.
+
+    Args:
+        data: a data set: whether it can be read, and how fast.
+        storage: where runs are to be kept: rights and rates, with an object that is removed again.
+    """
+    from vlmo_ray.doctor import examine, lines
+
+    found = examine(data, storage)
+    print("\n".join(lines(found)))
+    if any(finding.level == "bad" for finding in found):
+        sys.exit(1)
+
+
 def report_mistakes(command: Callable[P, T]) -> Callable[P, T]:
     """A mistake that the user can fix gives one sentence and exit code 2."""
 
@@ -435,6 +471,6 @@ def report_mistakes(command: Callable[P, T]) -> Callable[P, T]:
 @report_mistakes
 def main() -> None:
     """Entry point."""
-    functions = (recipes, show, plan, prepare, train, tune, evaluate, report, import_, export, audit)
+    functions = (recipes, show, plan, prepare, train, tune, evaluate, report, runs, doctor, import_, export, audit)
     commands = {function.__name__.rstrip("_"): function for function in functions}
     tyro.extras.subcommand_cli_from_dict(commands, prog="vlmo", description="VLMo on a Ray cluster.")

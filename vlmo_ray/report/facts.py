@@ -4,6 +4,7 @@ a step."""
 from __future__ import annotations
 
 import datetime
+import itertools
 import math
 import time
 from collections import Counter, defaultdict
@@ -112,8 +113,9 @@ class Facts:
         return next((event[what] for event in reversed(self.events) if event.get(what)), "")
 
 
-def read_facts(uri: str, points: int = POINTS) -> Facts:
-    """Reads the run at `uri`, a folder or `s3://bucket/prefix`. Raises UserError if there is none."""
+def read_facts(uri: str, points: int = POINTS, brief: bool = False) -> Facts:
+    """Reads the run at `uri`, a folder or `s3://bucket/prefix`; `brief`: of its curves only the newest segment, and
+    not what was masked. Raises UserError if there is none."""
     run = open_store(uri)
     config = described(run)
     if config is None:
@@ -124,25 +126,26 @@ def read_facts(uri: str, points: int = POINTS) -> Facts:
         name=name,
         uri=run.uri,
         config=config,
-        curves=read_curves(run, points),
+        curves=read_curves(run, points, brief),
         events=_timed(Following(run, EVENTS).new()),
         evaluations=read_evaluations(run),
         checkpoints=stored_checkpoints(run),
-        masked=_reasons(run),
+        masked={} if brief else _reasons(run),
         leased=now - lease.renewed_at(run) < lease.LAPSE_S,
         read_at=now,
     )
 
 
-def read_curves(run: Store, points: int = POINTS) -> Curves:
-    """Every metric in at most `points` points, each with the mean and the extremes of its steps."""
+def read_curves(run: Store, points: int = POINTS, brief: bool = False) -> Curves:
+    """Every metric in at most `points` points, each with the mean and the extremes of its steps; `brief`: of the
+    newest segment alone."""
     found, seen, repeated = Curves(), np.zeros(0, bool), []
     changes: list[tuple[int, int]] = []
     recent: list[dict[str, float]] = []
     sums: dict[str, np.ndarray] = {}
     counts: dict[str, np.ndarray] = {}
     last = bins = 0
-    for rows in newest_first(run):
+    for rows in itertools.islice(newest_first(run), 1 if brief else None):
         steps = np.array([int(row["step"]) for row in rows])
         if not last:
             last = int(steps[-1])

@@ -135,9 +135,9 @@ def read_evaluations(run: Store, after: int = -1) -> list[tuple[int, Result]]:
     return found
 
 
-def line(result: Result) -> str:
-    """The first four metrics in one line for the console."""
-    shown = list(result.scores.items())[:4]
+def line(result: Result, most: int = 4) -> str:
+    """The first metrics in one line for the console."""
+    shown = list(result.scores.items())[:most]
     return "  ".join(f"{name} {_cell(score.value, score)}" for name, score in shown)
 
 
