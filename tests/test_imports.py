@@ -29,13 +29,23 @@ MAY = {
     "runs": BOTTOM | {"data", "model", "weights", "tasks", "runs"},
     "train": BOTTOM | {"tasks", "data", "model", "objectives", "runs", "weights", "train"},
     "report": BOTTOM | {"data", "model", "objectives", "recipes", "runs", "tasks", "train", "report"},
+    "search": BOTTOM | {"data", "model", "runs", "tasks", "search"},
     "launch": BOTTOM | {"data", "runs", "train", "report", "launch"},
     "evaluate": BOTTOM | {"model", "tasks", "data", "runs"},
 }
 NEVER = {"model": {"pyarrow"}, "objectives": {"pyarrow"}, "data": {"torch"}, "recipes": {"torch"}}
 TORCH_IN_DATA = {"batch.py"}  # the one place where rows become tensors
 # The only places that know Ray: all of Ray Train, joining a cluster, the stream, preparation, evaluation.
-KNOW_RAY = ("launch/", "ablate.py", "session.py", "data/pipeline.py", "data/prepare/", "evaluate.py", "doctor.py")
+KNOW_RAY = (
+    "launch/",
+    "ablate.py",
+    "session.py",
+    "data/pipeline.py",
+    "data/prepare/",
+    "evaluate.py",
+    "doctor.py",
+    "search/embed.py",
+)
 # These know tasks by their interface; which task it is, they never learn.
 NAME_NO_TASK = ("train/", "runs/", "launch/", "evaluate.py")
 OPEN_TASKS = {"vlmo_ray.tasks", "vlmo_ray.tasks.task"}

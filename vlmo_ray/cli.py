@@ -416,6 +416,86 @@ def report(
     print(f"wrote {write(runs, out, data, rows, pictures, audit)}; it opens in any browser")
 
 
+def embed(
+    model: Positional[str],
+    data: str,
+    out: str,
+    what: Literal["image", "text"] = "image",
+    workers: int = 0,
+    device: Literal["auto", "cpu", "gpu"] = "auto",
+) -> None:
+    """Write a vector for every image or text of a data set. The same command goes on where it stopped.
+
+    Args:
+        model: a run, one of its checkpoints, or an imported folder.
+        data: the data set: `s3://bucket/prefix` or a folder.
+        out: where the vectors go: `s3://bucket/prefix` or a folder that all nodes share.
+        what: of which column.
+        workers: the number of actors; 0: one per GPU, or one for two CPUs.
+        device: of the actors; auto: GPUs if the cluster has any now. gpu asks for them where nodes are added on demand.
+    """
+    from vlmo_ray.search.embed import embed as run
+    from vlmo_ray.session import ray_session
+
+    with ray_session():
+        done = run(model, data, out, what, num_workers=workers or None, device=device)
+    bad = f", {done.unreadable:,} of them without a vector (column problem)" if done.unreadable else ""
+    print(f"{out}: {done.rows:,} rows{bad}; {done.shards:,} shards in {done.seconds:.0f} s")
+
+
+def search(
+    index: Positional[str],
+    query: Positional[str],
+    top: int = 10,
+    sheet: str = "",
+    model: str = "",
+    fast: bool = False,
+    build_faiss: bool = False,
+    json_output: bool = False,
+) -> None:
+    """Find what is most similar to a text or an image file among the vectors that `vlmo embed` wrote.
+
+    Args:
+        index: what `vlmo embed --out` was given.
+        query: a text in quotes, or the name of an image file, also on `s3://`.
+        top: how many results.
+        sheet: also write the results as a page of pictures, to this HTML file; may be on `s3://`.
+        model: where the model is by now, if not where it was.
+        fast: ask faiss, which may miss some of the best; for millions of vectors.
+        build_faiss: first make the index of faiss.
+        json_output: print one JSON object for each result instead of a table.
+    """
+    import dataclasses
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from vlmo_ray.data.store import store_and_name
+    from vlmo_ray.search.index import Index, Queries
+    from vlmo_ray.search.sheet import sheet as page
+
+    if top < 1:
+        raise UserError(f"--top {top} must be at least 1")
+    target = store_and_name(sheet) if sheet else None
+    found = Index(index)
+    if build_faiss:
+        print(f"wrote {found.build_fast()}", file=sys.stderr)
+    queries = Queries(found, model)
+    asked, picture = queries.of(query)
+    [results] = (found.search_fast if fast or build_faiss else found.search)(asked, top)
+    if target:
+        store, name = target
+        store.write(name, page(found, query, results, picture).encode())
+    if json_output:
+        for result in results:
+            print(json.dumps(dataclasses.asdict(result)))
+        return
+    out = Table("score", "id", "address")
+    for result in results:
+        out.add_row(f"{result.score:.3f}", result.id, result.address)
+    Console().print(out)
+
+
 def runs(storage: Positional[str], json_output: bool = False) -> None:
     """List the runs of a storage: state, step, time left, last figures.
 
@@ -471,6 +551,22 @@ def report_mistakes(command: Callable[P, T]) -> Callable[P, T]:
 @report_mistakes
 def main() -> None:
     """Entry point."""
-    functions = (recipes, show, plan, prepare, train, tune, evaluate, report, runs, doctor, import_, export, audit)
+    functions = (
+        recipes,
+        show,
+        plan,
+        prepare,
+        train,
+        tune,
+        evaluate,
+        report,
+        runs,
+        doctor,
+        embed,
+        search,
+        import_,
+        export,
+        audit,
+    )
     commands = {function.__name__.rstrip("_"): function for function in functions}
     tyro.extras.subcommand_cli_from_dict(commands, prog="vlmo", description="VLMo on a Ray cluster.")
