@@ -29,7 +29,7 @@ from vlmo_ray.train.build import RunSpec
 
 JOB = Path(__file__).parents[1] / "jobs" / "pretrain_stages.py"
 NAMES = ["vision_tiny", "language_tiny", "demo"]
-STEPS = 40
+STEPS = 100  # so many that a signal at the tenth comes in time, also on a busy machine
 
 
 @pytest.fixture(scope="module")

@@ -445,15 +445,20 @@ def embed(
 
 def search(
     index: Positional[str],
-    query: Positional[str],
+    query: Positional[str] = "",
     top: int = 10,
     sheet: str = "",
     model: str = "",
     fast: bool = False,
     build_faiss: bool = False,
     json_output: bool = False,
+    serve: bool = False,
+    host: str = "127.0.0.1",
+    port: int = 8000,
 ) -> None:
     """Find what is most similar to a text or an image file among the vectors that `vlmo embed` wrote.
+
+    With --serve, a page for that, until Ctrl-C; the variable VLMO_SEARCH_TOKEN holds the token that it asks for.
 
     Args:
         index: what `vlmo embed --out` was given.
@@ -464,6 +469,9 @@ def search(
         fast: ask faiss, which may miss some of the best; for millions of vectors.
         build_faiss: first make the index of faiss.
         json_output: print one JSON object for each result instead of a table.
+        serve: start a page on Ray Serve instead.
+        host: the address that the page listens on; 0.0.0.0 lets other machines in, and then takes a token.
+        port: the port of the page.
     """
     import dataclasses
 
@@ -480,6 +488,11 @@ def search(
     found = Index(index)
     if build_faiss:
         print(f"wrote {found.build_fast()}", file=sys.stderr)
+    if serve:
+        _serve(index, model, fast, host, port)
+        return
+    if not query:
+        raise UserError('ask something: vlmo search INDEX "two dogs", vlmo search INDEX photo.jpg, or --serve')
     queries = Queries(found, model)
     asked, picture = queries.of(query)
     [results] = (found.search_fast if fast or build_faiss else found.search)(asked, top)
@@ -494,6 +507,21 @@ def search(
     for result in results:
         out.add_row(f"{result.score:.3f}", result.id, result.address)
     Console().print(out)
+
+
+def _serve(index: str, model: str, fast: bool, host: str, port: int) -> None:
+    import os
+    import threading
+
+    from vlmo_ray.search.serve import serve
+    from vlmo_ray.session import ray_session
+
+    with ray_session():
+        address = serve(
+            index, model=model, token=os.environ.get("VLMO_SEARCH_TOKEN", ""), fast=fast, host=host, port=port
+        )
+        print(f"search at {address}; Ctrl-C ends it", flush=True)
+        threading.Event().wait()
 
 
 def runs(storage: Positional[str], json_output: bool = False) -> None:

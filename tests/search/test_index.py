@@ -1,49 +1,29 @@
 """Search against one large matrix product; queries; faiss; the contact sheet."""
 
 import json
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import small_scenes
+from search_place import make_place
 from small_run import SMALL, job
 
-from vlmo_ray.data.manifest import load_manifest
 from vlmo_ray.data.prepare.shards import write_dataset
-from vlmo_ray.data.reader import Reader
 from vlmo_ray.data.store import Store
 from vlmo_ray.errors import UserError
 from vlmo_ray.runs.load import load
 from vlmo_ray.search import index as module
-from vlmo_ray.search.embed import Embedding, _claim, _items, shard_file, write_shard
+from vlmo_ray.search.embed import shard_file
 from vlmo_ray.search.index import Index, Queries
 from vlmo_ray.search.sheet import sheet, thumbnail
-from vlmo_ray.search.vectors import encoder_of, fingerprint
 from vlmo_ray.train.loop import train
 
 
 @pytest.fixture(scope="module")
 def place(scenes, tmp_path_factory) -> dict[str, str]:
-    """A run, a data set with an image that cannot be decoded, and the vectors of both columns."""
-    folder = tmp_path_factory.mktemp("search")
-    found = {name: str(folder / name) for name in ("run", "data", "image", "text")}
-    assert train(job(scenes, found["run"], SMALL)).step == 10
-    rows = list(small_scenes(6, 60))
-    rows[5]["image"] = b"no image"
-    rows[9]["image"], rows[9]["text"] = rows[30]["image"], "<i>"
-    write_dataset(found["data"], rows, rows_per_group=7, groups_per_shard=3)
-    model, manifest = load(found["run"]).eval(), load_manifest(found["data"])
-    for what in ("image", "text"):
-        store = Store(found[what])
-        facts = (manifest.uri, manifest.fingerprint, found["run"], fingerprint(model), model.config.width)
-        _claim(store, Embedding(what, *facts, manifest.num_rows, len(manifest.shards)))
-        reader = Reader(((manifest.uri, manifest.schema),), encoder_of(model, what))
-        with ThreadPoolExecutor(1) as pool:
-            for item in _items(manifest):
-                write_shard(model, what, reader, pool, store, **item)
-    return found
+    return make_place(scenes, tmp_path_factory.mktemp("search"))
 
 
 def vectors(index: Index) -> tuple[np.ndarray, list[str]]:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 FAISS = "faiss.index"
 _LISTS_FROM = 50_000  # rows: below, faiss compares all
+_CHUNKS = 32  # of records that stay in memory
 _PROBES = 32  # lists that faiss looks into
 _IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 
@@ -57,6 +58,8 @@ class Index:
             )
         self.embedding = found
         self._manifest: Manifest | None = None
+        self._kept: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._chunks: dict[int, list[Record]] = {}
         self._faiss = None
 
     def search(self, queries: np.ndarray, top: int) -> list[list[Found]]:
@@ -99,17 +102,41 @@ class Index:
         self.store.write(FAISS, faiss.serialize_index(built).tobytes())
         return self.store.address(FAISS)
 
+    def keep(self) -> None:
+        """From now on all vectors stay in memory, for many queries."""
+        self._kept = {shard: self._vectors(shard) for shard in range(self.embedding.shards)}
+
     def record(self, found: Found) -> Record:
         """The stored record."""
+        record = self.record_at(found.chunk, found.row)
+        assert record is not None, found
+        return record
+
+    def record_at(self, chunk: int, row: int) -> Record | None:
+        """The record in this row of a chunk of the data set, None if there is none."""
         if self._manifest is None:
             self._manifest = load_manifest(self.embedding.data)
         manifest = self._manifest
         if manifest.fingerprint != self.embedding.data_fingerprint:
             raise UserError(f"{manifest.uri} has changed since its vectors were made; embed it again")
-        return read_chunk(Store(manifest.uri), manifest.chunk(found.chunk), manifest.schema)[found.row]
+        if not (0 <= chunk < manifest.num_chunks and 0 <= row < manifest.chunk_rows[chunk]):
+            return None
+        return self._chunk(chunk)[row]
+
+    def _chunk(self, chunk: int) -> list[Record]:
+        """The records of a chunk; the last few chunks are kept."""
+        if chunk not in self._chunks:
+            manifest = self._manifest
+            assert manifest is not None
+            if len(self._chunks) >= _CHUNKS:
+                del self._chunks[next(iter(self._chunks))]
+            self._chunks[chunk] = read_chunk(Store(manifest.uri), manifest.chunk(chunk), manifest.schema)
+        return self._chunks[chunk]
 
     def _vectors(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
         """(float32 [n,D], rows of the file int64 [n]) of the records of a shard that have a vector."""
+        if shard in self._kept:
+            return self._kept[shard]
         column = self._read(shard, ["vector"]).column("vector").combine_chunks()
         there = np.flatnonzero(column.is_valid().to_numpy(zero_copy_only=False))
         flat = column.flatten().to_numpy()  # without those that are null
