@@ -76,7 +76,7 @@ def test_a_token(place):
     assert headers["Set-Cookie"].startswith(f"{COOKIE}=secret; HttpOnly")
     assert answer(page, "/search", q="a", token="secret")[0] == 200  # as a cookie or bearer
     assert page.answer("GET", "/", {"token": "wrong"}, b"", "secret")[0] == 401
-    with pytest.raises(UserError, match="lets other machines in: give a --token too"):
+    with pytest.raises(UserError, match="lets other machines in: set VLMO_SEARCH_TOKEN"):
         serve(place["image"], host="0.0.0.0")
 
 

@@ -111,14 +111,14 @@ def serve(
 
     Raises UserError for an index that cannot be searched, a missing extra, and an open page without a token.
     """
+    if host not in ("127.0.0.1", "localhost") and not token:
+        raise UserError(f"--host {host} lets other machines in: set VLMO_SEARCH_TOKEN to a secret first")
     try:
         from ray import serve as ray_serve
         from starlette.requests import Request
         from starlette.responses import Response
     except ImportError as error:
         raise UserError(f"Ray Serve is not installed ({error}): pip install 'vlmo-ray[serve]'") from error
-    if host not in ("127.0.0.1", "localhost") and not token:
-        raise UserError(f"--host {host} lets other machines in: give a --token too")
     Search(index, model, token, fast)  # here its errors are sentences
 
     @ray_serve.deployment(ray_actor_options={"num_cpus": 0}, max_ongoing_requests=8)
