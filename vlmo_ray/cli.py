@@ -354,17 +354,25 @@ def import_(official: Positional[str], out: Positional[str]) -> None:
     print(import_official(official, out))
 
 
-def export(run: Positional[str], out: Positional[str]) -> None:
-    """Write the weights of a run or an imported folder as an official checkpoint.
+def export(run: Positional[str], out: Positional[str], format: Literal["official", "hub", "timm"] = "official") -> None:
+    """Write the weights of a run or an imported folder for other programs.
 
     Args:
         run: a run or an imported folder.
-        out: the .pt file to write; may be on `s3://`.
+        out: the .pt file to write, for hub and timm the folder; may be on `s3://`.
+        format: official: the released program's file. hub: a folder with weights, tokenizer and a model card made from
+            the run, for huggingface_hub. timm: the image path as timm's BEiT.
     """
-    from vlmo_ray.runs.load import export as write_official
+    if format == "official":
+        from vlmo_ray.runs.load import export as write_official
 
-    write_official(run, out)
-    print(f"wrote {out}")
+        write_official(run, out)
+        print(f"wrote {out}")
+        return
+    from vlmo_ray.report.hub import export_hub, export_timm
+
+    files = (export_hub if format == "hub" else export_timm)(run, out)
+    print(f"wrote {', '.join(files)} into {out}")
 
 
 def audit(run: Positional[str], data: str, json_output: bool = False) -> None:

@@ -101,6 +101,17 @@ def sentences(facts: Facts) -> str:
     return "\n".join(f"{f.level}: {f.sentence} {f.remedy}" for f in findings(facts))
 
 
+def test_where_the_data_are_is_what_the_start_said(run):
+    facts = read_facts(run.uri)
+    assert facts.address_of("data") == ""
+    facts.events = [
+        {"event": "start", "data": "old", "eval_data": ""},
+        {"event": "start", "data": "new", "eval_data": ""},
+        {"event": "evaluation", "data": "other"},
+    ]
+    assert facts.address_of("data") == "new" and facts.address_of("eval_data") == ""
+
+
 def test_states(run):
     tell(run, ("start", "it starts"))
     facts = read_facts(run.uri)

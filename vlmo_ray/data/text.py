@@ -65,6 +65,10 @@ class Tokenizer:
         word[1:end] = np.array(encoding.word_ids[: len(pieces)], np.int16)  # no None: there are no special tokens
         return ids, np.arange(self.max_len) <= end, word
 
+    def words_alone(self) -> RustTokenizer:
+        """A tokenizer of the words alone, without [CLS] and [SEP], for other programs."""
+        return RustTokenizer.from_str(self._words.to_str())
+
     def words(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Of each word: the number of tokens up to its end, and where in `text` it begins and ends.
 

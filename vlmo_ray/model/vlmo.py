@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import ModelHubMixin
 from torch import Tensor, nn
 
 from vlmo_ray import rng
 from vlmo_ray.config import ModelConfig, check_model
+from vlmo_ray.model import hub
 from vlmo_ray.model.embeddings import ImageEmbedding, RelativePositionBias, TextEmbedding
 from vlmo_ray.model.experts import MoMELayer, Route
 from vlmo_ray.model.heads import ClassifierHead, ContrastHead, MaskedWordHead, Pooler
@@ -32,8 +35,17 @@ class Encoding:
     image_vl: Tensor | None = None
 
 
-class VLMo(nn.Module):
-    """The Mixture-of-Modality-Experts transformer with the heads that `config.heads` names; the others are None."""
+class VLMo(
+    nn.Module,
+    ModelHubMixin,
+    library_name="vlmo-ray",
+    tags=["vision-language"],
+    paper_url="https://arxiv.org/abs/2111.02358",
+):
+    """The Mixture-of-Modality-Experts transformer with the heads that `config.heads` names; the others are None.
+
+    `save_pretrained(folder)`, `push_to_hub(id)` and `VLMo.from_pretrained(folder or id)` are those of huggingface_hub.
+    """
 
     drop_path_rates: Tensor  # [L]
 
@@ -62,6 +74,19 @@ class VLMo(nn.Module):
         self.mlm = MaskedWordHead(width, config.vocab_size) if "mlm" in heads else None
         self.vqa = ClassifierHead(width, 2 * width, config.num_answers) if "vqa" in heads else None
         self.nlvr2 = ClassifierHead(2 * width, 2 * width, 2) if "nlvr2" in heads else None
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        hub.write(save_directory, self.config, self.state_dict())
+
+    @classmethod
+    def _from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
+        cls, *, model_id: str, config: dict | None = None, **download
+    ) -> VLMo:
+        """In float32, on the CPU. `config` is what the mixin has read already."""
+        found, state = hub.read(model_id, **download)
+        model = cls(found)
+        model.load_state_dict(state)
+        return model
 
     @property
     def dtype(self) -> torch.dtype:

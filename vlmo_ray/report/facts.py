@@ -110,7 +110,8 @@ class Facts:
 
     def address_of(self, what: Literal["data", "eval_data"]) -> str:
         """Where the run has said that its data are; "" if it has not."""
-        return next((event[what] for event in reversed(self.events) if event.get(what)), "")
+        starts = [event for event in self.events if event["event"] == "start"]
+        return next((event[what] for event in reversed(starts) if event.get(what)), "")
 
 
 def read_facts(uri: str, points: int = POINTS, brief: bool = False) -> Facts:
