@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 LONG := ray or slow
 FAST := $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not ($(LONG) or full or compile or gpu)'
 
-.PHONY: demo test test-fast test-all gpu soak lint format clean
+.PHONY: demo test test-fast test-all gpu soak docs lint format clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "vlmo-ray needs Python >= 3.11; set PYTHON=python3.11 (or later)")'
@@ -37,6 +37,10 @@ gpu: $(VENV)/.installed
 soak: $(VENV)/.installed
 	$(BIN)/python tests/soak.py
 
+# the documentation as a site in site/; every broken link or name is an error
+docs: $(VENV)/.installed
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs site
+
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -47,4 +51,4 @@ format: $(VENV)/.installed
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) demo-out runs
+	rm -rf $(VENV) demo-out runs site

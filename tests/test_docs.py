@@ -19,7 +19,13 @@ from vlmo_ray.recipes import recipe
 from vlmo_ray.tasks import kinds
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *ROOT.glob("CONTRIBUTING.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("docs/tasks/*.md")]
+PAGES = [
+    ROOT / "README.md",
+    *ROOT.glob("CONTRIBUTING.md"),
+    *ROOT.glob("docs/*.md"),
+    *ROOT.glob("docs/tasks/*.md"),
+    *ROOT.glob("docs/failures/*.md"),
+]
 COMMANDS = [
     name for name, value in vars(cli).items()
     if inspect.isfunction(value) and value.__module__ == cli.__name__ and name != "main"

