@@ -14,7 +14,7 @@ from vlmo_ray.data.reader import Reader
 from vlmo_ray.data.store import Store
 from vlmo_ray.runs.load import load
 from vlmo_ray.search.embed import Embedding, _claim, _items, write_shard
-from vlmo_ray.search.vectors import encoder_of, fingerprint
+from vlmo_ray.search.vectors import What, encoder_of, fingerprint
 from vlmo_ray.train.loop import train
 
 
@@ -26,13 +26,17 @@ def make_place(scenes: str, folder: Path) -> dict[str, str]:
     rows[5]["image"] = b"no image"
     rows[9]["image"], rows[9]["text"] = rows[30]["image"], "<i>"
     write_dataset(found["data"], rows, rows_per_group=7, groups_per_shard=3)
-    model, manifest = load(found["run"]).eval(), load_manifest(found["data"])
     for what in ("image", "text"):
-        store = Store(found[what])
-        facts = (manifest.uri, manifest.fingerprint, found["run"], fingerprint(model), model.config.width)
-        _claim(store, Embedding(what, *facts, manifest.num_rows, len(manifest.shards)))
-        reader = Reader(((manifest.uri, manifest.schema),), encoder_of(model, what))
-        with ThreadPoolExecutor(1) as pool:
-            for item in _items(manifest):
-                write_shard(model, what, reader, pool, store, **item)
+        embed_here(found["run"], found["data"], found[what], what)
     return found
+
+
+def embed_here(run: str, data: str, out: str, what: What) -> None:
+    """As `vlmo embed`, in this process."""
+    model, manifest, store = load(run).eval(), load_manifest(data), Store(out)
+    facts = (manifest.uri, manifest.fingerprint, run, fingerprint(model), model.config.width)
+    _claim(store, Embedding(what, *facts, manifest.num_rows, len(manifest.shards)))
+    reader = Reader(((manifest.uri, manifest.schema),), encoder_of(model, what))
+    with ThreadPoolExecutor(1) as pool:
+        for item in _items(manifest):
+            write_shard(model, what, reader, pool, store, **item)

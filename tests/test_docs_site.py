@@ -4,6 +4,8 @@ import importlib.util
 import inspect
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -47,3 +49,17 @@ def test_the_site_builds_without_a_warning(tmp_path):
     pages = {str(path.relative_to(tmp_path / "site")) for path in (tmp_path / "site").rglob("*.html")}
     assert {"index.html", "own_data.html", "commands/train.html", "failures/storage_503.html", "api.html"} <= pages
     assert "position_bias" in (tmp_path / "site" / "api.html").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.full
+def test_the_pictures_are_made_again(tmp_path):
+    """Of a short run, and elsewhere; without Chromium only the console."""
+    command = [sys.executable, str(ROOT / "docs" / "pictures.py"), "--steps", "12", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    made = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
+    assert "finished" in (tmp_path / "console.svg").read_text()
+    if shutil.which("chromium"):
+        kept = {path.name for path in (ROOT / "docs" / "pictures").iterdir()}
+        assert set(made) == kept and min(made.values()) > 5000, made

@@ -9,6 +9,7 @@ import pytest
 from vlmo_ray import doctor
 from vlmo_ray.data.store import Store
 from vlmo_ray.doctor import examine, lines, machine
+from vlmo_ray.errors import UserError
 from vlmo_ray.report.health import Finding
 
 Usage = collections.namedtuple("Usage", "total used free")
@@ -57,7 +58,7 @@ def test_gpus(monkeypatch):
     monkeypatch.setattr(dist, "is_nccl_available", lambda: False)
     monkeypatch.setattr(doctor.os, "cpu_count", lambda: 16)
     found = said(machine())
-    assert "good: 8 GPUs: NVIDIA H100" in found and "bad: torch has no NCCL" in found
+    assert "good: GPUs: 8, NVIDIA H100" in found and "bad: torch has no NCCL" in found
     assert "warning: 16 CPUs decode images for 8 GPUs." in found
 
 
@@ -87,8 +88,21 @@ def test_data_and_storage(scenes, s3_server, monkeypatch):
     assert "bad: " in said(examine(data="s3://vlmo/no-data"))
     monkeypatch.setattr(Store, "replace", lambda *given, **named: True)
     assert "warning: s3://vlmo/doctor does not support conditional writes" in said(examine(storage="s3://vlmo/doctor"))
-    monkeypatch.setattr(Store, "delete", lambda self, name: None)
-    assert "bad: s3://vlmo/doctor does not delete" in said(examine(storage="s3://vlmo/doctor"))
+
+    def denied(self, name: str, *more) -> None:
+        raise UserError(f"{self.address(name)}: access denied")
+
+    monkeypatch.setattr(Store, "delete", denied)
+    found = said(examine(storage="s3://vlmo/doctor"))
+    assert "good: s3://vlmo/doctor can be written" in found and "cannot be deleted again: old checkpoints" in found
+    monkeypatch.setattr(Store, "write", denied)
+    found = said(examine(storage="s3://vlmo/doctor"))
+    assert found.count("bad: ") == 1 and "access denied" in found
+
+
+def test_a_folder_that_was_not_there_is_not_left(tmp_path):
+    assert "can be written" in said(examine(storage=str(tmp_path / "new")))
+    assert not (tmp_path / "new").exists()
 
 
 def test_lines_fit_and_the_worst_are_last():
@@ -110,4 +124,4 @@ def test_the_exit_code(vlmo, tmp_path):
 def test_every_node_of_a_cluster(ray_cluster, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "auto")
     found = said(doctor._nodes())
-    assert "The cluster has 1 nodes." in found and ": /dev/shm has" in found
+    assert "Nodes of the cluster: 1." in found and ": /dev/shm has" in found

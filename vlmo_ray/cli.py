@@ -447,8 +447,8 @@ def embed(
 
     with ray_session():
         done = run(model, data, out, what, num_workers=workers or None, device=device)
-    bad = f", {done.unreadable:,} of them without a vector (column problem)" if done.unreadable else ""
-    print(f"{out}: {done.rows:,} rows{bad}; {done.shards:,} shards in {done.seconds:.0f} s")
+    bad = f", {done.unreadable:,} of their rows without a vector (column problem)" if done.unreadable else ""
+    print(f"{out}: {done.rows:,} rows; now {done.shards:,} shards in {done.seconds:.0f} s{bad}")
 
 
 def search(
@@ -485,6 +485,7 @@ def search(
 
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from vlmo_ray.data.store import store_and_name
     from vlmo_ray.search.index import Index, Queries
@@ -513,7 +514,7 @@ def search(
         return
     out = Table("score", "id", "address")
     for result in results:
-        out.add_row(f"{result.score:.3f}", result.id, result.address)
+        out.add_row(f"{result.score:.3f}", Text(result.id), Text(result.address))
     Console().print(out)
 
 
@@ -521,15 +522,18 @@ def _serve(index: str, model: str, fast: bool, host: str, port: int) -> None:
     import os
     import threading
 
-    from vlmo_ray.search.serve import serve
+    from vlmo_ray.search.serve import end, serve
     from vlmo_ray.session import ray_session
 
     with ray_session():
         address = serve(
             index, model=model, token=os.environ.get("VLMO_SEARCH_TOKEN", ""), fast=fast, host=host, port=port
         )
-        print(f"search at {address}; Ctrl-C ends it", flush=True)
-        threading.Event().wait()
+        try:
+            print(f"search at {address}; Ctrl-C ends it", flush=True)
+            threading.Event().wait()
+        finally:
+            end()
 
 
 def runs(storage: Positional[str], json_output: bool = False) -> None:
@@ -543,7 +547,9 @@ def runs(storage: Positional[str], json_output: bool = False) -> None:
 
     from vlmo_ray.report import overview
 
-    found = overview.read_runs(storage)
+    found, problems = overview.read_runs(storage)
+    for problem in problems:
+        print(f"left out: {problem}", file=sys.stderr)
     if not found:
         raise UserError(f"{storage} holds no run; give what `vlmo train --storage` was given")
     if json_output:

@@ -94,7 +94,7 @@ def _nodes() -> list[Finding]:
         asked = {
             host: look.options(scheduling_strategy=Affinity(node, soft=False)).remote() for node, host in nodes.items()
         }
-        found.append(Finding("good", f"The cluster has {len(nodes)} nodes."))
+        found.append(Finding("good", f"Nodes of the cluster: {len(nodes)}."))
         hosts: dict[Finding, list[str]] = defaultdict(list)
         for host, reference in asked.items():
             for finding in ray.get(reference):
@@ -124,7 +124,7 @@ def _gpus() -> list[Finding]:
         return [Finding("warning", "There is no GPU.", "Recipes for CPUs: tiny, demo, small_photos, *_tiny.")]
     count = torch.cuda.device_count()
     names = ", ".join(sorted({torch.cuda.get_device_name(i) for i in range(count)}))
-    found = [Finding("good", f"{count} GPUs: {names}; {version}.")]
+    found = [Finding("good", f"GPUs: {count}, {names}; {version}.")]
     if count > 1 and not (dist.is_available() and dist.is_nccl_available()):
         found.append(
             Finding("bad", "torch has no NCCL, so several GPUs cannot work together.", "Install a CUDA build.")
@@ -179,9 +179,10 @@ def _data(uri: str) -> list[Finding]:
 
 def _storage(uri: str) -> list[Finding]:
     """Writes, reads, lists, replaces and deletes an object."""
+    there = Store(uri).is_s3 or os.path.isdir(Store(uri).uri)
     store, name, content = open_store(uri, create=True), f"vlmo-doctor-{uuid.uuid4().hex}", os.urandom(_RATE_BYTES)
-    found = []
-    try:
+    found: list[Finding] = []
+    with _told(found):
         written = _RATE_BYTES / 1e6 / _seconds(lambda: store.write(name, content))
         read = _RATE_BYTES / 1e6 / _seconds(lambda: store.read(name))
         if store.read(name) != content or name not in store.list(name):
@@ -192,10 +193,16 @@ def _storage(uri: str) -> list[Finding]:
             remedy = "Never start one run from two places at the same moment."
             sentence = f"{uri} does not support conditional writes: a run is guarded by looking twice."
             found.append(Finding("warning", sentence, remedy))
-    finally:
+    try:
         store.delete(name)
-    if store.exists(name):
-        found.append(Finding("bad", f"{uri} does not delete: old checkpoints would stay.", "Allow s3:DeleteObject."))
+        left = store.exists(name)
+    except UserError:
+        left = not any(finding.level == "bad" for finding in found)  # else nothing was written
+    if left:
+        sentence = f"{store.address(name)} cannot be deleted again: old checkpoints would stay."
+        found.append(Finding("bad", sentence, "Allow s3:DeleteObject, and delete it by hand."))
+    if not there:
+        os.rmdir(store.uri)
     return found
 
 

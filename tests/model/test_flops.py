@@ -6,6 +6,9 @@ import pytest
 
 from vlmo_ray.config import MODEL_SIZES
 from vlmo_ray.model.flops import forward_flops, step_flops
+from vlmo_ray.overrides import override
+from vlmo_ray.recipes import recipe
+from vlmo_ray.train.memory import on_meta
 
 PARTS = ("itm_positive", "image", "text", "image_vl", "text_vl", "mlm_head")
 COUNTED = {
@@ -21,3 +24,13 @@ def test_flops_per_pair(name):
     parts = forward_flops(config, 40)
     counted = [parts[part] for part in PARTS] + [sum(parts.values()), step_flops(config, 40)]
     assert [flops / 1e9 for flops in counted] == pytest.approx(COUNTED[name], rel=2e-3, abs=6e-3)
+
+
+def test_left_out_patches_are_not_counted():
+    """With half of the patches, 0.58 of a step; with all of them named, the same as without a number."""
+    config = MODEL_SIZES["base"]
+    whole = step_flops(config, 40)
+    assert step_flops(config, 40, config.num_patches) == whole
+    assert step_flops(config, 40, config.num_patches // 2) / whole == pytest.approx(0.58, abs=0.01)
+    task = on_meta(override(recipe("pretrain_base"), ["task.patch_dropout=0.5"]))
+    assert task.flops_per_row() == step_flops(config, 40, config.num_patches // 2)

@@ -10,11 +10,13 @@ import pytest
 from small_run import SMALL
 
 from vlmo_ray.config import Phase
-from vlmo_ray.data.schema import PAIRS
+from vlmo_ray.data.schema import PAIRS, Field, Schema
 from vlmo_ray.data.store import Store
 from vlmo_ray.errors import UserError
+from vlmo_ray.overrides import override
+from vlmo_ray.recipes import recipe
 from vlmo_ray.report.facts import Facts, read_curves, read_facts
-from vlmo_ray.report.health import chances, duration, findings
+from vlmo_ray.report.health import duration, findings
 from vlmo_ray.runs.lease import Holder
 from vlmo_ray.runs.load import describe
 from vlmo_ray.runs.metrics import read_metrics
@@ -153,7 +155,7 @@ def test_what_is_remarkable(run):
 
 def test_a_term_at_chance_is_said(run):
     """What guessing costs is of the batch: 8 rows, then 12."""
-    assert [(end, round(chance["itc"], 6)) for end, chance in chances(read_facts(run.uri))] == [
+    assert [(end, round(chance["itc"], 6)) for end, chance in read_facts(run.uri).chances] == [
         (6, round(math.log(8), 6)), (10, round(math.log(12), 6)),
     ]  # fmt: skip
     config = dataclasses.replace(SMALL, phases=(Phase(40, 8),))
@@ -163,6 +165,40 @@ def test_a_term_at_chance_is_said(run):
     write_metrics(run, rows, 1)
     said = sentences(read_facts(run.uri))
     assert "warning: itc is 2.079, and guessing costs 2.079." in said and "itm is" not in said and "mlm is" not in said
+
+
+@pytest.mark.parametrize("kinds", [3, 7])
+def test_chance_is_that_of_the_data_s_own_classes(tmp_path, kinds):
+    """Also where guessing among more would look like learning."""
+    run = Store(str(tmp_path / "run"))
+    config = override(recipe("classification_tiny"), ["phases=[[40,64]]", "optim.warmup_steps=1"])
+    names = tuple(f"class {i}" for i in range(kinds))
+    describe(run, config, Schema((Field("image", "image"), Field("label", "label", names))))
+    rows = [row(step, np.random.default_rng(1), cross_entropy=math.log(kinds)) for step in range(1, 31)]
+    write_metrics(run, rows, 1)
+    facts = read_facts(run.uri)
+    assert facts.chances == [(40, {"cross_entropy": math.log(kinds)})]
+    assert f"cross_entropy is {math.log(kinds):.3f}, and guessing costs" in sentences(facts)
+    facts = read_facts(run.uri)
+    facts.schema = None  # as of a run of the first version
+    assert facts.chances == [(40, {})]
+
+
+def test_values_that_are_not_finite_are_left_out_of_the_recent_means(tmp_path):
+    random, run = np.random.default_rng(1), Store(str(tmp_path))
+    rows = [row(step, random) for step in range(1, 11)]
+    rows[4]["loss"], rows[5]["only"] = math.nan, math.inf
+    write_metrics(run, rows, 1)
+    recent = read_curves(run).recent
+    assert recent["loss"] == pytest.approx(np.mean([r["loss"] for i, r in enumerate(rows) if i != 4]))
+    assert "only" not in recent
+
+
+def test_masked_rows_may_be_stored_before_the_metrics(tmp_path):
+    run = Store(str(tmp_path / "run"))
+    describe(run, SMALL, PAIRS)
+    run.write("masked/one/00000001-0.jsonl", json.dumps({"step": 1, "problem": "a: b"}).encode())
+    assert "1 rows could not be read" in sentences(read_facts(run.uri))
 
 
 def test_mistakes(tmp_path):

@@ -20,7 +20,9 @@ def test_runs_of_a_storage(scenes, tmp_path, vlmo):
     describe(Store(str(tmp_path / "begun")), SMALL, PAIRS)
     spec = job(scenes, tmp_path / "done", SMALL, evaluate_every=10)
     assert train(dataclasses.replace(spec, eval_data=scenes)).step == 10
-    runs = read_runs(str(tmp_path))
+    Store(str(tmp_path / "another")).write("task.json", b"{}")
+    runs, problems = read_runs(str(tmp_path))
+    assert len(problems) == 1 and "another/task.json is not of a run" in problems[0]
     assert [(facts.name, facts.state, facts.curves.last) for facts in runs] == [
         ("begun", "silent", 0),
         ("done", "finished", 10),

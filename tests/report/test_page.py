@@ -83,6 +83,13 @@ def run(data, tmp_path_factory) -> str:
 
 
 def test_of_a_run_with_faults(run, data, tmp_path):
+    told = {
+        "who": "driver",
+        "time": "2026-01-02T03:04:05.000+00:00",
+        "event": "retry",
+        "message": "<b>bold</b></script>",
+    }
+    Path(run, "events", "1-driver.jsonl").write_text(json.dumps(told) + "\n")
     where = report([run], str(tmp_path / "page.html"), data, rows=20)
     page = Page(Path(where))
     text = " ".join(page.text.split())
@@ -92,7 +99,7 @@ def test_of_a_run_with_faults(run, data, tmp_path):
     assert {link[1:] for link in page.links} <= page.ids  # and nothing leads out of the page
     assert all(source.startswith("data:image/jpeg;base64,") for source in page.sources) and len(page.sources) > 20
     assert not re.search(r"<(script|link|img)[^>]*(src|href)=[\"']https?:", page.source)
-    assert "&lt; b &gt;" in page.source or "< b >" in page.text
+    assert "&lt;b&gt;bold&lt;/b&gt;" in page.source and "<b>bold" not in page.source
     assert "text_retrieval_r@1, step 10" in text
     assert "Other than the recipe" not in text  # there is no recipe "small"
     plotted = re.findall(r'"text":"([\w@]+)(?:: [^"]*)?"', page.source)
@@ -108,7 +115,7 @@ def test_of_several_runs(run, data, tmp_path):
     page = Page(Path(report([run, str(tmp_path / "again")], str(tmp_path / "page.html"), pictures=False)))
     text = " ".join(page.text.split())
     assert "Settings that differ" in text and "seed 1 5" in text and "audit true false" in text
-    assert "There are none: left out." in text
+    assert "There are none: they were left out (--no-pictures)." in text
     with pytest.raises(UserError, match="is named twice"):
         report([run, run], str(tmp_path / "page.html"))
 
@@ -127,6 +134,32 @@ def test_of_a_run_that_has_just_begun(tmp_path):
     assert "Nobody trains the run: it is at step 0 of 10" in text
     with pytest.raises(UserError, match="name a run: vlmo report RUN"):
         report([])
+
+
+def test_data_that_are_gone_leave_out_the_pictures_alone(run, data, tmp_path):
+    start = {"who": "driver", "time": "2026-01-02T03:04:04.000+00:00", "event": "start", "message": ""}
+    start |= {"data": data, "eval_data": str(tmp_path / "gone")}
+    file = Path(run, "events", "0-driver.jsonl")
+    file.write_text(json.dumps(start) + "\n")
+    text = " ".join(Page(Path(report([run], str(tmp_path / "page.html")))).text.split())
+    assert "There are none: " in text and "gone" in text and "name other data by --data" in text
+    assert "10 committed steps: every pair was consumed once an epoch" in text  # the audit knows the data
+    with pytest.raises(UserError, match="gone"):
+        report([run], str(tmp_path / "page.html"), str(tmp_path / "gone"))
+    with pytest.raises(UserError, match="--rows 0 must be at least 1"):
+        report([run], str(tmp_path / "page.html"), data, rows=0)
+    file.unlink()
+
+
+def test_metrics_without_a_finite_value_are_not_called_zero(tmp_path):
+    run = Store(str(tmp_path / "run"))
+    describe(run, SMALL, PAIRS)
+    rows = [
+        {"step": s, "samples": 8.0 * s, "workers": 1, "loss": float("nan"), "skipped": 1.0, "lr": 0} for s in (1, 2)
+    ]
+    run.write("metrics/1.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
+    page = Page(Path(report([run.uri], pictures=False)))
+    assert "0 in every step: lr." in " ".join(page.text.split()) and "NaN" not in page.text
 
 
 @pytest.fixture(params=[20_000, pytest.param(1_000_000, marks=pytest.mark.full)])

@@ -53,7 +53,7 @@ def test_exact_search_against_one_product(place, top):
 def test_faiss_finds_the_same_among_few(place, tmp_path):
     index = Index(place["image"])
     matrix, _ = vectors(index)
-    with pytest.raises(UserError, match=r"has no faiss.index; vlmo search INDEX --build-faiss makes it"):
+    with pytest.raises(UserError, match=r"has no faiss.index; vlmo search INDEX QUERY --build-faiss makes it"):
         index.search_fast(matrix[:2], 5)
     assert index.build_fast().endswith("faiss.index")
     some = matrix[[1, 20, 40]]

@@ -58,6 +58,8 @@ def test_what_is_refused(page):
         ("/search", b"", "GET", {"q": "a", "top": "0"}, 400, "top=0 must be from 1 to 200"),
         ("/search", b"", "GET", {"q": "a", "top": "-1"}, 400, "top=-1"),
         ("/image", b"", "GET", {"chunk": "../../etc/passwd", "row": "1"}, 400, "named by its chunk and its row"),
+        ("/image", b"", "GET", {"chunk": "9" * 5000, "row": "1"}, 400, "named by its chunk and its row"),
+        ("/search", b"", "GET", {"q": "a", "top": "9" * 5000}, 400, "must be from 1 to 200"),
         ("/image", b"", "GET", {"chunk": "0", "row": "99"}, 404, "no such image"),
         ("/image", b"", "GET", {"chunk": "99", "row": "0"}, 404, "no such image"),
         ("/other", b"", "GET", {}, 404, "there is no GET /other"),
@@ -73,8 +75,9 @@ def test_a_token(place):
         assert answer(page, path, q="a")[0] == answer(page, path, q="a", token="wrong")[0] == 401
     status, _, _, headers = page.answer("GET", "/", {"token": "secret"}, b"")
     assert status == 200
-    assert headers["Set-Cookie"].startswith(f"{COOKIE}=secret; HttpOnly")
-    assert answer(page, "/search", q="a", token="secret")[0] == 200  # as a cookie or bearer
+    assert headers["Set-Cookie"].startswith(f"{COOKIE}={page.cookie}; HttpOnly") and "secret" not in page.cookie
+    for token in ("secret", page.cookie):  # as a bearer, as a cookie
+        assert answer(page, "/search", q="a", token=token)[0] == 200
     assert page.answer("GET", "/", {"token": "wrong"}, b"", "secret")[0] == 401
     with pytest.raises(UserError, match="lets other machines in: set VLMO_SEARCH_TOKEN"):
         serve(place["image"], host="0.0.0.0")

@@ -118,7 +118,9 @@ def test_of_a_run(run, tmp_path, vlmo):
     assert done.returncode == 0 and "model.safetensors" in done.stdout and done.stdout.endswith(f"into {out}\n")
     assert equal(VLMo.from_pretrained(out), vlmo_ray.load(run)) and equal(vlmo_ray.load(out), vlmo_ray.load(run))
     card = Path(out, "README.md").read_text()
-    assert "Recipe `small`, 10 of 10 steps, 108 rows seen" not in card and "10 of 10 steps" in card
+    assert "Recipe `small`, 10 of 10 steps, 96 rows seen, seed 4." in card
+    vlmo("export", f"{run}/model", str(tmp_path / "model"), "--format", "hub")
+    assert "10 of 10 steps, 96 rows seen" in (tmp_path / "model" / "README.md").read_text()
     assert re.search(r"\| .*, step 10 \| text_retrieval_r@1 \| [\d.]+% \| 1.7% \| 60 \|", card)
     assert "## Limits" in card and "library_name: vlmo-ray" in card and "zero-shot-image-classification" in card
     assert vlmo("export", out, str(tmp_path / "again"), "--format", "hub").returncode == 0

@@ -4,6 +4,7 @@ a step."""
 from __future__ import annotations
 
 import datetime
+import functools
 import itertools
 import math
 import time
@@ -14,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from vlmo_ray.config import Config
+from vlmo_ray.data.schema import Schema
 from vlmo_ray.data.store import Store, open_store
 from vlmo_ray.errors import UserError
 from vlmo_ray.runs import lease
@@ -24,6 +26,7 @@ from vlmo_ray.runs.follow import Following
 from vlmo_ray.runs.load import described
 from vlmo_ray.runs.masked import masked_rows
 from vlmo_ray.runs.metrics import newest_first
+from vlmo_ray.train.memory import on_meta
 
 POINTS = 1500  # of a curve
 _RECENT = 100  # steps that the present speed is the mean of
@@ -73,6 +76,7 @@ class Facts:
     name: str
     uri: str
     config: Config
+    schema: Schema | None  # of its data; None: not known
     curves: Curves
     events: list[dict[str, Any]]  # in the order of time; "at": seconds since 1970
     evaluations: list[tuple[int, Result]]
@@ -97,6 +101,19 @@ class Facts:
             return "stopped"
         return "failed" if told and told[-1] == "failed" else "silent"
 
+    @functools.cached_property
+    def chances(self) -> list[tuple[int, dict[str, float]]]:
+        """(last step, what guessing costs by term) of each phase; none where the task cannot be built here."""
+        labels = {"label", "answers"}
+        try:
+            task = on_meta(self.config, self.schema)
+        except UserError:  # a tokenizer that this machine has not
+            return []
+        known = self.schema is not None or not labels & set(task.encoder().fields)
+        ends = itertools.accumulate(phase.steps for phase in self.config.phases)
+        each = (task.chance(phase.global_batch) if known else {} for phase in self.config.phases)
+        return list(zip(ends, each, strict=True))
+
     @property
     def heard_at(self) -> float | None:
         """When the run last told anything."""
@@ -118,15 +135,16 @@ def read_facts(uri: str, points: int = POINTS, brief: bool = False) -> Facts:
     """Reads the run at `uri`, a folder or `s3://bucket/prefix`; `brief`: of its curves only the newest segment, and
     not what was masked. Raises UserError if there is none."""
     run = open_store(uri)
-    config = described(run)
-    if config is None:
+    found = described(run)
+    if found is None:
         raise UserError(f"{run.uri} holds no run: it has no task.json. Name a run, STORAGE/NAME, that has begun")
     name = run.uri.rstrip("/").rpartition("/")[2]
     now = time.time()
     return Facts(
         name=name,
         uri=run.uri,
-        config=config,
+        config=found[0],
+        schema=found[1],
         curves=read_curves(run, points, brief),
         events=_timed(Following(run, EVENTS).new()),
         evaluations=read_evaluations(run),
@@ -187,8 +205,15 @@ def read_curves(run: Store, points: int = POINTS, brief: bool = False) -> Curves
     found.samples = np.maximum.accumulate(found.samples)
     found.repeated = _spans(sorted({step for step in repeated if step <= last}))
     found.workers = changes
-    found.recent = {name: float(np.mean([row[name] for row in recent if name in row])) for name in (recent or [{}])[-1]}
+    found.recent = _means(recent)
     return found
+
+
+def _means(rows: list[dict[str, float]]) -> dict[str, float]:
+    """Of each metric over the rows where it is finite; metrics that nowhere are, are left out."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    values = {name: [row[name] for row in rows if math.isfinite(row.get(name, math.nan))] for name in names}
+    return {name: float(np.mean(some)) for name, some in values.items() if some}
 
 
 def _changes(numbers: list[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -9,7 +9,6 @@ from typing import Literal
 import numpy as np
 
 from vlmo_ray.report.facts import Facts
-from vlmo_ray.train.memory import on_meta
 
 Level = Literal["good", "warning", "bad"]
 
@@ -26,15 +25,6 @@ class Finding:
     level: Level
     sentence: str
     remedy: str = ""
-
-
-def chances(facts: Facts) -> list[tuple[int, dict[str, float]]]:
-    """(last step, what guessing costs by term) of each phase of the run."""
-    task, end, found = on_meta(facts.config), 0, []
-    for phase in facts.config.phases:
-        end += phase.steps
-        found.append((end, task.chance(phase.global_batch)))
-    return found
 
 
 def findings(facts: Facts) -> list[Finding]:
@@ -92,7 +82,7 @@ def _learning(facts: Facts) -> list[Finding]:
     curves, found = facts.curves, []
     if curves.last < facts.total_steps / 10 or len(curves.steps) < 10:
         return []  # too early to say
-    end = next((chance for last, chance in chances(facts) if curves.last <= last), {})
+    end = next((chance for last, chance in facts.chances if curves.last <= last), {})
     tail = slice(-max(1, len(curves.steps) // 20), None)
     for name, chance in end.items():
         values = curves.mean.get(name)
@@ -134,8 +124,8 @@ def _speed(facts: Facts) -> list[Finding]:
 
 
 def _rows(facts: Facts) -> list[Finding]:
-    found, rows = [], facts.curves.samples_at(facts.curves.last)
-    masked = sum(reason.count for reason in facts.masked.values())
+    found, masked = [], sum(reason.count for reason in facts.masked.values())
+    rows = max(facts.curves.samples_at(facts.curves.last), masked)  # what was masked may be stored before the metrics
     if masked:
         level: Level = "warning" if masked > _MASKED * rows else "good"
         remedy = "The table of masked records says which and why." if level == "warning" else ""

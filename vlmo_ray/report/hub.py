@@ -15,8 +15,9 @@ from vlmo_ray.model.vlmo import VLMo
 from vlmo_ray.overrides import differences
 from vlmo_ray.recipes import RECIPES, recipe
 from vlmo_ray.report.facts import Facts, read_facts
+from vlmo_ray.report.page import AUDITED_ROWS
 from vlmo_ray.runs.audit import audit
-from vlmo_ray.runs.load import load
+from vlmo_ray.runs.load import described, load
 from vlmo_ray.runs.scratch import scratch
 from vlmo_ray.weights.timm import export_timm as write_timm
 
@@ -25,15 +26,21 @@ def export_hub(path: str, out: str) -> list[str]:
     """Writes the model at `path` (a run, a checkpoint, a folder) as a folder with configuration, weights, tokenizer and
     card; returns the names of the files. A run also gives the card its data, figures and audit."""
     model = load(path)
-    try:
-        facts = read_facts(path)
-    except UserError:
-        facts = None  # weights without a run
+    facts = _facts(path)
     with scratch() as folder:
         (folder / "README.md").write_text(card(model, facts, Path(out).name))
         model.save_pretrained(folder)
         save_tokenizer(model.config.max_text_len, folder)
         return _upload(folder, out)
+
+
+def _facts(path: str) -> Facts | None:
+    """Of the run that the weights at `path` are of; None if they came without one."""
+    parent, _, name = path.rstrip("/").rpartition("/")
+    for place in [path, *[parent] * (name == "model" or name.startswith("checkpoint-"))]:
+        if place and (place.startswith("s3://") or Path(place).is_dir()) and described(Store(place)):
+            return read_facts(place)
+    return None
 
 
 def export_timm(path: str, out: str) -> list[str]:
@@ -72,7 +79,7 @@ def card(model: VLMo, facts: Facts | None, name: str) -> str:
         if facts.config.name in RECIPES:
             changed = [str(difference) for difference in differences(recipe(facts.config.name), facts.config)]
         data = facts.address_of("data")
-        if facts.config.audit and data:
+        if facts.config.audit and data and facts.curves.samples_at(facts.curves.last) <= AUDITED_ROWS:
             try:
                 verdict = audit(facts.uri, data).sentences()[-1]
             except UserError as error:

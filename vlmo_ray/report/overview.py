@@ -6,25 +6,37 @@ from collections.abc import Sequence
 
 from pyarrow import fs as pafs
 from rich.table import Table
+from rich.text import Text
 
 from vlmo_ray.data.store import Store, open_store
+from vlmo_ray.errors import UserError
 from vlmo_ray.report.facts import Facts, read_facts
 from vlmo_ray.report.health import duration
 from vlmo_ray.runs.evaluations import line
 from vlmo_ray.runs.load import described
 
 
-def read_runs(storage: str) -> list[Facts]:
-    """The runs in `storage`, in the order of their names; of each only what its newest steps tell."""
+def read_runs(storage: str) -> tuple[list[Facts], list[str]]:
+    """The runs in `storage`, in the order of their names, of each only what its newest steps tell; and why others could
+    not be read."""
     place = open_store(storage)
     entries = place.patiently("", lambda: place.fs.get_file_info(pafs.FileSelector(place.root, recursive=False)))
     names = sorted(entry.base_name for entry in entries if entry.type == pafs.FileType.Directory)
-    return [read_facts(place.address(name), brief=True) for name in names if described(Store(place.address(name)))]
+    found, problems = [], []
+    flag = place.uri.removeprefix(place.address(""))  # ?anonymous
+    for name in names:
+        uri = place.address(name) + flag
+        try:
+            if described(Store(uri)):
+                found.append(read_facts(uri, brief=True))
+        except UserError as error:
+            problems.append(str(error))
+    return found, problems
 
 
 def table(runs: Sequence[Facts]) -> Table:
     """State, step, time left, loss and newest evaluation; at most 80 columns wide."""
-    out = Table("run", "state", title=f"{len(runs)} runs", title_justify="left")
+    out = Table("run", "state", title=f"runs: {len(runs)}", title_justify="left")
     for head in ("step", "left", "loss"):
         out.add_column(head, justify="right", no_wrap=True)
     out.add_column("newest evaluation")
@@ -33,7 +45,7 @@ def table(runs: Sequence[Facts]) -> Table:
         loss = facts.curves.recent.get("loss")
         evaluated = line(facts.evaluations[-1][1], 1) if facts.evaluations else ""
         out.add_row(
-            facts.name,
+            Text(facts.name),
             {"failed": "[red]failed[/]", "silent": "[red]silent[/]", "running": "[green]running[/]"}.get(
                 facts.state, facts.state
             ),

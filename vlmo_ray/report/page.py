@@ -22,7 +22,7 @@ from vlmo_ray.report.health import duration, findings
 
 NAME = "report.html"  # in the folder of a run
 _EVENTS = 400  # in the table, the newest
-_MOST_ROWS = 2_000_000  # that are audited without being asked to
+AUDITED_ROWS = 2_000_000  # that are audited without being asked to
 
 
 def report(
@@ -42,20 +42,29 @@ def report(
     """
     if not runs:
         raise UserError("name a run: vlmo report RUN")
+    if rows < 1:
+        raise UserError(f"--rows {rows} must be at least 1")
     found = [read_facts(run, POINTS if len(runs) < 4 else POINTS // 3) for run in runs]
-    shown, why = None, "left out"
+    shown, why = None, ""
     for facts, name in zip(found, _names([facts.uri for facts in found]), strict=True):
         facts.name = name
     first = found[0]
-    data = data or (first.address_of("eval_data") if pictures else "")
-    if pictures and not data:
-        why = "they need data: vlmo report RUN --data PAIRS"
-    elif pictures and not first.checkpoints:
-        why = "the run has no checkpoint yet"
-    elif pictures and "itc" not in first.config.model.heads:
+    where = data or first.address_of("eval_data")
+    if not pictures:
+        why = "they were left out (--no-pictures)"
+    elif "itc" not in first.config.model.heads:
         why = "the model has no contrastive head"
-    elif pictures:
-        shown = Gallery.of(runs[0], data, rows)
+    elif not first.checkpoints:
+        why = "the run has no checkpoint yet"
+    elif not where:
+        why = "they need data: vlmo report RUN --data PAIRS"
+    else:
+        try:
+            shown = Gallery.of(runs[0], where, rows)
+        except UserError as error:
+            if data:
+                raise
+            why = f"{error}; name other data by --data"
     html = render(found, shown, why, _audited(first, audit))
     store, name = store_and_name(out) if out else (Store(first.uri), NAME)
     store.write(name, html.encode())
@@ -79,7 +88,7 @@ def _audited(facts: Facts, asked: bool) -> str:
     if not facts.config.audit:
         return "The run keeps no record of what it consumes (audit=false)."
     data = facts.address_of("data")
-    if not asked and facts.curves.samples_at(facts.curves.last) > _MOST_ROWS:
+    if not asked and facts.curves.samples_at(facts.curves.last) > AUDITED_ROWS:
         return "Not audited here, as that takes time: vlmo report RUN --audit, or vlmo audit RUN --data DATA."
     if not data:
         return "The run has not said where its data are: vlmo audit RUN --data DATA."

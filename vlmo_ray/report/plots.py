@@ -10,7 +10,7 @@ from bokeh.palettes import Category10_10
 from bokeh.plotting import figure
 
 from vlmo_ray.report.facts import Facts
-from vlmo_ray.report.health import chances
+from vlmo_ray.runs.evaluations import Result
 
 # What is shown together, in this order; a metric that is not named comes under the last heading.
 GROUPS: dict[str, tuple[str, ...]] = {
@@ -58,11 +58,11 @@ def colour(index: int) -> str:
 
 def always_zero(runs: Sequence[Facts]) -> list[str]:
     """The metrics that are 0 in every step of every run, which need no figure."""
-    named = dict.fromkeys(name for facts in runs for name in facts.curves.mean)
-    means = {name: [facts.curves.mean[name] for facts in runs if name in facts.curves.mean] for name in named}
-    return sorted(
-        name for name, found in means.items() if all(np.nanmax(np.abs(mean), initial=0) == 0 for mean in found)
-    )
+    found: dict[str, list[np.ndarray]] = {}
+    for facts in runs:
+        for name, mean in facts.curves.mean.items():
+            found.setdefault(name, []).append(mean[np.isfinite(mean)])
+    return sorted(name for name, means in found.items() if any(map(len, means)) and not any(m.any() for m in means))
 
 
 def curves(runs: Sequence[Facts]) -> dict[str, list[figure]]:
@@ -136,7 +136,7 @@ def _curve(
 def _mark(shown: figure, facts: Facts, name: str, index: int) -> None:
     """What guessing costs, steps that were done twice, and changes of the number of workers."""
     curves, begin = facts.curves, 0
-    for end, chance in chances(facts):
+    for end, chance in facts.chances:
         if name in chance and begin < curves.last:
             x = [curves.samples_at(begin), curves.samples_at(min(end, curves.last))]
             shown.line(x, [chance[name]] * 2, line_color=colour(index), line_dash="dashed", line_alpha=0.7)
@@ -150,7 +150,8 @@ def _mark(shown: figure, facts: Facts, name: str, index: int) -> None:
 
 
 def evaluations(runs: Sequence[Facts], most: int = 8) -> list[figure]:
-    """A figure for each of the first metrics that were measured at several steps, or of several runs."""
+    """A figure for each of the first metrics that were measured at several steps, or of several runs; a line for each
+    data set of a run."""
     rows = [(name, facts.name, step) for facts in runs for step, result in facts.evaluations for name in result.scores]
     names = [name for name in dict.fromkeys(row[0] for row in rows) if len({r for r in rows if r[0] == name}) > 1]
     found = []
@@ -159,10 +160,14 @@ def evaluations(runs: Sequence[Facts], most: int = 8) -> list[figure]:
         limits = {"y_range": Range1d(start=0, end=1)} if all(score.is_share for score in scores) else {}
         shown = _empty(name, x_axis_label="rows seen", x_range=DataRange1d(start=0), **limits)
         shown.xaxis.formatter.use_scientific = False  # pyright: ignore[reportAttributeAccessIssue]
-        for index, facts in enumerate(runs):
-            measured = [(step, result) for step, result in facts.evaluations if name in result.scores]
-            if not measured:
-                continue
+        lines: list[tuple[Facts, list[tuple[int, Result]]]] = []
+        for facts in runs:
+            own: dict[str, list[tuple[int, Result]]] = {}
+            for step, result in facts.evaluations:
+                if name in result.scores:
+                    own.setdefault(result.data, []).append((step, result))
+            lines += [(facts, measured) for measured in own.values()]
+        for index, (facts, measured) in enumerate(lines):
             scores = [result.scores[name] for _, result in measured]
             source = ColumnDataSource(
                 {

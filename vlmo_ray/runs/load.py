@@ -55,12 +55,19 @@ def describe(run: Store, config: Config, schema: Schema, folder: str = "") -> No
     run.write(f"{folder}{_TASK}", json.dumps(content, indent=1).encode())
 
 
-def described(run: Store) -> Config | None:
-    """The config of a run; None if the store holds none."""
-    if run.exists(_TASK):
-        return from_dict(json.loads(run.read(_TASK))["config"])
-    newest = Checkpoints(run).newest()  # runs of the first version have no more
-    return from_dict(newest.config) if newest else None
+def described(run: Store) -> tuple[Config, Schema | None] | None:
+    """The config of a run, and the schema of its data where it is known; None if the store holds no run. Raises
+    UserError if what it holds cannot be read."""
+    if run.exists("model.json"):
+        return None  # weights, beside which a run describes itself too
+    if not run.exists(_TASK):
+        newest = Checkpoints(run).newest()  # runs of the first version have no more
+        return (from_dict(newest.config), None) if newest else None
+    try:
+        content = json.loads(run.read(_TASK))
+        return from_dict(content["config"]), Schema.from_json(content["schema"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{run.address(_TASK)} is not of a run ({type(error).__name__}: {error})") from error
 
 
 def publish(run: Store, model: VLMo, weights: dict[str, Tensor], config: Config, schema: Schema) -> None:

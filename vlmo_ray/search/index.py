@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vlmo_ray.data.manifest import Manifest, load_manifest
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 FAISS = "faiss.index"
 _LISTS_FROM = 50_000  # rows: below, faiss compares all
+_NAMES = ["id", "address", "chunk", "row"]
 _CHUNKS = 32  # of records that stay in memory
 _PROBES = 32  # lists that faiss looks into
 _IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
@@ -59,6 +60,7 @@ class Index:
         self.embedding = found
         self._manifest: Manifest | None = None
         self._kept: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._named: dict[int, pa.Table] = {}
         self._chunks: dict[int, list[Record]] = {}
         self._faiss = None
 
@@ -78,13 +80,16 @@ class Index:
 
     def search_fast(self, queries: np.ndarray, top: int) -> list[list[Found]]:
         """As `search`, by faiss, which `build_fast` has prepared: some of the best may be missed."""
+        scores, places = self._load_faiss().search(np.ascontiguousarray(queries), top)
+        return self._found(scores, places)
+
+    def _load_faiss(self):
         if self._faiss is None:
             faiss = _faiss()
             if not self.store.exists(FAISS):
-                raise UserError(f"{self.store.uri} has no {FAISS}; vlmo search INDEX --build-faiss makes it")
+                raise UserError(f"{self.store.uri} has no {FAISS}; vlmo search INDEX QUERY --build-faiss makes it")
             self._faiss = faiss.deserialize_index(np.frombuffer(self.store.read(FAISS), np.uint8))
-        scores, places = self._faiss.search(np.ascontiguousarray(queries), top)
-        return self._found(scores, places)
+        return self._faiss
 
     def build_fast(self) -> str:
         """Writes the index of faiss beside the vectors: lists around sqrt(N) centres, or one list if they are few."""
@@ -102,9 +107,13 @@ class Index:
         self.store.write(FAISS, faiss.serialize_index(built).tobytes())
         return self.store.address(FAISS)
 
-    def keep(self) -> None:
-        """From now on all vectors stay in memory, for many queries."""
-        self._kept = {shard: self._vectors(shard) for shard in range(self.embedding.shards)}
+    def keep(self, fast: bool) -> None:
+        """From now on all that queries need stays in memory: vectors, or with `fast` the index of faiss, and names."""
+        if fast:
+            self._load_faiss()
+        else:
+            self._kept = {shard: self._vectors(shard) for shard in range(self.embedding.shards)}
+        self._named = {shard: self._read(shard, _NAMES) for shard in range(self.embedding.shards)}
 
     def record(self, found: Found) -> Record:
         """The stored record."""
@@ -153,20 +162,20 @@ class Index:
         return np.concatenate(parts)
 
     def _read(self, shard: int, columns: list[str]):
-        return pq.read_table(io.BytesIO(self.store.read(shard_file(shard))), columns=columns)
+        with self.store.open_input(shard_file(shard)) as file:  # of which only these columns are fetched
+            return pq.read_table(file, columns=columns)
 
     def _found(self, scores: np.ndarray, places: np.ndarray) -> list[list[Found]]:
         """The records at (shard << 32 | row of its file), of each query; -1 is none."""
         shards = np.unique(places[places >= 0] >> 32)
-        names = ("id", "address", "chunk", "row")
-        tables = {int(shard): self._read(int(shard), list(names)) for shard in shards}
+        tables = {int(shard): self._named.get(int(shard)) or self._read(int(shard), _NAMES) for shard in shards}
         found = []
         for own_scores, own_places in zip(scores, places, strict=True):
             some = []
             for score, place in zip(own_scores.tolist(), own_places.tolist(), strict=True):
                 if place >= 0:
                     table, row = tables[place >> 32], place & 0xFFFFFFFF
-                    some.append(Found(score, **{name: table.column(name)[row].as_py() for name in names}))
+                    some.append(Found(score, **{name: table.column(name)[row].as_py() for name in _NAMES}))
             found.append(some)
         return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 import importlib.resources
 import json
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from vlmo_ray.data.store import Store
 from vlmo_ray.errors import UserError
 from vlmo_ray.search.index import Found, Index, Queries
 from vlmo_ray.search.sheet import thumbnail
@@ -17,6 +19,7 @@ from vlmo_ray.search.sheet import thumbnail
 _LARGEST = 20 << 20  # bytes of a picture that is asked with
 _MOST = 200  # results
 COOKIE = "vlmo_token"
+_NAME = "vlmo-search"  # of the application
 
 
 class Search:
@@ -26,7 +29,8 @@ class Search:
         self.index = Index(index)
         self.queries = Queries(self.index, model)
         self.token, self.fast = token, fast
-        self.index.keep()
+        self.index.keep(fast)
+        self.cookie = hashlib.sha256(f"vlmo search {token}".encode()).hexdigest()
         self.page = (importlib.resources.files("vlmo_ray.search") / "serve.html").read_text()
 
     def answer(
@@ -35,12 +39,13 @@ class Search:
         """(status, type, content, headers) for a request; `asked` are its query parameters, `token` its secret."""
         headers: dict[str, str] = {}
         if self.token:
-            if not hmac.compare_digest(asked.get("token", token).encode(), self.token.encode()):
+            given = asked.get("token", token).encode()
+            if not any(hmac.compare_digest(given, right.encode()) for right in (self.token, self.cookie)):
                 return self._problem(
                     401, "this page asks for a token: open it with ?token=... at the end of its address"
                 )
             if "token" in asked:
-                headers["Set-Cookie"] = f"{COOKIE}={self.token}; HttpOnly; SameSite=Strict; Path=/"
+                headers["Set-Cookie"] = f"{COOKIE}={self.cookie}; HttpOnly; SameSite=Strict; Path=/"
         try:
             if (method, path) == ("GET", "/"):
                 return 200, "text/html; charset=utf-8", self.page.encode(), headers
@@ -64,7 +69,7 @@ class Search:
 
     def _results(self, vector: np.ndarray, asked: dict[str, str]) -> dict[str, Any]:
         top = asked.get("top", "24")
-        if not top.isdecimal() or not 1 <= int(top) <= _MOST:
+        if not _is_number(top) or not 1 <= int(top) <= _MOST:
             raise UserError(f"top={top} must be from 1 to {_MOST}")
         began = time.perf_counter()
         [results] = (self.index.search_fast if self.fast else self.index.search)(vector, int(top))
@@ -81,7 +86,7 @@ class Search:
 
     def _image(self, asked: dict[str, str]) -> tuple[int, str, bytes, dict[str, str]]:
         chunk, row = asked.get("chunk", ""), asked.get("row", "")
-        if not (chunk.isdecimal() and row.isdecimal()):
+        if not (_is_number(chunk) and _is_number(row)):
             raise UserError("an image is named by its chunk and its row")
         record = self.index.record_at(int(chunk), int(row))
         data = thumbnail(record.values["image"]) if record and "image" in record.values else b""
@@ -94,6 +99,17 @@ class Search:
 
     def _problem(self, status: int, sentence: str) -> tuple[int, str, bytes, dict[str, str]]:
         return status, "application/json", json.dumps({"problem": sentence}).encode(), {}
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) < 10
+
+
+def end() -> None:
+    """Ends the page; where Ray Serve was started for it, the rest goes with the Ray of this process."""
+    from ray import serve as ray_serve
+
+    ray_serve.delete(_NAME)
 
 
 def serve(
@@ -119,7 +135,10 @@ def serve(
         from starlette.responses import Response
     except ImportError as error:
         raise UserError(f"Ray Serve is not installed ({error}): pip install 'vlmo-ray[serve]'") from error
+    index, model = Store(index).uri, model and Store(model).uri  # a replica has another working directory
     Search(index, model, token, fast)  # here its errors are sentences
+    if ray_serve.status().proxies:
+        raise UserError("Ray Serve runs on this cluster already, with a host and a port of its own; end it first")
 
     @ray_serve.deployment(ray_actor_options={"num_cpus": 0}, max_ongoing_requests=8)
     class Page:
@@ -139,5 +158,5 @@ def serve(
             return Response(content, status, headers, kind)
 
     ray_serve.start(http_options={"host": host, "port": port})
-    ray_serve.run(Page.bind(), name="vlmo-search", route_prefix="/")
+    ray_serve.run(Page.bind(), name=_NAME, route_prefix="/")
     return f"http://{host}:{port}/"

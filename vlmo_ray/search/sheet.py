@@ -7,7 +7,7 @@ import io
 from collections.abc import Sequence
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from vlmo_ray.search.index import Found, Index
 
@@ -15,13 +15,15 @@ _SIDE = 320  # of a picture, in pixels
 
 
 def thumbnail(data: bytes, side: int = _SIDE) -> bytes:
-    """A JPEG of an encoded image that fits into a square; empty if it is no image."""
+    """A JPEG of an encoded image that fits into a square; empty if it cannot be decoded."""
     try:
         with Image.open(io.BytesIO(data)) as picture:
             picture.draft("RGB", (2 * side, 2 * side))
             small = picture.convert("RGB")
             small.thumbnail((side, side))
-    except (UnidentifiedImageError, OSError, ValueError):
+    except MemoryError:
+        raise
+    except Exception:  # Pillow raises errors of many kinds for damaged and for giant files
         return b""
     out = io.BytesIO()
     small.save(out, "JPEG", quality=85)

@@ -102,6 +102,8 @@ class Pretraining(GlobalTask):
         self.settings = config.task
         self.data = config.data
         self.slice_size = config.slice_size
+        if self.settings.patch_dropout:
+            self.kept_patches = self.settings.kept_patches(model.config.num_patches)
         self.full_from = config.total_steps - self.settings.unmasked_steps  # the first step with all patches
         self.repeated = 2 * len(self.contrasts)
         self.matches, self.predicts = self.settings.itm > 0, self.settings.mlm > 0
@@ -180,7 +182,7 @@ class Pretraining(GlobalTask):
 
     def flops_per_row(self) -> float:
         config, whole = self.model.config, len(self.settings.heads) == 4
-        return step_flops(config, config.max_text_len) if whole else super().flops_per_row()
+        return step_flops(config, config.max_text_len, self.kept_patches) if whole else super().flops_per_row()
 
     def without_losses(self, batch: Batch) -> Batch:
         if not self.predicts:

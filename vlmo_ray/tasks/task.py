@@ -146,6 +146,7 @@ class Task(nn.Module):
     """
 
     shown: tuple[str, ...] = ()  # metrics on the console line, beside the loss
+    kept_patches: int | None = None  # of an image, that the passes of a step see; None: all
     repeated: int = 0  # how many of `passes`, from the first, run twice if there are several micro-batches
 
     def __init__(self, model: VLMo, config: Config, schema: Schema):
@@ -234,7 +235,8 @@ class Task(nn.Module):
 
     def _forward(self, passes: list[Pass]) -> float:
         config = self.model.config
-        return sum(p.times * pass_flops(config, p.text_len, p.image, p.num_layers) for p in passes)
+        kept = self.kept_patches
+        return sum(p.times * pass_flops(config, p.text_len, p.image, p.num_layers, kept) for p in passes)
 
     def traffic(self, global_batch: int, workers: int) -> dict[str, float]:
         """Bytes that a worker receives in a step from collectives of the task's own, by term."""

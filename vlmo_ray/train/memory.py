@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from vlmo_ray.config import Config
+from vlmo_ray.data.schema import Schema
 from vlmo_ray.errors import UserError
 from vlmo_ray.model.vlmo import VLMo
 from vlmo_ray.tasks.task import Pass, Task
@@ -77,13 +78,14 @@ def check_memory(task: Task, config: Config, available: int, workers: int) -> No
     )
 
 
-def on_meta(config: Config) -> Task:
-    """The task of a config without memory, for its shapes: a data set of `Config.model`'s own sizes is assumed."""
-    from vlmo_ray.data.schema import Field, Schema
+def on_meta(config: Config, schema: Schema | None = None) -> Task:
+    """The task of a config without memory, for its shapes. Without the schema of the data, a data set of
+    `Config.model`'s own sizes and 1,000 classes is assumed."""
+    from vlmo_ray.data.schema import Field
     from vlmo_ray.tasks import build_task
 
     answers = tuple(str(i) for i in range(config.model.num_answers))
     fields = [Field("image", "image"), Field("image_2", "image"), Field("text", "text")]
     fields += [Field("label", "label", tuple(str(i) for i in range(1000))), Field("answers", "answers", answers)]
     with torch.device("meta"):
-        return build_task(VLMo(config.model), config, Schema(tuple(fields)))
+        return build_task(VLMo(config.model), config, schema or Schema(tuple(fields)))
