@@ -28,7 +28,6 @@ from vlmo_ray.demo.scenes.records import records
 from vlmo_ray.model.vlmo import VLMo, init_weights
 from vlmo_ray.search.embed import embed
 from vlmo_ray.search.vectors import encode, encoder_of
-from vlmo_ray.session import ray_session
 from vlmo_ray.weights.folder import load_model, save_model
 
 _BATCH = 64
@@ -54,8 +53,7 @@ def bare(weights: str, data: str) -> float:
 
 def ours(weights: str, data: str, out: str, rows_per_shard: int) -> float:
     """Images/s."""
-    with ray_session():
-        embed(weights, data, out, num_workers=1, device="cpu")
+    embed(weights, data, out, num_workers=1, device="cpu")
     times = sorted(path.stat().st_mtime for path in Path(out, "vectors").iterdir())
     return (len(times) - 1) * rows_per_shard / (times[-1] - times[0])
 

@@ -84,7 +84,7 @@ def disturbed_run(folder: Path, steps: int) -> tuple[str, str]:
 
 
 def _beyond(run: Store, at_least: int) -> bool:
-    """Whether a run has a checkpoint of that step or later; of a long one, also figures of steps after it, to be lost."""
+    """Whether a run has a checkpoint of that step or later; of a long one, also figures of steps that will be lost."""
     newest = max(stored_checkpoints(run), default=0)
     return newest >= at_least and (at_least < 40 or last_step(run) > newest + 4)
 

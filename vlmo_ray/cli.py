@@ -443,10 +443,8 @@ def embed(
         device: of the actors; auto: GPUs if the cluster has any now. gpu asks for them where nodes are added on demand.
     """
     from vlmo_ray.search.embed import embed as run
-    from vlmo_ray.session import ray_session
 
-    with ray_session():
-        done = run(model, data, out, what, num_workers=workers or None, device=device)
+    done = run(model, data, out, what, num_workers=workers or None, device=device)
     bad = f", {done.unreadable:,} of their rows without a vector (column problem)" if done.unreadable else ""
     print(f"{out}: {done.rows:,} rows; now {done.shards:,} shards in {done.seconds:.0f} s{bad}")
 

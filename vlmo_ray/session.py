@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from vlmo_ray.errors import UserError
+
+
+def quiet_ray() -> None:
+    """Ray says of every pipeline that it begins and ends, and of every local cluster that it has a token."""
+    names = ("data._internal.execution.streaming_executor", "data._internal.logging", "data._internal.progress")
+    for name in (*names, "_private.authentication.authentication_token_setup"):
+        logging.getLogger(f"ray.{name}").setLevel(logging.ERROR)
 
 
 @contextmanager
@@ -18,6 +26,7 @@ def ray_session(dashboard: bool = False) -> Iterator[None]:
     """
     import ray
 
+    quiet_ray()
     if ray.is_initialized():
         yield
         return

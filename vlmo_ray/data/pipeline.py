@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import logging
 import math
 import pickle
 from collections.abc import Callable, Generator, Iterator
@@ -35,6 +34,7 @@ from vlmo_ray.data.order import Order, Rows, deal
 from vlmo_ray.data.prefetch import Overlapped
 from vlmo_ray.data.read import ShardError
 from vlmo_ray.data.reader import Columns, Part, Reader, Sources, make_part, whole_chunk
+from vlmo_ray.session import quiet_ray
 
 if TYPE_CHECKING:  # both are slow to import, and a data task needs neither
     import ray.data
@@ -272,8 +272,7 @@ def _keep_freed_memory() -> None:
 def _dataset(parts: list[Part], reader: Callable[[Part], Columns], **options) -> ray.data.Dataset:
     import ray.data
 
-    for name in ("execution.streaming_executor", "logging", "progress"):  # they would log every window
-        logging.getLogger(f"ray.data._internal.{name}").setLevel(logging.ERROR)
+    quiet_ray()  # here too: a worker of Ray Train has joined no session of ours
 
     def read(block: Columns) -> Columns:
         _keep_freed_memory()

@@ -41,7 +41,8 @@ class Workers:
         padded = rows.new_zeros((longest, *rows.shape[1:]))
         padded[: len(rows)] = rows
         joined = rows.new_empty((self.size * longest, *rows.shape[1:]))
-        dist.all_gather_into_tensor(joined, padded)
+        # from torch 2.14 on, which warns of the old name
+        getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(joined, padded)
         if all(count == longest for count in self.counts):
             return joined
         by_rank = joined.view(self.size, longest, *rows.shape[1:])

@@ -6,12 +6,15 @@ size and checksum, and has a checksum of its own, so a missing or changed file i
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import pickle
 import re
 import shutil
+import warnings
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +147,8 @@ def save(
     try:
         # what each worker has to write is the same at every checkpoint: only the first one of a start plans it
         planner = DefaultSavePlanner(enable_plan_caching=True)
-        state_dict_saver.save(content, checkpoint_id=folder, planner=planner, no_dist=not together)
+        with _quiet():
+            state_dict_saver.save(content, checkpoint_id=folder, planner=planner, no_dist=not together)
     except CheckpointException as error:
         reasons = "; ".join(str(reason) for reason, _ in error.failures.values())
         # on a full disk the libraries only report that a file has an unexpected length
@@ -222,10 +226,19 @@ def load(
     return read_state(folder)
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Torch warns of every checkpoint of a worker alone that it is alone."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
 def _fill(content: dict[str, Any], folder: Path, no_dist: bool) -> None:
     """Fills the tensors of `content` in place. Raises UserError, on all workers, if the checkpoint lacks one."""
     try:
-        state_dict_loader.load(content, storage_reader=_Reader(folder), no_dist=no_dist)
+        with _quiet():
+            state_dict_loader.load(content, storage_reader=_Reader(folder), no_dist=no_dist)
     except CheckpointException as error:
         reasons = "; ".join(str(reason) for reason, _ in error.failures.values())
         raise UserError(f"the checkpoint in {folder} cannot be loaded: {reasons}") from error

@@ -6,6 +6,7 @@ exactly one row, whatever is killed. The vectors depend on the chunk of a record
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import time
@@ -30,6 +31,7 @@ from vlmo_ray.errors import UserError
 from vlmo_ray.model.vlmo import VLMo
 from vlmo_ray.runs.load import load
 from vlmo_ray.search.vectors import What, encode, encoder_of, fingerprint
+from vlmo_ray.session import ray_session
 
 DESCRIPTION = "embedding.json"  # what the vectors are of
 _FOLDER = "vectors"
@@ -79,8 +81,8 @@ def embed(
     num_workers: int | None = None,
     device: Literal["auto", "cpu", "gpu"] = "auto",
 ) -> Done:
-    """Writes the vectors of the images or texts of `data` to `out`; what is there already stays. Ray must be
-    initialised.
+    """Writes the vectors of the images or texts of `data` to `out`; what is there already stays. Joins or starts Ray
+    once everything else is known to be there.
 
     Args:
         weights: a run, a checkpoint, or an imported folder.
@@ -92,7 +94,6 @@ def embed(
 
     Raises UserError if `out` holds vectors of other data or weights, and for a chunk that cannot be read.
     """
-    import ray
     from rich.progress import Progress
 
     began, manifest, model = time.monotonic(), load_manifest(data), load(weights).eval()
@@ -107,15 +108,14 @@ def embed(
     there = set(store.list(f"{_FOLDER}/"))
     items = [item for item in _items(manifest) if shard_file(item["shard"]) not in there]
     counts = np.bincount(manifest.chunk_shard, weights=manifest.chunk_rows, minlength=len(manifest.shards)).astype(int)
-    cpus, gpus = (ray.cluster_resources().get(resource, 0) for resource in ("CPU", "GPU"))
-    on_gpu = device == "gpu" or (device == "auto" and gpus >= 1)
-    workers = max(1, min(num_workers or int(gpus if on_gpu else cpus // 2), len(items)))
-    threads = max(1, int(cpus // workers))
     unreadable, left = 0, len(items)
-    with Progress(transient=True) as progress:
+    with contextlib.ExitStack() as stack:
+        if items:
+            stack.enter_context(ray_session())
+        progress = stack.enter_context(Progress(transient=True))
         shown = progress.add_task(f"{what} vectors", total=manifest.num_rows)
         progress.advance(shown, int(manifest.num_rows - sum(counts[item["shard"]] for item in items)))
-        for shard, bad in _run(items, model, reader, store.uri, what, workers, threads, on_gpu):
+        for shard, bad in _run(items, model, reader, store.uri, what, num_workers, device):
             unreadable, left = unreadable + bad, left - 1
             progress.advance(shown, int(counts[shard]))
     assert not left
@@ -145,14 +145,7 @@ def _items(manifest: Manifest) -> Iterator[dict[str, Any]]:
 
 
 def _run(
-    items: list[dict[str, Any]],
-    model: VLMo,
-    reader: Reader,
-    out: str,
-    what: What,
-    workers: int,
-    threads: int,
-    on_gpu: bool,
+    items: list[dict[str, Any]], model: VLMo, reader: Reader, out: str, what: What, num_workers: int | None, device: str
 ) -> Iterator[tuple[int, int]]:
     """(shard, unreadable rows) of each, as they are done."""
     import pickle
@@ -161,6 +154,10 @@ def _run(
 
     if not items:
         return
+    cpus, gpus = (ray.cluster_resources().get(resource, 0) for resource in ("CPU", "GPU"))
+    on_gpu = device == "gpu" or (device == "auto" and gpus >= 1)
+    workers = max(1, min(num_workers or int(gpus if on_gpu else cpus // 2), len(items)))
+    threads = max(1, int(cpus // workers))
     state = ray.put({name: tensor.cpu() for name, tensor in model.state_dict().items()})
     dataset = ray.data.from_items([{"item": pickle.dumps(item)} for item in items], override_num_blocks=len(items))
     dataset.context.enable_progress_bars = False
@@ -173,7 +170,7 @@ def _run(
         batch_format="numpy",
         compute=ray.data.ActorPoolStrategy(size=workers),
         num_gpus=1 if on_gpu else 0,
-        num_cpus=0 if on_gpu else min(1.0, ray.cluster_resources().get("CPU", 1) / 2 / workers),
+        num_cpus=0 if on_gpu else min(1.0, cpus / 2 / workers) or 1.0,
     )
     try:
         for block in done.iter_batches(batch_size=None, batch_format="numpy"):
