@@ -11,12 +11,13 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "vlmo_ray"
-BOTTOM = {"errors", "fields", "config", "overrides", "rng", "session"}
+BOTTOM = {"errors", "fields", "config", "overrides", "progress", "rng", "session"}
 # what each part may import of the package itself
 MAY = {
     "errors": set(),
     "session": {"errors"},
     "rng": set(),
+    "progress": set(),
     "fields": {"errors"},
     "config": {"errors", "fields"},
     "overrides": {"config", "errors", "fields", "recipes"},

@@ -20,6 +20,7 @@ from vlmo_ray.data.reader import Reader, Sources
 from vlmo_ray.data.schema import Schema
 from vlmo_ray.errors import UserError
 from vlmo_ray.model.vlmo import VLMo
+from vlmo_ray.progress import tracked
 from vlmo_ray.runs.evaluations import Result, scored
 from vlmo_ray.runs.load import Loaded, load_all
 from vlmo_ray.tasks import build_evaluation, build_task, kinds
@@ -124,7 +125,8 @@ def evaluate(
     try:
         batches = iter(rows.iter_batches(batch_size=None, batch_format="numpy"))
         with closing(cast("Generator[Columns]", batches)) as blocks:  # after an error too, the actors end here
-            return scored(evaluation, blocks, data)
+            shown = tracked(blocks, f"evaluating {kind}", manifest.num_rows, lambda block: len(block["id"]))
+            return scored(evaluation, shown, data)
     except UserError:
         raise
     except Exception as error:

@@ -29,6 +29,7 @@ from vlmo_ray.data.reader import Columns, Part, Reader
 from vlmo_ray.data.store import Store, open_store
 from vlmo_ray.errors import UserError
 from vlmo_ray.model.vlmo import VLMo
+from vlmo_ray.progress import tracked
 from vlmo_ray.runs.load import load
 from vlmo_ray.search.vectors import What, encode, encoder_of, fingerprint
 from vlmo_ray.session import ray_session
@@ -94,8 +95,6 @@ def embed(
 
     Raises UserError if `out` holds vectors of other data or weights, and for a chunk that cannot be read.
     """
-    from rich.progress import Progress
-
     began, manifest, model = time.monotonic(), load_manifest(data), load(weights).eval()
     encoder = encoder_of(model, what)
     reader = Reader(((manifest.uri, manifest.schema),), encoder)
@@ -109,15 +108,11 @@ def embed(
     items = [item for item in _items(manifest) if shard_file(item["shard"]) not in there]
     counts = np.bincount(manifest.chunk_shard, weights=manifest.chunk_rows, minlength=len(manifest.shards)).astype(int)
     unreadable, left = 0, len(items)
-    with contextlib.ExitStack() as stack:
-        if items:
-            stack.enter_context(ray_session())
-        progress = stack.enter_context(Progress(transient=True))
-        shown = progress.add_task(f"{what} vectors", total=manifest.num_rows)
-        progress.advance(shown, int(manifest.num_rows - sum(counts[item["shard"]] for item in items)))
-        for shard, bad in _run(items, model, reader, store.uri, what, num_workers, device):
+    done = int(manifest.num_rows - sum(counts[item["shard"]] for item in items))
+    with ray_session() if items else contextlib.nullcontext():
+        found = _run(items, model, reader, store.uri, what, num_workers, device)
+        for _, bad in tracked(found, f"{what} vectors", manifest.num_rows, lambda one: int(counts[one[0]]), done):
             unreadable, left = unreadable + bad, left - 1
-            progress.advance(shown, int(counts[shard]))
     assert not left
     return Done(manifest.num_rows, unreadable, len(items), time.monotonic() - began)
 
