@@ -67,6 +67,8 @@ def test_verdicts():
     assert verdict([0.50, 0.52, 0.54], [0.40, 0.41, 0.42]) == "holds (+11.0%)"
     assert verdict([0.40, 0.41, 0.42], [0.50, 0.52, 0.54]) == "reversed (-11.0%)"
     assert verdict([0.40, 0.50, 0.60], [0.42, 0.48, 0.54]) == "within the spread (+2.0%)"
+    assert verdict([0.10, 0.50, 0.90], [0.05, 0.44, 0.86]) == "holds (+5.0%)"  # of equal seeds
+    assert verdict([0.10, 0.50, 0.90], [0.05, 0.44, 0.70]) == "within the spread (+10.3%)"
     assert verdict([0.4], [0.3]) == "one seed says nothing"
     results = {
         name: [{"text_retrieval_r@1": a, "image_retrieval_r@1": a, "fusion": b} for a, b in values]
