@@ -20,7 +20,7 @@ from vlmo_ray.runs.metrics import read_metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.chaos]
 STEPS = 96  # so many that a run is not over when it is decided to stop it
-RATES = ["2e-3", "1e-3", "1e-6", "3e-7", "1e30", "4e-3"]
+RATES = ["2e-3", "1e-3", "1e-6", "1e30", "4e-3"]
 SETTINGS = [
     *(f"model.{name}={getattr(SMALL.model, name)}" for name in ("width", "depth", "num_heads", "vl_start")),
     *(f"model.{name}={getattr(SMALL.model, name)}" for name in ("image_size", "patch_size", "max_text_len")),
