@@ -7,7 +7,7 @@ import difflib
 import json
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -163,7 +163,7 @@ def from_dict(raw: dict[str, Any]) -> Config:
         )
     raw = {name: value for name, value in raw.items() if name != "version"}
     if version < VERSION:
-        raw = _nested({_renamed(path, version): value for path, value in _values(raw)})
+        raw = _nested({_renamed(path, version): value for path, value in flat(raw)})
     if version == 1:  # pre-training was the only task
         raw.setdefault("task", {})["kind"] = "pretraining"
     if version < 3:  # there was one decoder
@@ -171,17 +171,17 @@ def from_dict(raw: dict[str, Any]) -> Config:
     return _build(Config, raw, "config")
 
 
-def _values(raw: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(raw: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(path, value) of every single value in nested sections."""
     for name, value in raw.items():
-        if isinstance(value, dict):
-            yield from _values(value, f"{prefix}{name}.")
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
 
 
 def _nested(values: dict[str, Any]) -> dict[str, Any]:
-    """The inverse of `_values`."""
+    """The inverse of `flat`."""
     out: dict[str, Any] = {}
     for path, value in values.items():
         *sections, name = path.split(".")

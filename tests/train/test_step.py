@@ -362,8 +362,8 @@ def test_compiled_layers_change_nothing_but_rounding():
 
 def test_left_out_patches_are_drawn_anew_in_each_step():
     task = make_task(objective="half of the patches")
-    task.settings, task.full_from = dataclasses.replace(task.settings, patch_dropout=0.25), 2000
-    drawn = [task._kept_patches(step, torch.device("cpu")) for step in range(2001)]
+    task.kept_patches, task.full_from = 3, 2000
+    drawn = [task._kept_tokens(step, torch.device("cpu")) for step in range(2001)]
     assert drawn.pop() is None  # a step that sees all of them
     assert all(kept[0] == 0 and len(kept) == 4 and (kept.diff() > 0).all() for kept in drawn)  # [I_CLS] always
     counts = torch.bincount(torch.cat(drawn), minlength=5)[1:]

@@ -10,7 +10,7 @@ import functools
 import json
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -18,7 +18,7 @@ from vlmo_ray.config import Config
 from vlmo_ray.data.store import Store
 from vlmo_ray.launch.stop import Stopped
 from vlmo_ray.launch.trackers import TRACKERS, Rows, State, Tracker
-from vlmo_ray.overrides import to_dict
+from vlmo_ray.overrides import flat, to_dict
 from vlmo_ray.runs.events import FOLDER as EVENTS
 from vlmo_ray.runs.events import show, tell
 from vlmo_ray.runs.follow import Following
@@ -84,7 +84,7 @@ class _Tracked:
     def _begin(self) -> None:
         if self._run.exists(self._object):
             self._state |= json.loads(self._run.read(self._object))
-        name, settings = self._run.uri.rstrip("/").rpartition("/")[2], _flat(to_dict(self._config))
+        name, settings = self._run.uri.rstrip("/").rpartition("/")[2], dict(flat(to_dict(self._config)))
         self._state["id"] = self._tracker.begin(self._state["id"], name, self._config.name, settings)
         self._metrics = Following(self._run, "metrics/", self._state["after"] - _SKEW_NS)
         self._events = Following(self._run, EVENTS)
@@ -130,13 +130,6 @@ def _joined(rows: Rows) -> Rows:
     for step, values in rows:
         found.setdefault(step, {}).update(values)
     return sorted(found.items())
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found = {}
-    for key, value in settings.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
-    return found
 
 
 @contextmanager

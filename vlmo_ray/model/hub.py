@@ -7,6 +7,7 @@ from pathlib import Path
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -18,7 +19,7 @@ CONFIG, WEIGHTS, DESCRIPTION = "config.json", "model.safetensors", "model.json"
 VERSION = 1
 
 
-def description(config: ModelConfig) -> dict:
+def described(config: ModelConfig) -> dict:
     """What `config.json` and `model.json` say."""
     return {"format": "vlmo_ray model", "version": VERSION, "config": to_dict(config)}
 
@@ -27,7 +28,7 @@ def write(folder: Path, config: ModelConfig, state: dict[str, Tensor]) -> None:
     """Weights and configuration into a folder that is there; `model.json`, which our own folders have, comes last."""
     save_file({name: value.detach().cpu().contiguous() for name, value in state.items()}, folder / WEIGHTS)
     for name in (CONFIG, DESCRIPTION):
-        (folder / name).write_text(json.dumps(description(config), indent=1) + "\n")
+        (folder / name).write_text(json.dumps(described(config), indent=1) + "\n")
 
 
 def read(place: str, **download) -> tuple[ModelConfig, dict[str, Tensor]]:
@@ -48,4 +49,7 @@ def read(place: str, **download) -> tuple[ModelConfig, dict[str, Tensor]]:
     told = json.loads(files[CONFIG].read_text())
     if told.get("format") != "vlmo_ray model" or told.get("version") != VERSION:
         raise UserError(f"{files[CONFIG]} is not of a model of this program (version {VERSION})")
-    return model_from_dict(told["config"]), load_file(files[WEIGHTS])
+    try:
+        return model_from_dict(told["config"]), load_file(files[WEIGHTS])
+    except SafetensorError as error:
+        raise UserError(f"{files[WEIGHTS]} cannot be read, it may be cut short: {error}") from error

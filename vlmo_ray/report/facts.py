@@ -18,6 +18,8 @@ from vlmo_ray.config import Config
 from vlmo_ray.data.schema import Schema
 from vlmo_ray.data.store import Store, open_store
 from vlmo_ray.errors import UserError
+from vlmo_ray.overrides import differences
+from vlmo_ray.recipes import RECIPES, recipe
 from vlmo_ray.runs import lease
 from vlmo_ray.runs.checkpoints import stored_checkpoints
 from vlmo_ray.runs.evaluations import Result, read_evaluations
@@ -113,6 +115,13 @@ class Facts:
         ends = itertools.accumulate(phase.steps for phase in self.config.phases)
         each = (task.chance(phase.global_batch) if known else {} for phase in self.config.phases)
         return list(zip(ends, each, strict=True))
+
+    @property
+    def changed(self) -> list[str] | None:
+        """How the config differs from the recipe of its name; None if there is no such recipe."""
+        if self.config.name not in RECIPES:
+            return None
+        return [str(difference) for difference in differences(recipe(self.config.name), self.config)]
 
     @property
     def heard_at(self) -> float | None:

@@ -10,13 +10,10 @@ from tokenizers.processors import TemplateProcessing
 
 from vlmo_ray.data.store import Store, open_store
 from vlmo_ray.data.text import CLS_ID, SEP_ID, Tokenizer, vocabulary
-from vlmo_ray.errors import UserError
 from vlmo_ray.model.vlmo import VLMo
-from vlmo_ray.overrides import differences
-from vlmo_ray.recipes import RECIPES, recipe
 from vlmo_ray.report.facts import Facts, read_facts
-from vlmo_ray.report.page import AUDITED_ROWS
-from vlmo_ray.runs.audit import audit
+from vlmo_ray.report.page import verdict
+from vlmo_ray.runs.evaluations import cell
 from vlmo_ray.runs.load import described, load
 from vlmo_ray.runs.scratch import scratch
 from vlmo_ray.weights.timm import export_timm as write_timm
@@ -74,24 +71,14 @@ def save_tokenizer(max_text_len: int, folder: Path) -> None:
 
 def card(model: VLMo, facts: Facts | None, name: str) -> str:
     """The model card, in Markdown."""
-    changed, verdict = [], ""
-    if facts is not None:
-        if facts.config.name in RECIPES:
-            changed = [str(difference) for difference in differences(recipe(facts.config.name), facts.config)]
-        data = facts.address_of("data")
-        if facts.config.audit and data and facts.curves.samples_at(facts.curves.last) <= AUDITED_ROWS:
-            try:
-                verdict = audit(facts.uri, data).sentences()[-1]
-            except UserError as error:
-                verdict = f"it could not be audited: {error}"
     environment = Environment(
         loader=PackageLoader("vlmo_ray.report", ""), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    environment.globals["cell"] = cell
     return environment.get_template("card.md").render(
         name=name,
         config=model.config,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         facts=facts,
-        changed=changed,
-        verdict=verdict,
+        verdict=verdict(facts) if facts and facts.config.audit else "",
     )

@@ -13,16 +13,17 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from vlmo_ray.data.store import Store, store_and_name
 from vlmo_ray.errors import UserError
-from vlmo_ray.overrides import differences, to_dict
-from vlmo_ray.recipes import RECIPES, recipe
+from vlmo_ray.overrides import flat, to_dict
 from vlmo_ray.report import plots
 from vlmo_ray.report.facts import POINTS, Facts, read_facts
 from vlmo_ray.report.gallery import Gallery
 from vlmo_ray.report.health import duration, findings
+from vlmo_ray.runs.audit import audit as audited
+from vlmo_ray.runs.evaluations import cell
 
 NAME = "report.html"  # in the folder of a run
 _EVENTS = 400  # in the table, the newest
-AUDITED_ROWS = 2_000_000  # that are audited without being asked to
+_AUDITED_ROWS = 2_000_000  # that are audited without being asked to
 
 
 def report(
@@ -65,7 +66,7 @@ def report(
             if data:
                 raise
             why = f"{error}; name other data by --data"
-    html = render(found, shown, why, _audited(first, audit))
+    html = render(found, shown, why, verdict(first, audit))
     store, name = store_and_name(out) if out else (Store(first.uri), NAME)
     store.write(name, html.encode())
     return store.address(name)
@@ -81,19 +82,17 @@ def _names(uris: Sequence[str]) -> list[str]:
     raise UserError(f"{next(uri for uri in uris if uris.count(uri) > 1)} is named twice")
 
 
-def _audited(facts: Facts, asked: bool) -> str:
-    """The verdict of the audit, or why there is none."""
-    from vlmo_ray.runs.audit import audit
-
+def verdict(facts: Facts, asked: bool = False) -> str:
+    """What the audit says, or why it says nothing; of a long run only if that is `asked` for."""
+    data = facts.address_of("data")
     if not facts.config.audit:
         return "The run keeps no record of what it consumes (audit=false)."
-    data = facts.address_of("data")
-    if not asked and facts.curves.samples_at(facts.curves.last) > AUDITED_ROWS:
+    if not asked and facts.curves.samples_at(facts.curves.last) > _AUDITED_ROWS:
         return "Not audited here, as that takes time: vlmo report RUN --audit, or vlmo audit RUN --data DATA."
     if not data:
         return "The run has not said where its data are: vlmo audit RUN --data DATA."
     try:
-        return audit(facts.uri, data).sentences()[-1]
+        return f"Audit, {audited(facts.uri, data).sentences()[-1]}."
     except UserError as error:
         return f"It could not be audited: {error}"
 
@@ -127,7 +126,7 @@ def render(runs: Sequence[Facts], gallery: Gallery | None, no_gallery: str = "",
         gallery=gallery,
         no_gallery=no_gallery,
         config=json.dumps(to_dict(first.config), indent=1),
-        changed=_changed(first),
+        changed=first.changed,
         differing=_differing(runs),
         bokeh=Resources(mode="inline", components=["bokeh"], minified=True).render_js(),
         script=script,
@@ -145,14 +144,11 @@ def _scores(facts: Facts) -> list[tuple[str, str, str, str, str]]:
         for name, score in result.scores.items():
             newest[result.data, name] = (step, score)
 
-    def cell(value: float, is_share: bool) -> str:
-        return f"{value:.1%}" if is_share else f"{value:.4g}"
-
     return [
         (
             f"{name}, step {step:,}",
-            cell(score.value, score.is_share),
-            "" if score.chance is None else cell(score.chance, score.is_share),
+            cell(score.value, score),
+            "" if score.chance is None else cell(score.chance, score),
             f"{score.count:,}",
             data,
         )
@@ -160,23 +156,9 @@ def _scores(facts: Facts) -> list[tuple[str, str, str, str, str]]:
     ]
 
 
-def _changed(facts: Facts) -> list[str] | None:
-    """How the config differs from the recipe of its name; None if there is no such recipe."""
-    if facts.config.name not in RECIPES:
-        return None
-    return [str(difference) for difference in differences(recipe(facts.config.name), facts.config)]
-
-
 def _differing(runs: Sequence[Facts]) -> list[tuple[str, list[str]]]:
     """(field, value of each run) of the settings in which the runs differ."""
-    flat = [_flat(to_dict(facts.config)) for facts in runs]
-    names = dict.fromkeys(name for values in flat for name in values)
-    rows = [(name, [json.dumps(values.get(name)) for values in flat]) for name in names]
+    settings = [dict(flat(to_dict(facts.config))) for facts in runs]
+    names = dict.fromkeys(name for values in settings for name in values)
+    rows = [(name, [json.dumps(values.get(name)) for values in settings]) for name in names]
     return [(name, values) for name, values in rows if len(set(values)) > 1]
-
-
-def _flat(values: dict, prefix: str = "") -> dict:
-    found = {}
-    for name, value in values.items():
-        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return found

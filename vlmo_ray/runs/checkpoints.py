@@ -96,7 +96,7 @@ class Checkpoints:
 
     def retire(self) -> None:
         """Deletes checkpoints that need not be kept, but never the newest complete one or anything newer."""
-        listed = self._listed()
+        listed = _listed(self.run)
         complete = list(itertools.islice(self.complete(listed), self.keep))
         if not complete:
             return
@@ -116,7 +116,7 @@ class Checkpoints:
 
     def complete(self, listed: dict[str, dict[str, int]] | None = None) -> Iterator[tuple[str, TrainState, Files]]:
         """(name, state, files) of the complete checkpoints, newest first; of those `listed`, or of all."""
-        for name, sizes in reversed((self._listed() if listed is None else listed).items()):
+        for name, sizes in reversed((_listed(self.run) if listed is None else listed).items()):
             if STATE not in sizes:
                 continue
             try:
@@ -130,13 +130,6 @@ class Checkpoints:
                 continue
             if all(sizes.get(f"{state.attempt}/{file}") == size for file, (size, _) in files.items()):
                 yield name, state, files
-
-    def _listed(self) -> dict[str, dict[str, int]]:
-        found: dict[str, dict[str, int]] = {}
-        for path, size in self.run.sizes(_PREFIX).items():
-            name, _, file = path.partition("/")
-            found.setdefault(name, {})[file] = size
-        return dict(sorted(found.items()))
 
     def newest(self) -> TrainState | None:
         """The state of the newest complete checkpoint, without verifying its files; None if there is none."""
@@ -157,7 +150,7 @@ class Checkpoints:
             else:
                 chosen = name
                 break
-        listed = self._listed()
+        listed = _listed(self.run)
         for name, sizes in listed.items():
             if name > chosen and _SET_ASIDE not in sizes:
                 what = "some of its files are missing or short" if STATE in sizes else f"it has no {STATE}"
@@ -198,14 +191,19 @@ class Checkpoints:
         self.run.delete(f"{name}/{STATE}")
 
 
-def stored_checkpoints(run: Store) -> dict[int, int]:
-    """The bytes of each checkpoint that has its state, by step. Only names and sizes are looked at."""
+def _listed(run: Store) -> dict[str, dict[str, int]]:
+    """The bytes of each file in each folder of a checkpoint, whole or not, the oldest first."""
     found: dict[str, dict[str, int]] = {}
     for path, size in run.sizes(_PREFIX).items():
         name, _, file = path.partition("/")
         found.setdefault(name, {})[file] = size
-    complete = {name: sum(sizes.values()) for name, sizes in found.items() if STATE in sizes}
-    return {int(name.removeprefix(_PREFIX)): size for name, size in sorted(complete.items())}
+    return dict(sorted(found.items()))
+
+
+def stored_checkpoints(run: Store) -> dict[int, int]:
+    """The bytes of each checkpoint that has its state, by step. Only names and sizes are looked at."""
+    sizes = {name: files for name, files in _listed(run).items() if STATE in files}
+    return {int(name.removeprefix(_PREFIX)): sum(files.values()) for name, files in sizes.items()}
 
 
 def name_of(step: int) -> str:

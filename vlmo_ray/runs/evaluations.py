@@ -138,7 +138,7 @@ def read_evaluations(run: Store, after: int = -1) -> list[tuple[int, Result]]:
 def line(result: Result, most: int = 4) -> str:
     """The first metrics in one line for the console."""
     shown = list(result.scores.items())[:most]
-    return "  ".join(f"{name} {_cell(score.value, score)}" for name, score in shown)
+    return "  ".join(f"{name} {cell(score.value, score)}" for name, score in shown)
 
 
 def table(result: Result, title: str) -> Table:
@@ -147,10 +147,11 @@ def table(result: Result, title: str) -> Table:
     for head in ("chance", "reached", "count"):
         out.add_column(head, justify="right")
     for name, score in result.scores.items():
-        chance = "" if score.chance is None else _cell(score.chance, score)
-        out.add_row(name, chance, _cell(score.value, score), f"{score.count:,}")
+        chance = "" if score.chance is None else cell(score.chance, score)
+        out.add_row(name, chance, cell(score.value, score), f"{score.count:,}")
     return out
 
 
-def _cell(value: float, score: Score) -> str:
+def cell(value: float, score: Score) -> str:
+    """A value of this score, as people read it."""
     return f"{value:.1%}" if score.is_share else f"{value:.4g}"

@@ -212,7 +212,7 @@ class Pretraining(GlobalTask):
         def noise(name: str) -> Noise | None:
             return None if step is None else self.noise(name, batch.position, step)
 
-        kept = None if step is None else self._kept_patches(step, batch.position.device)
+        kept = None if step is None else self._kept_tokens(step, batch.position.device)
         bias = model.position_bias(batch.text_ids.shape[1], kept=kept)
         tokens = self._image_tokens(batch.image, kept)
         both = self.settings.vl_contrast
@@ -225,17 +225,16 @@ class Pretraining(GlobalTask):
             features += [head.image(given(images)[:, 0]), head.text(given(texts)[:, 0])]
         return Unimodal(torch.stack(features, dim=1), tokens, bias, kept, lesson)
 
-    def _kept_patches(self, step: int, device: torch.device) -> Tensor | None:
+    def _kept_tokens(self, step: int, device: torch.device) -> Tensor | None:
         """The image tokens [P] that a step sees, the first of which is [I_CLS]; None: all.
 
         They are the same for all images, so that the relative bias stays [L,H,S,S] for the whole batch.
         """
-        if not self.settings.patch_dropout or step >= self.full_from:
+        if self.kept_patches is None or step >= self.full_from:
             return None
-        patches = self.model.config.num_patches
         nothing = torch.zeros(1, dtype=torch.int64, device=device)
-        draws = uniforms_torch(stream(self.seed, "patch_dropout", step), nothing, patches)[0]
-        return torch.cat([nothing, 1 + draws.argsort()[: self.settings.kept_patches(patches)].sort().values])
+        draws = uniforms_torch(stream(self.seed, "patch_dropout", step), nothing, self.model.config.num_patches)[0]
+        return torch.cat([nothing, 1 + draws.argsort()[: self.kept_patches].sort().values])
 
     def _image_tokens(self, image: Tensor, kept: Tensor | None) -> Tensor:
         """uint8 [b,3,H,W] -> [b,P,D]."""

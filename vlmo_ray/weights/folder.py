@@ -20,13 +20,13 @@ from torch import Tensor
 
 from vlmo_ray.config import ModelConfig
 from vlmo_ray.errors import UserError
+from vlmo_ray.model.hub import DESCRIPTION, VERSION, WEIGHTS, described
 from vlmo_ray.model.vlmo import VLMo, init_weights
-from vlmo_ray.overrides import model_from_dict, to_dict
+from vlmo_ray.overrides import model_from_dict
 from vlmo_ray.weights.official import MODULE, OURS, Official, index_buffers, shorten, to_official, translate
 from vlmo_ray.weights.resize import Fitted, fit_state
 
-_WEIGHTS, _CARRIED, _DESCRIPTION = "model.safetensors", "carried.safetensors", "model.json"
-_VERSION = 1
+_CARRIED = "carried.safetensors"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,13 +171,13 @@ def _write(
 ) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / _DESCRIPTION).unlink(missing_ok=True)  # written last: a folder without it is not a model
+    (folder / DESCRIPTION).unlink(missing_ok=True)  # written last: a folder without it is not a model
     (folder / _CARRIED).unlink(missing_ok=True)
-    save_file(_separate(state), folder / _WEIGHTS)
+    save_file(_separate(state), folder / WEIGHTS)
     if carried:
         save_file(_separate(carried), folder / _CARRIED)
-    description = {"format": "vlmo_ray model", "version": _VERSION, "config": to_dict(config), **more}
-    (folder / _DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
+    description = described(config) | more
+    (folder / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
 
 
 def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -187,10 +187,10 @@ def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _read(folder: str | Path) -> tuple[dict, dict[str, Tensor]]:
-    path = Path(folder) / _DESCRIPTION
+    path = Path(folder) / DESCRIPTION
     if not path.is_file():
-        raise UserError(f"{folder} is not a model folder: it has no {_DESCRIPTION}.")
+        raise UserError(f"{folder} is not a model folder: it has no {DESCRIPTION}.")
     description = json.loads(path.read_text())
-    if description.get("version") != _VERSION:
-        raise UserError(f"{path} has version {description.get('version')}, this program reads {_VERSION}.")
-    return description, dict(read_tensors(Path(folder) / _WEIGHTS))
+    if description.get("version") != VERSION:
+        raise UserError(f"{path} has version {description.get('version')}, this program reads {VERSION}.")
+    return description, dict(read_tensors(Path(folder) / WEIGHTS))
