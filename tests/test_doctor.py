@@ -68,9 +68,13 @@ def test_tokens(monkeypatch, tmp_path):
     assert f"bad: RAY_AUTH_MODE=token, and there is no token in {tmp_path}/token. Copy it" in said(doctor._ray())
     (tmp_path / "token").write_text("secret")
     assert "token" not in said(doctor._ray())
-    monkeypatch.delenv("RAY_AUTH_MODE")
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    assert "warning: The cluster at 10.0.0.1:6379 asks for no token" in said(doctor._ray())
+    for mode, words in (("", False), ("token", False), ("disabled", True)):  # a token that is there is used
+        monkeypatch.setenv("RAY_AUTH_MODE", mode)
+        assert ("warning: The cluster at 10.0.0.1:6379 is joined without a token" in said(doctor._ray())) == words
+    monkeypatch.setenv("RAY_AUTH_MODE", "")
+    (tmp_path / "token").unlink()
+    assert "warning: The cluster at 10.0.0.1:6379 is joined without a token" in said(doctor._ray())
 
 
 def test_another_ray(monkeypatch):

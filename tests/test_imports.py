@@ -30,7 +30,7 @@ MAY = {
     "runs": BOTTOM | {"data", "model", "weights", "tasks", "runs"},
     "train": BOTTOM | {"tasks", "data", "model", "objectives", "runs", "weights", "train"},
     "report": BOTTOM | {"data", "model", "objectives", "recipes", "runs", "tasks", "train", "weights", "report"},
-    "search": BOTTOM | {"data", "model", "runs", "tasks", "search"},
+    "search": BOTTOM | {"data", "model", "objectives", "runs", "tasks", "search"},
     "launch": BOTTOM | {"data", "runs", "train", "report", "launch"},
     "evaluate": BOTTOM | {"model", "tasks", "data", "runs"},
 }

@@ -64,12 +64,12 @@ def _ray() -> list[Finding]:
     if version.split(".")[:2] != low.split(".")[:2]:
         found = [Finding("bad", f"Ray is {version}; this version needs {low}.", "pip install -e .")]
     address = os.environ.get("RAY_ADDRESS", "")
-    has_token = os.environ.get("RAY_AUTH_TOKEN") or _token_file().is_file()
-    if os.environ.get("RAY_AUTH_MODE") == "token" and not has_token:
+    mode, has_token = os.environ.get("RAY_AUTH_MODE", ""), os.environ.get("RAY_AUTH_TOKEN") or _token_file().is_file()
+    if mode == "token" and not has_token:
         remedy = "Copy it from the head node, or make one: ray get-auth-token --generate."
         found.append(Finding("bad", f"RAY_AUTH_MODE=token, and there is no token in {_token_file()}.", remedy))
-    elif address and os.environ.get("RAY_AUTH_MODE") != "token":
-        sentence = f"The cluster at {address} asks for no token: whoever reaches it can run code on its nodes."
+    elif address and (mode == "disabled" or not has_token):  # without a mode, Ray uses a token that is there
+        sentence = f"The cluster at {address} is joined without a token: whoever reaches it can run code on its nodes."
         found.append(Finding("warning", sentence, "Set RAY_AUTH_MODE=token (docs/cluster.md)."))
     return found
 
@@ -91,12 +91,11 @@ def _nodes() -> list[Finding]:
     with _told(found), ray_session():
         nodes = {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]}
         look = ray.remote(num_cpus=0)(machine)
-        asked = {
-            host: look.options(scheduling_strategy=Affinity(node, soft=False)).remote() for node, host in nodes.items()
-        }
+        places = {node: Affinity(node, soft=False) for node in nodes}
+        asked = [(host, look.options(scheduling_strategy=places[node]).remote()) for node, host in nodes.items()]
         found.append(Finding("good", f"Nodes of the cluster: {len(nodes)}."))
         hosts: dict[Finding, list[str]] = defaultdict(list)
-        for host, reference in asked.items():
+        for host, reference in asked:
             for finding in ray.get(reference):
                 hosts[finding].append(host)
         for finding, where in hosts.items():

@@ -23,6 +23,7 @@ from vlmo_ray.model.vlmo import VLMo
 from vlmo_ray.progress import tracked
 from vlmo_ray.runs.evaluations import Result, scored
 from vlmo_ray.runs.load import Loaded, load_all
+from vlmo_ray.session import actors
 from vlmo_ray.tasks import build_evaluation, build_task, kinds
 from vlmo_ray.tasks.task import Columns, Evaluation
 
@@ -109,18 +110,15 @@ def evaluate(
         loaded.fill(module)
     sources = Sources((manifest,))
     reader = Reader(sources.places, evaluation.encoder())
-    cpus, gpus = (ray.cluster_resources().get(resource, 0) for resource in ("CPU", "GPU"))
-    on_gpu = device == "gpu" or (device == "auto" and gpus >= 1)
-    workers = num_workers or int(max(1, gpus if on_gpu else cpus // 2))
-    each = min(1.0, cpus / 2 / workers) or 1.0  # a cluster without CPUs yet adds a node that has one
+    workers, cpus, gpus = actors(num_workers, device)
     state = ray.put({name: tensor.cpu() for name, tensor in module.state_dict().items()})
     rows = eval_dataset(sources, reader).map_batches(
         _Actor,
-        fn_constructor_args=(recipe, state, on_gpu),
+        fn_constructor_args=(recipe, state, gpus > 0),
         batch_size=None,  # a batch is a chunk, whatever the number of workers
         compute=ray.data.ActorPoolStrategy(size=workers),
-        num_gpus=1 if on_gpu else 0,
-        num_cpus=0 if on_gpu else each,
+        num_gpus=gpus,
+        num_cpus=cpus,
     )
     try:
         batches = iter(rows.iter_batches(batch_size=None, batch_format="numpy"))

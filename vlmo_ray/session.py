@@ -6,15 +6,35 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 from vlmo_ray.errors import UserError
 
 
 def quiet_ray() -> None:
-    """Ray says of every pipeline that it begins and ends, and of every local cluster that it has a token."""
-    names = ("data._internal.execution.streaming_executor", "data._internal.logging", "data._internal.progress")
-    for name in (*names, "_private.authentication.authentication_token_setup"):
-        logging.getLogger(f"ray.{name}").setLevel(logging.ERROR)
+    """Ray says of every pipeline that it begins and ends, and of every local cluster that it does have a token."""
+    for name in ("execution.streaming_executor", "logging", "progress"):
+        logging.getLogger(f"ray.data._internal.{name}").setLevel(logging.ERROR)
+    logging.getLogger("ray._private.authentication.authentication_token_setup").addFilter(_has_no_token)
+
+
+def _has_no_token(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("Token authentication is enabled")
+
+
+def actors(num_workers: int | None, device: Literal["auto", "cpu", "gpu"]) -> tuple[int, float, int]:
+    """(how many work at once, CPUs of each, GPUs of each) on the cluster of this process.
+
+    By default one for each GPU, or for two CPUs. "auto" takes GPUs if there are any now; "gpu" asks for them where
+    nodes are added on demand.
+    """
+    import ray
+
+    cpus, gpus = (ray.cluster_resources().get(resource, 0) for resource in ("CPU", "GPU"))
+    on_gpu = device == "gpu" or (device == "auto" and gpus >= 1)
+    workers = num_workers or int(max(1, gpus if on_gpu else cpus // 2))
+    # a cluster without CPUs yet adds a node that has one
+    return workers, 0.0 if on_gpu else min(1.0, cpus / 2 / workers) or 1.0, int(on_gpu)
 
 
 @contextmanager

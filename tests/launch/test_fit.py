@@ -22,7 +22,7 @@ from vlmo_ray.config import Phase
 from vlmo_ray.data.store import Store
 from vlmo_ray.errors import UserError
 from vlmo_ray.evaluate import evaluate
-from vlmo_ray.launch.fit import fit
+from vlmo_ray.launch.fit import _write_report, fit
 from vlmo_ray.launch.resources import Claims
 from vlmo_ray.model.vlmo import VLMo
 from vlmo_ray.recipes import RECIPES
@@ -154,3 +154,9 @@ def test_a_broken_shard_ends_the_run_with_its_address(ray_cluster, scenes, tmp_p
     assert time.monotonic() - began < 100  # not retried time and again
     with pytest.raises(UserError, match=shard.name):
         evaluate(VLMo(SMALL.model), str(broken))
+
+
+def test_a_run_that_is_done_does_not_fail_for_its_report(tmp_path, capsys):
+    _write_report(Store(str(tmp_path)))  # which holds no run
+    said = capsys.readouterr().out
+    assert said.startswith("there is no report (UserError: ") and f"vlmo report {tmp_path} makes it" in said

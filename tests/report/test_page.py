@@ -19,7 +19,9 @@ from vlmo_ray.data.prepare.shards import write_dataset
 from vlmo_ray.data.schema import PAIRS
 from vlmo_ray.data.store import Store
 from vlmo_ray.errors import UserError
+from vlmo_ray.report.facts import read_facts
 from vlmo_ray.report.page import report
+from vlmo_ray.report.plots import always_zero
 from vlmo_ray.runs.load import describe
 from vlmo_ray.train.loop import train
 
@@ -105,8 +107,15 @@ def test_of_a_run_with_faults(run, data, tmp_path):
     plotted = re.findall(r'"text":"([\w@]+)(?:: [^"]*)?"', page.source)
     assert {"loss", "itc", "itc_vl", "itm", "mlm", "negative_similarity", "lr", "text_retrieval_r@1"} <= set(plotted)
     assert Counter(plotted)["loss"] == 1
-    # what was repeated, and where the workers changed
-    assert page.source.count('"BoxAnnotation"') > 0 and page.source.count('"line_dash":[2,4]') > 0
+    # what was repeated, and where the workers changed, in the figure of each metric
+    facts = read_facts(run)
+    figures = len(facts.curves.mean) - len(always_zero([facts]))
+    assert marks(page) == (figures, figures) and figures > 10
+
+
+def marks(page: Page) -> tuple[int, int]:
+    """How many spans of steps are marked as done twice, and how many changes of the number of workers."""
+    return page.source.count('"fill_color":"#f28e2b"'), page.source.count('"line_dash":[2,4]')
 
 
 def test_of_several_runs(run, data, tmp_path):
@@ -114,6 +123,7 @@ def test_of_several_runs(run, data, tmp_path):
     assert train(job(data, tmp_path / "again", config)).step == 10
     page = Page(Path(report([run, str(tmp_path / "again")], str(tmp_path / "page.html"), pictures=False)))
     text = " ".join(page.text.split())
+    assert marks(Page(Path(report([str(tmp_path / "again")], pictures=False)))) == (0, 0)
     assert "Settings that differ" in text and "seed 1 5" in text and "audit true false" in text
     assert "There are none: they were left out (--no-pictures)." in text
     with pytest.raises(UserError, match="is named twice"):

@@ -283,9 +283,14 @@ def _dataset(parts: list[Part], reader: Callable[[Part], Columns], **options) ->
     # the stubs do not know that with batch_format="numpy" batches are dicts of arrays
     options |= {"batch_size": None, "batch_format": "numpy"}
     dataset = dataset.map_batches(read, **options)  # pyright: ignore[reportArgumentType]
+    plain_errors(dataset)
+    dataset.context.execution_options.preserve_order = True
+    return dataset
+
+
+def plain_errors(dataset: ray.data.Dataset) -> None:
+    """A pipeline that shows no bars, and raises what its tasks raise."""
     context = dataset.context  # this dataset's own copy
-    context.execution_options.preserve_order = True
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.raise_original_map_exception = True  # otherwise the message of a `UserError` is lost
-    return dataset

@@ -75,10 +75,14 @@ def make_part(sources: Sources, rows: Rows) -> Part:
 
 def whole_chunk(sources: Sources, index: int) -> Part:
     """All rows of one chunk, for an evaluation."""
-    _, chunk = sources.chunk(index)
+    source, chunk = sources.chunk(index)
+    return one_chunk(chunk, source, index)
+
+
+def one_chunk(chunk: Chunk, source: int = 0, index: int = 0) -> Part:
+    """All rows of a chunk of the data set `source`, which is number `index` of all."""
     row = np.arange(chunk.rows, dtype=np.int64)
-    place = np.full_like(row, index)
-    return make_part(sources, Rows(step=place, position=row, epoch=np.zeros_like(row), chunk=place, row=row))
+    return Part(((source, chunk),), np.zeros(chunk.rows, np.int32), row.astype(np.int32), np.full_like(row, index), row)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import io
 import math
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ from vlmo_ray.model.attention import PADDED
 from vlmo_ray.model.experts import MoMELayer
 from vlmo_ray.model.vlmo import VLMo
 from vlmo_ray.objectives.matching import hard_negatives
-from vlmo_ray.objectives.pairs import Pairs
+from vlmo_ray.objectives.pairs import Pairs, columns_of
 from vlmo_ray.rng import stream
 from vlmo_ray.runs.load import load
 from vlmo_ray.tasks.matching import Matching
@@ -36,6 +37,7 @@ from vlmo_ray.tasks.task import given, pixels
 _BATCH = 32
 _SIDE = 112  # of a picture on the page, in pixels
 _TOP = 5
+_vocabulary = functools.cache(vocabulary)
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ class Gallery:
         found = cls(data, len(columns["id"]))
         with torch.inference_mode():
             batch = Batch.from_numpy(columns)
-            parts = [Retrieval(model).rows(batch.rows(part)) for part in _parts(found.rows)]
+            parts = [Retrieval(model).rows(batch.rows(part)) for part in columns_of(found.rows, _BATCH)]
             feature = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
             pictures = [_picture(image) for image in columns["image"]]
             captions = [caption(ids) for ids in columns["text_ids"]]
@@ -140,7 +142,7 @@ def caption(ids: np.ndarray) -> str:
 
 def _words(ids: np.ndarray) -> list[tuple[str, list[int]]]:
     """The words of a text, each with the places of its tokens."""
-    entries, found = vocabulary_list(), []
+    entries, found = _vocabulary(), []
     for place, token in enumerate(ids.tolist()):
         if token in (PAD_ID, CLS_ID, SEP_ID):
             continue
@@ -151,20 +153,6 @@ def _words(ids: np.ndarray) -> list[tuple[str, list[int]]]:
         else:
             found.append((piece, [place]))
     return found
-
-
-def vocabulary_list() -> list[str]:
-    """Read once."""
-    global _VOCABULARY
-    _VOCABULARY = _VOCABULARY or vocabulary()
-    return _VOCABULARY
-
-
-_VOCABULARY: list[str] = []
-
-
-def _parts(count: int) -> list[slice]:
-    return [slice(first, min(first + _BATCH, count)) for first in range(0, count, _BATCH)]
 
 
 def _picture(image: np.ndarray, heat: np.ndarray | None = None) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import pickle
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -23,16 +24,18 @@ import torch
 from vlmo_ray.config import ModelConfig
 from vlmo_ray.data.batch import Batch
 from vlmo_ray.data.manifest import Chunk, Manifest, load_manifest
+from vlmo_ray.data.pipeline import plain_errors
 from vlmo_ray.data.prefetch import user_error
 from vlmo_ray.data.read import chunk_address
-from vlmo_ray.data.reader import Columns, Part, Reader
+from vlmo_ray.data.reader import Columns, Reader, one_chunk
 from vlmo_ray.data.store import Store, open_store
 from vlmo_ray.errors import UserError
 from vlmo_ray.model.vlmo import VLMo
+from vlmo_ray.objectives.pairs import columns_of
 from vlmo_ray.progress import tracked
 from vlmo_ray.runs.load import load
 from vlmo_ray.search.vectors import What, encode, encoder_of, fingerprint
-from vlmo_ray.session import ray_session
+from vlmo_ray.session import actors, ray_session
 
 DESCRIPTION = "embedding.json"  # what the vectors are of
 _FOLDER = "vectors"
@@ -140,32 +143,33 @@ def _items(manifest: Manifest) -> Iterator[dict[str, Any]]:
 
 
 def _run(
-    items: list[dict[str, Any]], model: VLMo, reader: Reader, out: str, what: What, num_workers: int | None, device: str
+    items: list[dict[str, Any]],
+    model: VLMo,
+    reader: Reader,
+    out: str,
+    what: What,
+    num_workers: int | None,
+    device: Literal["auto", "cpu", "gpu"],
 ) -> Iterator[tuple[int, int]]:
     """(shard, unreadable rows) of each, as they are done."""
-    import pickle
-
     import ray
 
     if not items:
         return
-    cpus, gpus = (ray.cluster_resources().get(resource, 0) for resource in ("CPU", "GPU"))
-    on_gpu = device == "gpu" or (device == "auto" and gpus >= 1)
-    workers = max(1, min(num_workers or int(gpus if on_gpu else cpus // 2), len(items)))
-    threads = max(1, int(cpus // workers))
+    workers, cpus, gpus = actors(num_workers, device)
+    workers = min(workers, len(items))
+    threads = max(1, int(ray.cluster_resources().get("CPU", 1) // workers))
     state = ray.put({name: tensor.cpu() for name, tensor in model.state_dict().items()})
     dataset = ray.data.from_items([{"item": pickle.dumps(item)} for item in items], override_num_blocks=len(items))
-    dataset.context.enable_progress_bars = False
-    dataset.context.print_on_execution_start = False
-    dataset.context.raise_original_map_exception = True
+    plain_errors(dataset)
     done = dataset.map_batches(
         _Actor,
-        fn_constructor_args=(model.config, state, reader, out, what, threads, on_gpu),
+        fn_constructor_args=(model.config, state, reader, out, what, threads, gpus > 0),
         batch_size=None,
         batch_format="numpy",
         compute=ray.data.ActorPoolStrategy(size=workers),
-        num_gpus=1 if on_gpu else 0,
-        num_cpus=0 if on_gpu else min(1.0, cpus / 2 / workers) or 1.0,
+        num_gpus=gpus,
+        num_cpus=cpus,
     )
     try:
         for block in done.iter_batches(batch_size=None, batch_format="numpy"):
@@ -193,8 +197,6 @@ class _Actor:
         self.pool = ThreadPoolExecutor(max(1, threads))
 
     def __call__(self, block: Columns) -> Columns:
-        import pickle
-
         items = [pickle.loads(item) for item in block["item"]]
         own = (self.model, self.what, self.reader, self.pool, self.out)
         found = [write_shard(*own, **item) for item in items]
@@ -244,13 +246,9 @@ def write_shard(
 def _ahead(pool: ThreadPoolExecutor, reader: Reader, chunks: list[Chunk]) -> Iterator[Columns]:
     """The columns of each chunk, in order; a few are read before they are asked for."""
 
-    def read(chunk: Chunk) -> Columns:
-        rows = np.arange(chunk.rows, dtype=np.int64)
-        return reader(Part(((0, chunk),), np.zeros(chunk.rows, np.int32), rows.astype(np.int32), rows * 0, rows))
-
     waiting: deque[Future[Columns]] = deque()
     for chunk in chunks:
-        waiting.append(pool.submit(read, chunk))
+        waiting.append(pool.submit(reader, one_chunk(chunk)))
         if len(waiting) > _AHEAD:
             yield waiting.popleft().result()
     while waiting:
@@ -260,5 +258,5 @@ def _ahead(pool: ThreadPoolExecutor, reader: Reader, chunks: list[Chunk]) -> Ite
 def _vectors(model: VLMo, what: What, columns: Columns) -> np.ndarray:
     """float32 [rows, D]."""
     batch, device = Batch.from_numpy(columns), model.norm.weight.device
-    parts = [slice(first, first + _BATCH) for first in range(0, len(batch), _BATCH)]
+    parts = columns_of(len(batch), _BATCH)
     return np.concatenate([encode(model, what, batch.rows(part).to(device)).cpu().numpy() for part in parts])

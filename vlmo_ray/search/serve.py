@@ -6,6 +6,7 @@ import hashlib
 import hmac
 import importlib.resources
 import json
+import socket
 import time
 from typing import Any
 
@@ -157,6 +158,11 @@ def serve(
             status, kind, content, headers = self.search.answer(request.method, request.url.path, asked, body, secret)
             return Response(content, status, headers, kind)
 
+    with socket.socket() as probe:
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise UserError(f"{host}:{port} cannot be listened on ({error.strerror}); give another --port") from error
     ray_serve.start(http_options={"host": host, "port": port})
     ray_serve.run(Page.bind(), name=_NAME, route_prefix="/")
     return f"http://{host}:{port}/"
