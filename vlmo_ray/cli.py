@@ -369,7 +369,7 @@ def export(run: Positional[str], out: Positional[str], format: Literal["official
         write_official(run, out)
         print(f"wrote {out}")
         return
-    from vlmo_ray.report.hub import export_hub, export_timm
+    from vlmo_ray.report.export import export_hub, export_timm
 
     files = (export_hub if format == "hub" else export_timm)(run, out)
     print(f"wrote {', '.join(files)} into {out}")

@@ -20,7 +20,7 @@ from vlmo_ray.data.text import Tokenizer
 from vlmo_ray.errors import UserError
 from vlmo_ray.model import hub
 from vlmo_ray.model.vlmo import VLMo, init_weights
-from vlmo_ray.report.hub import save_tokenizer
+from vlmo_ray.report.export import save_tokenizer
 from vlmo_ray.train.loop import train
 from vlmo_ray.weights.folder import import_official, load_model
 from vlmo_ray.weights.timm import export_timm
