@@ -1,7 +1,7 @@
 """The search page: its answers, and the page itself on Ray Serve, in a browser if there is one."""
 
+import asyncio
 import json
-import shutil
 import socket
 import subprocess
 import urllib.error
@@ -9,13 +9,12 @@ import urllib.parse
 import urllib.request
 
 import pytest
+from browser import CHROMIUM, OPTIONS, opened
 from search_place import make_place
 
 from vlmo_ray.errors import UserError
 from vlmo_ray.search.index import Index, Queries
 from vlmo_ray.search.serve import COOKIE, Search, serve
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 @pytest.fixture(scope="module")
@@ -116,17 +115,40 @@ def test_on_ray_serve(ray_cluster, place, tmp_path):
             assert shown.count("<figure") == 24 and "24 results in" in shown and 'src="/image?chunk=' in shown
             shown = dom(f"{address}?q=%20", tmp_path)
             assert shown.count("<figure") == 0 and "the query cannot be used" in shown
+            asyncio.run(by_keys_alone(address, tmp_path / "keys"))
     finally:
         ray_serve.shutdown()
 
 
 def dom(address: str, folder) -> str:
     """The page after its scripts have run, in a browser that may not complain."""
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-               "--disable-component-update", "--disable-sync", f"--user-data-dir={folder / 'profile'}",
-               "--enable-logging=stderr", "--virtual-time-budget=10000"]  # fmt: skip
+    options = [*OPTIONS, f"--user-data-dir={folder / 'profile'}", "--enable-logging=stderr",
+               "--virtual-time-budget=10000"]  # fmt: skip
     command = [CHROMIUM, *options, "--dump-dom", address]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     said = [line for line in done.stderr.splitlines() if ":CONSOLE" in line and "status of 400" not in line]
     assert not said, said
     return done.stdout
+
+
+async def by_keys_alone(address: str, profile) -> None:
+    """Type, search, walk through the results and back, and begin anew, without a mouse."""
+    async with opened(address, profile) as page:
+        await page.until("document.activeElement && document.activeElement.name === 'q'")
+        await page.press("a", " ", "b", "Enter")
+        await page.until("document.querySelectorAll('figure').length === 24")
+        wide = await page.value(
+            "[...document.querySelectorAll('figure')].filter((f, _, all) => f.offsetTop === all[0].offsetTop).length"
+        )
+        at = "[...document.querySelectorAll('figure')].indexOf(document.activeElement)"
+        for keys, place in (
+            (["ArrowDown"], 0), (["ArrowRight", "ArrowRight"], 2), (["ArrowDown"], 2 + wide), (["ArrowLeft"], 1 + wide),
+            (["ArrowUp"], 1), (["ArrowUp"], -1),
+        ):  # fmt: skip
+            await page.press(*keys)
+            assert await page.value(at) == place, keys
+        assert await page.value("document.activeElement.value") == "a b"
+        await page.press("ArrowDown", "/")
+        assert await page.value("document.activeElement.name + document.activeElement.value") == "qa b"
+        await page.press("ArrowDown", "Escape")
+        assert await page.value("document.activeElement.name + document.activeElement.value") == "q"
