@@ -20,6 +20,7 @@ from vlmo_ray.launch.driver import Driver
 from vlmo_ray.launch.feed import feeding
 from vlmo_ray.launch.ray_private import infeasible_groups, keep_stats_here
 from vlmo_ray.launch.resources import Share, living_nodes, share
+from vlmo_ray.launch.showing import showing
 from vlmo_ray.launch.stop import Stop, Stopped
 from vlmo_ray.launch.trackers import check_trackers
 from vlmo_ray.launch.worker import work
@@ -107,8 +108,9 @@ def fit(
             data_tasks=each.data_tasks,
             accept_changes=accept_changes,
         )
-        with scratch() as folder, feeding(run, config):
-            start = functools.partial(_start, functools.partial(work, spec, token), cluster, each, name, folder)
+        step = state.step if state else 0
+        with scratch() as folder, feeding(run, config), showing(run, config, step) as drawn:
+            start = functools.partial(_start, functools.partial(work, spec, token, drawn), cluster, each, name, folder)
             phases = [(phase.steps, phase.global_batch // config.slice_size) for phase in config.phases]
             outcome = Driver(cluster, each, autoscaling, run, asked, start, phases).train()
             if outcome is None:

@@ -90,7 +90,7 @@ class TrialActor(ray_tune.Trainable):
         if job.eval_data:
             for step, result in read_evaluations(self._run, after=told):
                 if result.data == job.eval_data:
-                    name = job.metric or next(iter(result.scores))
+                    name = job.metric or next(iter(result.scores), "metric")
                     if not self._known(name, result.scores):
                         break
                     found.append((step, result[name]))

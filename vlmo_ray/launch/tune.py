@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import os
 import random
 import signal
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import optuna
@@ -27,7 +28,7 @@ from ray import tune as ray_tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
-from rich.console import Console
+from rich.console import Console, Group
 
 from vlmo_ray.config import Config, check
 from vlmo_ray.data.mix import load_data
@@ -42,6 +43,7 @@ from vlmo_ray.launch.sweep import LEAVING, Asked, Sweep
 from vlmo_ray.launch.sweep import Trial as Entry
 from vlmo_ray.launch.trackers import check_trackers
 from vlmo_ray.launch.trial import LOOK_S, Job, TrialActor
+from vlmo_ray.progress import bar, drawn
 from vlmo_ray.runs.events import console, show, shows_json
 from vlmo_ray.runs.lease import held, lease
 from vlmo_ray.session import ray_session
@@ -162,7 +164,7 @@ def tune(
         raise UserError(f"trials={trials} and at_once={at_once} must be at least 1")
     sources = load_data(data, config.data.weights)
     if eval_data and not config.evaluate_every:
-        config = dataclasses.replace(config, evaluate_every=max(1, config.total_steps // 9))
+        config = check(dataclasses.replace(config, evaluate_every=max(1, config.total_steps // 9)))
     check_evaluation(config, eval_data)
     check_trackers(config.trackers)
     if (every := config.evaluate_every or config.log_every) > config.total_steps:
@@ -183,8 +185,10 @@ def tune(
         sweep = Sweep.open(store, asked)
         config = _fitting(config, at_once)
         with _leaving(sweep), tempfile.TemporaryDirectory(prefix="vlmo-tune-") as scratch:
+            block = _block(sweep, trials, config.total_steps)
             try:
-                _search(sweep, parsed, Job(config, data, eval_data, store, metric, at_once), trials, scratch)
+                with nullcontext() if config.log_json else drawn(block):
+                    _search(sweep, parsed, Job(config, data, eval_data, store, metric, at_once), trials, scratch)
             except Exception as error:  # Tune wraps what `Sweep.save` raises
                 if sweep.lost:
                     raise UserError(sweep.lost) from error
@@ -204,7 +208,30 @@ def _show(sweep: Sweep) -> None:
     if shows_json():
         show("sweep", f"{len(sweep.trials)} trials", trials=[dataclasses.asdict(trial) for trial in sweep.trials])
     else:
-        Console().print(sweep.table())
+        console = Console()
+        with console.capture() as table:
+            console.print(sweep.table())
+        print(table.get(), end="", flush=True)  # by stdout's present owner, which may be drawing
+
+
+def _block(sweep: Sweep, trials: int, steps: int) -> Callable[[], Group]:
+    """Draws what is done, running and best by now."""
+    began, ended = time.monotonic(), lambda: sum(trial.state != "running" for trial in sweep.trials)
+    before = ended()
+
+    def look() -> Group:
+        done, best = ended(), sweep.best
+        left = (time.monotonic() - began) / (done - before) * (trials - done) if done > before else math.nan
+        lines = [
+            f"trial {trial.name[:3]}: step {trial.step:,}/{steps:,}"
+            + ("" if trial.metric is None else f"  metric {trial.metric:.4g}")
+            for trial in list(sweep.trials)
+            if trial.state == "running"
+        ]
+        lines += [f"best so far: trial {best.name[:3]}  metric {best.metric:.4g}"] if best else []
+        return Group(bar("trials", done, trials, left), *lines)
+
+    return look
 
 
 def _fitting(config: Config, at_once: int) -> Config:

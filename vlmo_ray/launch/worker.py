@@ -50,8 +50,10 @@ class Marks:
             self._error = error
 
 
-def work(spec: RunSpec, token: str) -> dict:
+def work(spec: RunSpec, token: str, drawn: bool = False) -> dict:
     """Trains until the end or until told to stop, while the run is leased under `token`.
+
+    With `drawn` the first worker prints nothing: the driver shows what it stores.
 
     Returns the fields of `Outcome` and, as `leaving`, the ids of the nodes that are about to be taken away. A plain
     dict, since Ray Train's controller unpickles it and would first import torch for an object of ours.
@@ -76,11 +78,13 @@ def work(spec: RunSpec, token: str) -> dict:
         marked = marks.check() if marks else Notice.NONE
         return max(marked, Notice.PREEMPTED if leaving else Notice.NONE)
 
-    with events.console("none" if spec.config.log_json else "text"), process_group(rank, world, device):
+    style = "none" if spec.config.log_json else "text"
+    with events.console(style), process_group(rank, world, device):
         events.tell("worker", f"worker {rank} of {world}: process {os.getpid()} on {host}, {device}", worker=rank)
         observe = Gauges(spec.run.rstrip("/").rpartition("/")[2])
         local_rank = context.get_local_rank()
-        outcome = train(
-            spec, rank=rank, world=world, local_rank=local_rank, device=device, notice=notice, observe=observe
-        )
+        with events.console("none" if drawn and rank == 0 else style):
+            outcome = train(
+                spec, rank=rank, world=world, local_rank=local_rank, device=device, notice=notice, observe=observe
+            )
     return dataclasses.asdict(outcome) | {"leaving": sorted(leaving)}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Iterator
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,9 +21,10 @@ from vlmo_ray.data.order import Order, Schedule
 from vlmo_ray.data.store import open_store
 from vlmo_ray.errors import UserError
 from vlmo_ray.overrides import from_dict
+from vlmo_ray.progress import tracked
 from vlmo_ray.rng import mix
 from vlmo_ray.runs.checkpoints import Checkpoints
-from vlmo_ray.runs.consumed import DataIds, Log, Recorded
+from vlmo_ray.runs.consumed import DataIds, Log, Recorded, Stored
 from vlmo_ray.runs.multisets import Multisets, keys_of
 
 _BUCKET_ROWS, _MOST_BUCKETS = 512, 1 << 20
@@ -154,7 +156,7 @@ class _Comparison:
         """Reads everything once, and again if something differs."""
         steps, ids = self._recorded()
         wanted = Multisets(2, self.buckets)  # of a complete epoch, and of the newest one
-        for rows in self.ids.read({name for names in self.masked for name in names}):
+        for rows in self._stored({name for names in self.masked for name in names}):
             wanted.add(0, self._bucket(rows.keys), rows.keys)
             wanted.add(1, self._bucket(rows.keys[rows.due]), rows.keys[rows.due])
             self.known |= rows.ids
@@ -169,10 +171,18 @@ class _Comparison:
                 problems.append(f"epoch {epoch}: of the ids that differ, only {most / len(differing):.2%} are named")
         return self._named(bad, problems)
 
+    def _logged(self) -> Iterator[Recorded]:
+        total = int(self.before[-1])
+        return tracked(self.log.read(), "reading the run's record", total, lambda rows: len(rows.step))
+
+    def _stored(self, addresses: AbstractSet[str] = frozenset()) -> Iterator[Stored]:
+        found = self.ids.read(addresses)
+        return tracked(found, "reading the data's ids", self.num_rows, lambda rows: len(rows.keys))
+
     def _recorded(self) -> tuple[Multisets, Multisets]:
         """The positions of every step (one multiset, S buckets), and the valid ids of every epoch (E multisets)."""
         steps, ids = Multisets(1, self.log.stop), Multisets(self.num_epochs, self.buckets)
-        for rows in self.log.read():
+        for rows in self._logged():
             steps.add(0, rows.step, mix(rows.position.astype(np.uint64)))
             epoch = self._epoch(rows.step, rows.position)
             self.seen += np.bincount(epoch, minlength=self.num_epochs)
@@ -210,11 +220,11 @@ class _Comparison:
         seen = [Counter[str]() for _ in range(self.num_epochs)]
         wanted, due = ([Counter[str]() for _ in range(self.num_epochs)] for _ in range(2))
         if bad.any():
-            for rows in self.log.read():
+            for rows in self._logged():
                 epoch = self._epoch(rows.step, rows.position)
                 for i in np.flatnonzero(rows.valid & bad[epoch, self._bucket(rows.keys)]).tolist():
                     seen[epoch[i]][rows.names[i].as_py()] += 1
-            for rows in self.ids.read():
+            for rows in self._stored():
                 found = bad[:, self._bucket(rows.keys)]
                 for epoch, i in zip(*map(np.ndarray.tolist, np.nonzero(found)), strict=True):
                     name = rows.names[i].as_py()

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from vlmo_ray.data.store import Store
 from vlmo_ray.errors import UserError
+from vlmo_ray.progress import tracked
 from vlmo_ray.runs.checkpoint import STATE, Files, measured, parse_state
 from vlmo_ray.runs.events import tell
 from vlmo_ray.runs.state import TrainState
@@ -177,7 +178,10 @@ class Checkpoints:
             raise Damaged(f"{where} has changed since it was written")
 
         with ThreadPoolExecutor(8) as pool:
-            list(pool.map(download, files))
+            fetched = zip(files, pool.map(download, files), strict=True)
+            total = sum(size for size, _ in files.values()) / 1e6
+            for _ in tracked(fetched, f"MB of {name}", total, lambda one: files[one[0]][0] / 1e6):
+                pass
         (folder / STATE).write_bytes(self.run.read(f"{name}/{STATE}"))
 
     def fetch_named(self, name: str, folder: Path) -> None:

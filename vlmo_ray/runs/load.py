@@ -19,6 +19,7 @@ from vlmo_ray.data.store import Store, open_store, store_and_name
 from vlmo_ray.errors import UserError
 from vlmo_ray.model.vlmo import VLMo
 from vlmo_ray.overrides import from_dict, to_dict
+from vlmo_ray.progress import tracked
 from vlmo_ray.runs import checkpoint
 from vlmo_ray.runs.checkpoint import STATE
 from vlmo_ray.runs.checkpoints import Checkpoints
@@ -32,6 +33,7 @@ _SOURCE = f"{_MODEL}/source"  # names the checkpoint that they come from
 _TASK = "task.json"  # config and schema of the run: in the run, and beside its final weights
 _OWN = "task.safetensors"  # weights of the task that are not the model's
 _PREFIX = "task."
+_PIECE = 16 << 20  # bytes of a file that are fetched at once
 
 
 @dataclass(frozen=True)
@@ -162,9 +164,7 @@ def _model_folder(path: str) -> Iterator[str]:
         target = Path(folder)
         inner = next((p for p in ("", f"{_MODEL}/") if store.exists(f"{p}model.json")), None)
         if inner is not None:
-            for name in store.list(inner):
-                if "/" not in name.removeprefix(inner):
-                    (target / Path(name).name).write_bytes(store.read(name))
+            _fetch(store, inner, target)
         elif Checkpoints(store).fetch_newest(shards := target / "checkpoint"):
             _from_checkpoint(store, shards, target)
         else:
@@ -173,6 +173,19 @@ def _model_folder(path: str) -> Iterator[str]:
                 "run, or a folder that `vlmo import` wrote"
             )
         yield folder
+
+
+def _fetch(store: Store, prefix: str, target: Path) -> None:
+    """The files of one folder of the store, as files in the folder `target`."""
+    before = store.versions(prefix)
+    sizes = {name: size for name, size in store.sizes(prefix).items() if "/" not in name.removeprefix(prefix)}
+    pieces = [(name, at) for name, size in sizes.items() for at in range(0, size or 1, _PIECE)]
+    read = ((name, store.read(name, at, _PIECE)) for name, at in pieces)
+    for name, piece in tracked(read, "MB of weights", sum(sizes.values()) / 1e6, lambda one: len(one[1]) / 1e6):
+        with (target / Path(name).name).open("ab") as file:
+            file.write(piece)
+    if store.versions(prefix) != before:
+        raise UserError(f"{store.address(prefix)} was written again while it was read; repeat the command")
 
 
 def _from_checkpoint(store: Store, shards: Path, target: Path) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmo_ray.data.store import Store
+from vlmo_ray.progress import clock
 from vlmo_ray.runs.events import show
 
 _FLUSH_S = 5.0  # seconds between rewrites of an open segment
@@ -69,7 +69,7 @@ class Meters:
         masked = sum(f["masked_rows"] for f in self.recent)
         line = (
             f"step {step}/{self.total_steps}  loss {figures['loss']:.3f}  {terms}  "
-            f"{figures['samples_per_s']:.0f} samples/s  data wait {figures['data_wait']:.0%}  {_clock(left)} left"
+            f"{figures['samples_per_s']:.0f} samples/s  data wait {figures['data_wait']:.0%}  {clock(left)} left"
             + (f"  ({masked:.0f} rows masked)" if masked else "")
             + (f"  ({skipped} steps skipped)" if skipped else "")
         )
@@ -139,14 +139,6 @@ def _events(figures: list[tuple[float, dict[str, float]]]) -> bytes:
         event = Event(wall_time=when, step=int(values["step"]), summary=Summary(value=scalars))
         writer.write(event.SerializeToString())
     return out.getvalue()
-
-
-def _clock(seconds: float) -> str:
-    if not math.isfinite(seconds):
-        return "?"
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
 def _segments(store: Store) -> list[str]:

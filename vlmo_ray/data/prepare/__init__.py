@@ -211,14 +211,16 @@ def _begin(out: Store, state: dict, index: bool) -> Counts | None:
 
 
 def _shuffle(spec: shuffle.Shuffle, units: list[WorkUnit], forbid: Iterable[str]) -> Counts:
-    run_stage(spec.out, "scatter", list(enumerate(units)), functools.partial(shuffle.scatter, spec), spec.memory)
+    numbered, work = list(enumerate(units)), functools.partial(shuffle.scatter, spec)
+    run_stage(spec.out, "scatter", numbered, work, spec.memory, "pass 1 of 2, MB read", _megabytes(units))
     pieces, chunks, num_read, dropped = [], [], 0, shuffle.Dropped()
     for result in results(spec.out, "scatter", len(units)):
         pieces.append(result["pieces"])
         num_read += result["read"]
         dropped.merge(result)
     buckets = list(range(spec.num_buckets))
-    run_stage(spec.out, "gather", buckets, functools.partial(shuffle.gather, spec, pieces), spec.memory)
+    work = functools.partial(shuffle.gather, spec, pieces)
+    run_stage(spec.out, "gather", buckets, work, spec.memory, "pass 2 of 2, parts written", [1] * len(buckets))
     for result in results(spec.out, "gather", len(buckets)):
         chunks.append(_table("parquet", result["chunks"]))
         dropped.merge(result)
@@ -244,11 +246,23 @@ def _index(
             f"{out.address(compressed[0])} is compressed, so a chunk of it cannot be read alone; "
             "unpack it, or rewrite the data set by leaving out `index`"
         )
-    run_stage(out, "index", units, lambda u: {"chunks": shuffle.packed(source.chunks(u, rows_per_chunk))}, memory)
+    run_stage(
+        out,
+        "index",
+        units,
+        lambda unit: {"chunks": shuffle.packed(source.chunks(unit, rows_per_chunk))},
+        memory,
+        "indexing, MB read",
+        _megabytes(units),
+    )
     format: Format = "parquet" if source.format == "parquet" else "webdataset"
     chunks = pa.concat_tables(_table(format, result["chunks"]) for result in results(out, "index", len(units)))
     manifest = write_manifest(out.uri, format, chunks, forbid=tuple(forbid), source=out.uri, schema=source.schema)
     return Counts(manifest.num_rows, manifest.num_rows)
+
+
+def _megabytes(units: list[WorkUnit]) -> list[float]:
+    return [unit.bytes / 1e6 for unit in units]
 
 
 def _table(format: Format, packed: list[list]) -> pa.Table:

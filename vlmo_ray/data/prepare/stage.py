@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from vlmo_ray.data.store import Store
 from vlmo_ray.errors import UserError
+from vlmo_ray.progress import tracked
 
 WORK = "_vlmo_prepare"  # deleted at the end, so it must not be a name that users choose
 _WORKER_BYTES = 256 << 20  # a Python worker with pyarrow and Pillow, before it holds any data
 _MAX_BLOCKS = 4096  # Ray Data needs about 25 ms for each
 
 
-def run_stage(out: Store, stage: str, units: list, work: Callable[[Any], dict], memory: int) -> None:
+def run_stage(
+    out: Store, stage: str, units: list, work: Callable[[Any], dict], memory: int, what: str, sizes: Sequence[float]
+) -> None:
     """Call `work(unit)` in a task for every unit that has no marker, and write the result as its marker.
+
+    `what` names the stage for people, and `sizes` say how much of it each unit is.
 
     `work` must have written all its data when it returns, must give the same result if called again, and must hold at
     most `memory` bytes; Ray runs as many tasks at once as fit. A failed task raises a UserError.
@@ -42,15 +47,18 @@ def run_stage(out: Store, stage: str, units: list, work: Callable[[Any], dict], 
         try:
             out.write(f"{WORK}/{stage}/{_marker(i)}", json.dumps(work(unit)).encode())
         except (UserError, OSError) as error:  # as data, because Ray wraps exceptions
-            return {"error": [str(error)]}  # an OSError here means a full disk or a deleted piece
-        return {"error": [""]}
+            return {"unit": [i], "error": [str(error)]}  # an OSError here means a full disk or a deleted piece
+        return {"unit": [i], "error": [""]}
 
     items = [{"unit": pickle.dumps(item)} for item in left]
     dataset = ray.data.from_items(items, override_num_blocks=min(len(items), _MAX_BLOCKS))
-    dataset.context.enable_progress_bars &= len(items) > 8
+    dataset.context.enable_progress_bars = False  # of Ray, which count tasks
     # the stubs do not know that by default batches are dicts of arrays
     dataset = dataset.map_batches(do, batch_size=1, num_cpus=1, memory=need)  # pyright: ignore[reportArgumentType]
-    for row in dataset.iter_rows():  # in the order in which tasks end
+    total = sum(sizes)
+    before = total - sum(sizes[i] for i, _ in left)
+    rows = dataset.iter_rows()  # in the order in which tasks end
+    for row in tracked(rows, what, total, lambda row: sizes[row["unit"]], before):
         if row["error"]:
             raise UserError(row["error"])
 
