@@ -114,14 +114,14 @@ def prepare(
     Args:
         format: karpathy (JSON of COCO, Flickr8k/30k), webdataset (tars, also img2dataset's), parquet (layout of
             Hugging Face or img2dataset), table (CSV or TSV of path and caption), folders (one of images per class),
-            vqa, nlvr2 or snli_ve (the official files of those tasks), text (plain text, JSON lines or Parquet without
-            images).
+            vqa, nlvr2, snli_ve or refcoco (the official files of those tasks), ade20k (images and masks in its
+            layout), text (plain text, JSON lines or Parquet without images).
         source: a file, folder or `s3://bucket/prefix` of that format.
         out: the folder or `s3://bucket/prefix` to write.
-        option: an option of the format, `--option name=value`. karpathy: split, images; parquet: image_column,
-            text_column, columns; webdataset: columns; table: image_column, text_column, header, quoting,
+        option: an option of the format, `--option name=value`. karpathy: split, images, captions; parquet:
+            image_column, text_column, columns; webdataset: columns; table: image_column, text_column, header, quoting,
             delimiter, images; folders: classes, labels; text: column, documents, length; vqa: split, images, answers,
-            at_least; nlvr2, snli_ve: images.
+            at_least; nlvr2, snli_ve: images; refcoco: split, by, images, dets; ade20k: split, classes, zero.
         index: rewrite nothing; only add a manifest beside the shards of the source (webdataset, parquet).
         seed: the seed of the shuffle.
         memory_mb: how many MB of records one task may hold.
@@ -307,9 +307,9 @@ def evaluate(
         data: the data set: `s3://bucket/prefix` or a folder.
         task: what to measure; default: what the weights were trained for, or retrieval.
         option: an option of the evaluation, `--option name=value`. retrieval: subset, folds; matching:
-            top; zero_shot: templates, names.
-        submission: also write the file for the benchmark's server, of VQA (EvalAI's JSON) and NLVR2 (CSV); may be on
-            `s3://`. Refused if a row of the data set is missing.
+            top; zero_shot: templates, names; grounding: layer.
+        submission: also write the file for the benchmark's server, of VQA (EvalAI's JSON), NLVR2 (CSV) and captioning
+            (COCO's JSON); may be on `s3://`. Refused if a row of the data set is missing.
         workers: the number of actors; 0: one per GPU, or half the CPUs.
         device: of the actors; auto: GPUs if the cluster has any now. gpu asks for them where nodes are added on demand.
         json_output: print one JSON object instead of a table.

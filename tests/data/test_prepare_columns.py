@@ -192,6 +192,6 @@ def test_a_finished_preparation_from_before_schemas_is_finished(ray_cluster, tmp
 
 
 def test_formats_are_found_by_name():
-    named = ["folders", "karpathy", "nlvr2", "parquet", "snli_ve", "table", "text", "vqa", "webdataset"]
-    assert sorted(package.FORMATS) == named
+    named = ["ade20k", "folders", "karpathy", "nlvr2", "parquet", "refcoco", "snli_ve", "table", "text", "vqa"]
+    assert sorted(package.FORMATS) == [*named, "webdataset"]
     assert package.FORMATS["folders"] is Folders

@@ -23,6 +23,7 @@ Kind = Literal["image", "text", "label", "mask", "answers", "captions", "boxes"]
 FORBID = ("crop", "flip", "color", "geometric")  # the augmentations that a record may rule out
 MAX_PIXELS = 64_000_000  # 192 MB decoded to RGB; a few bytes of header can claim far more
 MAX_SIDE = 30_000
+IGNORED = 255  # in a mask: a pixel of no class
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # some of Pillow's other formats run programs
 
 # the tokenizer's; it leaves out control and format characters and accents, so a text of these alone has no tokens
@@ -47,7 +48,8 @@ class Field:
     image     encoded bytes
     text      a string with a visible character
     label     an integer from 0, less than the number of `values` where they are given
-    mask      encoded bytes of an image with one channel
+    mask      encoded bytes of an image with one channel; with `values`, its numbers are those of classes, from 0, and
+              IGNORED where there is none
     answers   a list of {"answer": string, "score": 0 to 1}, maybe empty; answers are among `values` where given
     captions  a list of at least one text
     boxes     a list of [x0, y0, x1, y1] in pixels of the stored image, x0 < x1 and y0 < y1, maybe empty
@@ -55,7 +57,7 @@ class Field:
 
     name: str  # of the column; "image_2" is a second image
     kind: Kind
-    values: tuple[str, ...] = ()  # names of the classes of a label, or the possible answers; () if open
+    values: tuple[str, ...] = ()  # names of the classes of a label or a mask, or the possible answers; () if open
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
@@ -64,8 +66,10 @@ class Field:
             raise UserError(
                 f"{self.name!r} cannot name a column; use letters, digits and '_', and none of {', '.join(_RESERVED)}"
             )
-        if self.values and self.kind not in ("label", "answers"):
+        if self.values and self.kind not in ("label", "mask", "answers"):
             raise UserError(f"the column {self.name!r} is of kind {self.kind!r}, which has no list of values")
+        if self.kind == "mask" and len(self.values) > IGNORED:
+            raise UserError(f"the mask {self.name!r} has {len(self.values)} classes; use at most {IGNORED}")
         if len(set(self.values)) < len(self.values):
             twice = next(value for i, value in enumerate(self.values) if value in self.values[:i])
             raise UserError(f"the column {self.name!r} has the value {twice!r} twice; name it once")

@@ -109,6 +109,7 @@ class Pretraining(GlobalTask):
         self.matches, self.predicts = self.settings.itm > 0, self.settings.mlm > 0
         self.masked_matching = self.settings.masked_matching and self.matches and self.predicts
         self.shown = tuple(name for name in self.settings.heads if name != "itc_vl")
+        self.draws_captions = "captions" in schema and "text" not in schema  # one of several for each row
 
     @property
     def contrasts(self) -> dict[str, ContrastHead]:
@@ -117,12 +118,11 @@ class Pretraining(GlobalTask):
         return main | {"itc_vl": given(self.model.itc_vl)} if self.settings.vl_contrast else main
 
     def encoder(self) -> Encoder:
-        config = self.model.config
+        config, captions = self.model.config, self.draws_captions
+        sizes = config.image_size, config.max_text_len
         if not self.predicts:
-            return PairEncoder(config.image_size, config.max_text_len, self.data)
-        return MaskedPairs(
-            config.image_size, config.max_text_len, self.data, config.vocab_size, self.settings.mlm_probability
-        )
+            return PairEncoder(*sizes, self.data, captions=captions)
+        return MaskedPairs(*sizes, self.data, config.vocab_size, self.settings.mlm_probability, captions=captions)
 
     def order(self, batch: Batch) -> Tensor:
         # the rows that matching is computed for are spread evenly over neighbouring positions

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -33,14 +33,18 @@ def text_columns(max_len: int) -> dict[str, Column]:
 class Pairs(Encoder):
     """image uint8 `[3, H, W]`; text_ids int32, text_mask bool `[T]`; image_key, text_key int64.
 
-    Pairs of the same image have equal `image_key`s, and pairs of the same text equal `text_key`s.
+    Pairs of the same image have equal `image_key`s, and pairs of the same text equal `text_key`s. With `captions`, the
+    text is one of the record's captions, drawn anew in each step; in an evaluation the first.
     """
 
     image_size: int
     max_text_len: int
     data: DataConfig
+    captions: bool = field(default=False, kw_only=True)
 
-    fields = ("image", "text")
+    @property
+    def fields(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]  # of an instance here
+        return ("image", "captions" if self.captions else "text")
 
     @property
     def columns(self) -> Mapping[str, Column]:
@@ -52,11 +56,17 @@ class Pairs(Encoder):
 
     def _pair(self, record: Record, draw: Draw | None) -> tuple[Row, np.ndarray]:
         """The row, and the index of the word that each token belongs to, int16 `[T]`."""
-        text = record.values["text"]
+        text = self._text(record, draw)
         image = image_row(record, "image", self.image_size, self.data, draw)
         ids, mask, word = tokenizer(self.max_text_len).encode(text)
         keys = {"image_key": rng.hash_text(record.image_id), "text_key": rng.hash_text(normalise(text))}
         return {"image": image, "text_ids": ids, "text_mask": mask} | keys, word
+
+    def _text(self, record: Record, draw: Draw | None) -> str:
+        if not self.captions:
+            return record.values["text"]
+        captions = record.values["captions"]
+        return captions[int(draw.generator("caption").random() * len(captions)) if draw else 0]
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ class Folders(Source):
         found = sorted({name.partition("/")[0] for name in sizes if "/" in name}) if self.labels else []
         if self.classes and not self.labels:
             raise UserError(f"classes={self.classes!r} says nothing with labels=False; leave out one of them")
-        classes = _lines(self.classes) if self.classes else found
+        classes = class_lines(self.classes) if self.classes else found
         if unlisted := [name for name in found if name not in set(classes)]:
             raise UserError(f"{self.store.address(unlisted[0])} is not a class in {self.classes}; add a line")
         if not sizes or (self.labels and not found):
@@ -58,7 +58,8 @@ class Folders(Source):
             yield Record(name, name, values, problem=problem, address=self.store.address(name))
 
 
-def _lines(uri: str) -> list[str]:
+def class_lines(uri: str) -> list[str]:
+    """The lines of a file with one class a line, without blank ones."""
     store, name = open_file(uri)
     try:
         lines = store.read(name).decode("utf-8-sig").splitlines()

@@ -10,14 +10,19 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from vlmo_ray.data.prepare.source import Source, WorkUnit, cut_units, mean_image_bytes, open_file, read_images
-from vlmo_ray.data.schema import Record
+from vlmo_ray.data.schema import PAIRS, Field, Record, Schema
 from vlmo_ray.data.store import open_store
 from vlmo_ray.errors import UserError
+
+TOGETHER = Schema((Field("image", "image"), Field("captions", "captions")))
 
 
 @dataclass
 class Karpathy(Source):
     """One pair per caption; `image_id` is the file name. `split` may join several: "train+restval".
+
+    With `captions` "together", one record per image, with a column `captions` in place of `text`; the id is the file
+    name too. A caption that is no text then takes its image with it.
 
     Images are in the folder `images`, by default the one beside the JSON; those of COCO may be in the entry's
     `filepath` (`val2014/...`) below it.
@@ -28,8 +33,12 @@ class Karpathy(Source):
     uri: str  # of the JSON, or of a folder with exactly one dataset_*.json
     split: str = "train"
     images: str | None = None
+    captions: str = "pairs"
 
     def __post_init__(self) -> None:
+        if self.captions not in ("pairs", "together"):
+            raise UserError(f"captions={self.captions!r} is not a choice; write captions=pairs or captions=together")
+        self.schema = TOGETHER if self.captions == "together" else PAIRS
         if not self.uri.endswith(".json"):
             store = open_store(self.uri)
             names = [n for n in store.list("dataset_") if n.endswith(".json") and "/" not in n]
@@ -64,11 +73,17 @@ class Karpathy(Source):
         if unknown := [name for name in wanted if name not in present]:
             raise UserError(f"{self.uri} has no split {unknown[0]!r}; it has {', '.join(present)}")
         mean = mean_image_bytes(self._images, [entry["paths"] for entry in entries])
-        self._units = cut_units(name, ((entry, mean * len(entry["captions"])) for entry in entries))
+        copies = [1 if self.captions == "together" else len(entry["captions"]) for entry in entries]
+        self._units = cut_units(name, ((entry, mean * n) for entry, n in zip(entries, copies, strict=True)))
 
     def records(self, unit: WorkUnit) -> Iterator[Record]:
         images = read_images(self._images, (entry["paths"] for entry in unit.content))
         for entry, (image, problem) in zip(unit.content, images, strict=True):
+            name = entry["image_id"]
+            if self.captions == "together":
+                values = {"image": image, "captions": [text for _, text in entry["captions"]]}
+                yield Record(name, name, values, problem=problem, address=f"{self.uri}#{name}")
+                continue
             for number, text in entry["captions"]:
-                id, values = f"{entry['image_id']}#{number}", {"image": image, "text": text}
-                yield Record(id, entry["image_id"], values, problem=problem, address=f"{self.uri}#{number}")
+                values = {"image": image, "text": text}
+                yield Record(f"{name}#{number}", name, values, problem=problem, address=f"{self.uri}#{number}")
