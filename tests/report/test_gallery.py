@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from small_run import SMALL, job
 
-from vlmo_ray.data.text import Tokenizer
+from vlmo_ray.data.text import Tokenizer, words_of, written
 from vlmo_ray.errors import UserError
 from vlmo_ray.model.vlmo import VLMo, init_weights
 from vlmo_ray.objectives.pairs import Pairs
 from vlmo_ray.report import gallery
-from vlmo_ray.report.gallery import Gallery, attention, caption, first_rows
+from vlmo_ray.report.gallery import Gallery, attention, first_rows
 from vlmo_ray.tasks.matching import Matching
 from vlmo_ray.train.loop import train
 
@@ -57,8 +57,8 @@ def test_attention_is_that_of_the_layers(changes):
 
 def test_a_caption_is_the_text_of_its_tokens():
     ids, _, _ = Tokenizer(12).encode("Two Dalmatians run!")
-    assert caption(ids) == "two dalmatians run !"
-    assert gallery._words(ids) == [("two", [1]), ("dalmatians", [2, 3, 4]), ("run", [5]), ("!", [6])]
+    assert written(ids) == "two dalmatians run !"
+    assert words_of(ids) == [("two", [1]), ("dalmatians", [2, 3, 4]), ("run", [5]), ("!", [6])]
 
 
 def test_ranks_against_loops(run, scenes):
@@ -97,7 +97,7 @@ def test_of_a_run(run, scenes):
     assert 0 < len(found.negatives) <= 6 and len(found.looks) == 3
     columns = first_rows(scenes, Matching(VLMo(SMALL.model)).encoder(), 30)
     assert len(columns["id"]) == 30 and columns["valid"].all()
-    key = {caption(ids): i for i, ids in enumerate(columns["text_ids"])}
+    key = {written(ids): i for i, ids in enumerate(columns["text_ids"])}
     keys = (torch.from_numpy(columns[name]) for name in ("image_key", "text_key"))
     pairs = Pairs(*keys, torch.ones(30, dtype=torch.bool), 0, 30)
     for negative in found.negatives:
@@ -105,7 +105,7 @@ def test_of_a_run(run, scenes):
         assert pairs.may_oppose(torch.tensor([own]), slice(other, other + 1)).all()
         assert negative.image != negative.other_image
         assert all(0 < p < 1 for p in negative.matching)
-    assert [word for word, _ in found.looks[0].words] == caption(columns["text_ids"][0]).split()
+    assert [word for word, _ in found.looks[0].words] == written(columns["text_ids"][0]).split()
     assert all(picture.startswith("data:image/jpeg;base64,") for _, picture in found.looks[0].words)
 
 

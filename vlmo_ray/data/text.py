@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import importlib.resources
 import os
@@ -23,6 +24,31 @@ def vocabulary() -> list[str]:
     """The entries of bert-base-uncased, in the order of their ids. Packed, as every job uploads the package."""
     packed = importlib.resources.files("vlmo_ray.data") / "vocab" / "bert_base_uncased.txt.gz"
     return gzip.decompress(packed.read_bytes()).decode().splitlines()
+
+
+@functools.cache
+def _entries() -> list[str]:
+    return vocabulary()
+
+
+def words_of(ids: np.ndarray) -> list[tuple[str, list[int]]]:
+    """The words of token ids `[T]`, in lower case, each with the places of its tokens; without special tokens."""
+    found: list[tuple[str, list[int]]] = []
+    for place, token in enumerate(ids.tolist()):
+        if token in (PAD_ID, CLS_ID, SEP_ID):
+            continue
+        piece = _entries()[token]
+        if piece.startswith("##") and found:
+            word, places = found[-1]
+            found[-1] = (word + piece[2:], [*places, place])
+        else:
+            found.append((piece, [place]))
+    return found
+
+
+def written(ids: np.ndarray) -> str:
+    """Token ids `[T]` as a text, its words and marks apart."""
+    return " ".join(word for word, _ in words_of(ids))
 
 
 class Tokenizer:
@@ -125,7 +151,28 @@ def mask_whole_words(
             taken += lengths[candidate]
         if taken >= budget:
             break
-    target = (word >= 0) & chosen[word]
+    return _masked(ids, (word >= 0) & chosen[word], fate, replacement, vocab_size)
+
+
+def mask_tokens(
+    ids: np.ndarray, mask: np.ndarray, vocab_size: int, probability: float, generator: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """`(masked_ids, labels)` as `mask_whole_words`, of any tokens but [CLS], also [SEP]: for learning to write, as in
+    BEiT-3. round(`probability` x number of tokens), at least one and at most all others, are targets.
+
+    Draws `[3, T]` numbers at once: order, fate and replacement of token t.
+    """
+    length = int(mask.sum())
+    count = min(max(1, round(probability * length)), length - 1)
+    order, fate, replacement = generator.random((3, len(ids)))
+    target = np.zeros(len(ids), bool)
+    target[1 + np.argsort(order[1:length], kind="stable")[:count]] = True
+    return _masked(ids, target, fate, replacement, vocab_size)
+
+
+def _masked(
+    ids: np.ndarray, target: np.ndarray, fate: np.ndarray, replacement: np.ndarray, vocab_size: int
+) -> tuple[np.ndarray, np.ndarray]:
     labels = np.where(target, ids, IGNORED_LABEL).astype(np.int32)
     random_ids = FIRST_WORD_ID + (replacement * (vocab_size - FIRST_WORD_ID)).astype(np.int32)
     replaced = np.where(fate < 0.8, MASK_ID, np.where(fate < 0.9, random_ids, ids))

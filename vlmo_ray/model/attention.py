@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,6 +11,26 @@ from torch import Tensor, nn
 # The logit of padded keys. It is finite because a row without any real token (a record that could not be read) must not
 # give NaN, which would reach the shared weights in the backward. Next to a real key the softmax is exactly 0.
 PADDED = -1e4
+
+
+class KeyValues:
+    """Keys and values [B,S,H,d] of the tokens that one layer has seen, for tokens that come later."""
+
+    def __init__(self) -> None:
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+
+    def extended(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """What is kept and then these, which are kept as well."""
+        if self.keys is not None and self.values is not None:
+            keys, values = torch.cat([self.keys, keys], dim=1), torch.cat([self.values, values], dim=1)
+        self.keys, self.values = keys, values
+        return keys, values
+
+    def update(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Replaces what is kept: by some of its rows, or of its tokens."""
+        assert self.keys is not None and self.values is not None, "nothing is kept yet"
+        self.keys, self.values = change(self.keys), change(self.values)
 
 
 class SelfAttention(nn.Module):
@@ -24,11 +46,17 @@ class SelfAttention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(
-        self, x: Tensor, bias: Tensor | None = None, padding: Tensor | None = None, read: int | None = None
+        self,
+        x: Tensor,
+        bias: Tensor | None = None,
+        padding: Tensor | None = None,
+        read: int | None = None,
+        memory: KeyValues | None = None,
     ) -> Tensor:
         """[B,S,D] -> [B,S,D], or [B,read,D]: only the first `read` tokens ask.
 
-        `bias` [H,S,S] of this layer; `padding` bool [B,S], True for padded keys.
+        `bias` [H,S,S] of this layer; `padding` bool [B,S], True for padded keys. With `memory`, keys and values are
+        those in it and then those of `x`, without padding, and `bias` is [H,S,M+S].
 
         The bias is broadcast over the batch. A padded key has one more component, `PADDED`, which meets a 1 in every
         query. So no [B,H,S,S] exists: a sum of bias and padding would be kept by every layer for the backward.
@@ -41,6 +69,8 @@ class SelfAttention(nn.Module):
         else:
             q = F.linear(x[:, :read], weight[:width], self.q_bias).unflatten(-1, per_head)
             k, v = F.linear(x, weight[width:], kv_bias).unflatten(-1, (2, *per_head)).unbind(2)
+        if memory is not None:
+            k, v = memory.extended(k, v)
         scale = self.head_width**-0.5
         # Fused kernels need head widths that are multiples of 8 (base_plus has 34). Zeros change no product.
         more = -self.head_width % 8 or (8 if padding is not None else 0)
@@ -57,3 +87,24 @@ class SelfAttention(nn.Module):
         heads = F.scaled_dot_product_attention(q, k, v, attn_mask=added, scale=scale)
         heads = heads[..., : self.head_width].transpose(1, 2).flatten(2)  # [B,H,S,d] -> [B,S,D]
         return self.out(heads)
+
+    def weights(
+        self, x: Tensor, bias: Tensor | None = None, padding: Tensor | None = None, read: int | None = None
+    ) -> Tensor:
+        """How much each token attends to each other, [B,H,S,S] or [B,H,read,S], which `forward` never holds; the
+        arguments are those of `forward`."""
+        width, per_head = len(self.q_bias), (self.num_heads, self.head_width)
+        q = F.linear(x[:, :read], self.qkv.weight[:width], self.q_bias).unflatten(-1, per_head).transpose(1, 2)
+        k = F.linear(x, self.qkv.weight[width : 2 * width]).unflatten(-1, per_head).transpose(1, 2)
+        logits = q @ k.transpose(-2, -1) * self.head_width**-0.5
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = logits if bias is None else logits + bias[:, :read]
+        logits = logits if padding is None else logits + padding[:, None, None] * PADDED
+        return logits.softmax(dim=-1)
+
+    def attended(self, x: Tensor, weights: Tensor) -> Tensor:
+        """What `forward` gives for `x` [B,S,D] where these are the weights, in a form that can be differentiated by
+        them."""
+        v = F.linear(x, self.qkv.weight[2 * len(self.q_bias) :], self.v_bias)
+        v = v.unflatten(-1, (self.num_heads, self.head_width)).transpose(1, 2)
+        return self.out((weights.to(v.dtype) @ v).transpose(1, 2).flatten(2))

@@ -25,16 +25,16 @@ class TextEmbedding(nn.Module):
             self.position = nn.Embedding(config.max_text_len, config.width)
         self.norm = nn.LayerNorm(config.width, eps=1e-12)
 
-    def forward(self, ids: Tensor, noise: Noise | Noises | None = None) -> Tensor:
-        """`ids` int [B,T] -> [B,T,D]; without `noise` there is no dropout."""
+    def forward(self, ids: Tensor, noise: Noise | Noises | None = None, first: int = 0) -> Tensor:
+        """`ids` int [B,T] -> [B,T,D]; without `noise` there is no dropout. They stand at `first` and after."""
         x = self.word(ids) + self.token_type.weight[0]
         if self.position is not None:
-            if ids.shape[1] > len(self.position.weight):
+            if first + ids.shape[1] > len(self.position.weight):
                 raise UserError(
-                    f"The text has {ids.shape[1]} tokens, but the model has {len(self.position.weight)} text "
+                    f"The text has {first + ids.shape[1]} tokens, but the model has {len(self.position.weight)} text "
                     "positions: cut the text to that."
                 )
-            x = x + self.position.weight[: ids.shape[1]]
+            x = x + self.position.weight[first : first + ids.shape[1]]
         x = self.norm(x)
         if noise is not None and self.dropout > 0:
             uniform = noise.uniform("text_dropout", x.shape[1] * x.shape[2]).view_as(x)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlmo_ray.config import ModelConfig
-from vlmo_ray.model.attention import SelfAttention
+from vlmo_ray.model.attention import KeyValues, SelfAttention
 
 # Which expert processes the tokens: one expert for all of them, or ("pair") the language expert for the text tokens and
 # the vision expert for the image tokens, as in a pair pass below the first vision-language layer.
@@ -69,19 +69,23 @@ class MoMELayer(nn.Module):
         bias: Tensor | None = None,
         padding: Tensor | None = None,
         keep: Tensor | None = None,
+        memory: KeyValues | None = None,
     ) -> Tensor:
         """[B,S,D] -> [B,S,D], or [B,read,D]: the first tokens alone, to which the others are only keys and values.
 
         `num_text` is the number of text tokens of a "pair". `bias` [H,S,S] and `padding` [B,S] are as in
         `SelfAttention`. `keep` [B,3] holds each row's drop path factors, 0 or 1/(1 - rate): of the attention, of the
-        expert, and of the vision expert of a "pair". None: no drop path.
+        expert, and of the vision expert of a "pair". None: no drop path. `memory`: what `x` attends to before itself.
         """
         keep_attention = keep_expert = keep_image = None
         if keep is not None:
             keep_attention, keep_expert, keep_image = keep[:, :, None, None].unbind(1)  # each [B,1,1]
 
         # (1)  H' = MSA(LN(H)) + H
-        attended = self._attend(self.attention_norm(x), route, num_text, read, bias, padding)
+        if memory is None:
+            attended = self._attend(self.attention_norm(x), route, num_text, read, bias, padding)
+        else:
+            attended = self.attention(self.attention_norm(x), bias, memory=memory)
         x = x[:, :read] + _branch(attended, self.attention_scale, keep_attention)
 
         # (2)  H = MoME-FFN(LN(H')) + H'

@@ -7,6 +7,7 @@ H heads, L layers, S = T + P. Text comes first in a pair; token 0 of either moda
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from vlmo_ray import rng
 from vlmo_ray.config import ModelConfig, check_model
 from vlmo_ray.model import hub
+from vlmo_ray.model.attention import PADDED
 from vlmo_ray.model.embeddings import ImageEmbedding, RelativePositionBias, TextEmbedding
 from vlmo_ray.model.experts import MoMELayer, Route
 from vlmo_ray.model.heads import ClassifierHead, ContrastHead, MaskedWordHead, Pooler
@@ -33,6 +35,7 @@ class Encoding:
     image: Tensor | None = None  # [B,P,D]
     text_vl: Tensor | None = None  # the same tokens with the vision-language expert in the top layers
     image_vl: Tensor | None = None
+    layers: tuple[Tensor, ...] = ()  # [B,S,D] after the layers that were asked for, before the final norm
 
 
 class VLMo(
@@ -129,6 +132,8 @@ class VLMo(
         noise: rng.Noise | rng.Noises | None = None,
         vl_branch: bool = False,
         image_slot: int = 1,
+        layers: Sequence[int] = (),
+        writing: bool = False,
     ) -> Encoding:
         """Encodes images, texts or pairs: which arguments are present decides the experts.
 
@@ -143,6 +148,9 @@ class VLMo(
             vl_branch: in a unimodal pass, also run the top layers with the vision-language expert, from the hidden
                 state below `vl_start` (the second contrastive branch).
             image_slot: the modality row of `image`, if it is pixels.
+            layers: which layers' states `Encoding.layers` has, from 0.
+            writing: the text of a pair is being written: image tokens do not attend to it, and each of its tokens
+                attends to the image, to itself and to those before it.
         """
         assert not (vl_branch and image is not None and text is not None), "a pair has no separate VL branch"
         num_text = 0 if text is None else text.shape[1]
@@ -163,14 +171,20 @@ class VLMo(
         if self.relative is not None:
             whole: Tensor = self.relative(num_text, image is not None) if bias is None else bias
             layer_bias = _block(whole, num_text, x.shape[1] - num_text).unbind()
+        if writing:
+            later = unwritten(num_text, x.shape[1], x.device)
+            zeros = x.new_zeros(1, *later.shape)
+            layer_bias = tuple(b.masked_fill(later, PADDED) for b in layer_bias or [zeros] * self.config.depth)
         padding = None  # bool [B,S]
         if text is not None and text_mask is not None:
             padding = F.pad(~text_mask.bool(), (0, x.shape[1] - num_text))
 
         lower, upper = range(self.config.vl_start), range(self.config.vl_start, self.config.depth)
         keep = self._keep(noise, "drop_path")
-        below = self._run(x, lower, bottom, num_text, read, layer_bias, padding, keep)
-        x = self._run(below, upper, top, num_text, read, layer_bias, padding, keep)
+        after = dict.fromkeys(layers, x)  # to be filled in
+        below = self._run(x, lower, bottom, num_text, read, layer_bias, padding, keep, after)
+        x = self._run(below, upper, top, num_text, read, layer_bias, padding, keep, after)
+        seen = tuple(after.values())
         x = self.norm(x)
         x_vl = None
         if vl_branch:
@@ -178,14 +192,25 @@ class VLMo(
             x_vl = self.norm(self._run(below, upper, "vl", num_text, read, layer_bias, padding, keep))
 
         if image is None:
-            return Encoding(text=x, text_vl=x_vl)
+            return Encoding(text=x, text_vl=x_vl, layers=seen)
         if text is None:
-            return Encoding(image=x, image_vl=x_vl)
-        return Encoding(text=x[:, :num_text], image=None if read else x[:, num_text:])
+            return Encoding(image=x, image_vl=x_vl, layers=seen)
+        return Encoding(text=x[:, :num_text], image=None if read else x[:, num_text:], layers=seen)
 
     forward = encode
 
-    def _run(self, x, layers: range, route: Route, num_text: int, read: int | None, bias, padding, keep) -> Tensor:
+    def _run(
+        self,
+        x: Tensor,
+        layers: range,
+        route: Route,
+        num_text: int,
+        read: int | None,
+        bias,
+        padding,
+        keep,
+        after: dict[int, Tensor] | None = None,
+    ) -> Tensor:
         for index in layers:
             x = self.layers[index](
                 x,
@@ -196,6 +221,8 @@ class VLMo(
                 padding=padding,
                 keep=None if keep is None else keep[:, index],
             )
+            if after is not None and index in after:
+                after[index] = x
         return x
 
     def _keep(self, noise: rng.Noise | rng.Noises | None, purpose: str) -> Tensor | None:
@@ -205,6 +232,12 @@ class VLMo(
         rates = self.drop_path_rates[:, None]
         uniform = noise.uniform(purpose, 3 * self.config.depth).unflatten(1, (self.config.depth, 3))
         return (uniform >= rates).to(rates.dtype) / (1 - rates)
+
+
+def unwritten(num_text: int, tokens: int, device: torch.device) -> Tensor:
+    """Bool [S,S], True where a query may not see a key: all text from an image token, later text from a text token."""
+    query, key = torch.arange(tokens, device=device)[:, None], torch.arange(tokens, device=device)[None]
+    return (key < num_text) & ((query >= num_text) | (key > query))
 
 
 def _block(bias: Tensor, num_text: int, num_image: int) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import functools
 import io
 import math
 from collections.abc import Iterator
@@ -13,7 +12,6 @@ from typing import cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -21,9 +19,8 @@ from vlmo_ray.data.batch import Batch
 from vlmo_ray.data.encoders import Encoder
 from vlmo_ray.data.manifest import load_manifest
 from vlmo_ray.data.reader import Columns, Reader, Sources, whole_chunk
-from vlmo_ray.data.text import CLS_ID, PAD_ID, SEP_ID, vocabulary
+from vlmo_ray.data.text import words_of, written
 from vlmo_ray.errors import UserError
-from vlmo_ray.model.attention import PADDED
 from vlmo_ray.model.experts import MoMELayer
 from vlmo_ray.model.vlmo import VLMo
 from vlmo_ray.objectives.matching import hard_negatives
@@ -37,7 +34,6 @@ from vlmo_ray.tasks.task import given, pixels
 _BATCH = 32
 _SIDE = 112  # of a picture on the page, in pixels
 _TOP = 5
-_vocabulary = functools.cache(vocabulary)
 
 
 @dataclass(frozen=True)
@@ -107,7 +103,7 @@ class Gallery:
             parts = [Retrieval(model).rows(batch.rows(part)) for part in columns_of(found.rows, _BATCH)]
             feature = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
             pictures = [_picture(image) for image in columns["image"]]
-            captions = [caption(ids) for ids in columns["text_ids"]]
+            captions = [written(ids) for ids in columns["text_ids"]]
             found.texts, found.images = _retrieval(feature, pictures, captions, shown)
             found.negatives = _negatives(model, matching, batch, feature, pictures, captions, shown)
             if matching is not None:
@@ -133,26 +129,6 @@ def first_rows(data: str, encoder: Encoder, count: int) -> Columns:
     if not parts or not len(joined["id"]):
         raise UserError(f"no row of {data} can be read; `vlmo prepare` says why")
     return joined
-
-
-def caption(ids: np.ndarray) -> str:
-    """Token ids as a text: lower case, without special tokens."""
-    return " ".join(word for word, _ in _words(ids))
-
-
-def _words(ids: np.ndarray) -> list[tuple[str, list[int]]]:
-    """The words of a text, each with the places of its tokens."""
-    entries, found = _vocabulary(), []
-    for place, token in enumerate(ids.tolist()):
-        if token in (PAD_ID, CLS_ID, SEP_ID):
-            continue
-        piece = entries[token]
-        if piece.startswith("##") and found:
-            word, places = found[-1]
-            found[-1] = (word + piece[2:], [*places, place])
-        else:
-            found.append((piece, [place]))
-    return found
 
 
 def _picture(image: np.ndarray, heat: np.ndarray | None = None) -> str:
@@ -244,7 +220,7 @@ def _looks(model: VLMo, batch: Batch) -> list[Looks]:
     for row in range(len(batch)):
         image = batch.image[row].numpy()
         words = []
-        for word, places in _words(batch.text_ids[row].numpy()):
+        for word, places in words_of(batch.text_ids[row].numpy()):
             heat = weights[row, places, 1:].mean(dim=0).view(grid, grid)
             words.append((word, _picture(image, (heat / heat.max().clamp(min=1e-9)).numpy())))
         found.append(Looks(_picture(image), tuple(words)))
@@ -268,13 +244,7 @@ def attention(model: VLMo, image: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
 def _watched(model: VLMo, first: int, num_text: int, found: list[Tensor]) -> Iterator[None]:
     def watch(attend, inputs) -> None:
         x, bias, padding, _ = inputs
-        zeros = torch.zeros_like(attend.v_bias)
-        qkv = F.linear(x, attend.qkv.weight, torch.cat([attend.q_bias, zeros, attend.v_bias]))
-        q, k, _ = qkv.unflatten(-1, (3, attend.num_heads, attend.head_width)).permute(2, 0, 3, 1, 4)
-        logits = q[:, :, :num_text] @ k.transpose(-2, -1) * attend.head_width**-0.5  # [B,H,T,S]
-        logits = logits if bias is None else logits + bias[:, :num_text]
-        logits = logits if padding is None else logits + padding[:, None, None] * PADDED
-        found.append(logits.softmax(dim=-1).mean(dim=1)[:, :, num_text:])
+        found.append(attend.weights(x, bias, padding, num_text).mean(dim=1)[:, :, num_text:])
 
     watched = [cast(MoMELayer, layer).attention for layer in model.layers[first:]]
     hooks = [attend.register_forward_pre_hook(watch) for attend in watched]
