@@ -104,10 +104,15 @@ MODEL_SIZES: dict[str, ModelConfig] = {
 class DataConfig:
     """How a record becomes a training row, and how rows are shuffled."""
 
+    crop: bool = True  # False: the whole image is resized
     crop_area: tuple[float, float] = (0.5, 1.0)  # the smallest and the largest fraction of the image's area
     flip: bool = True
     randaugment_ops: int = setting(2, at_least=0)
     randaugment_magnitude: int = setting(7, at_least=0, at_most=10)
+    # Of RandAugment: "vlmo" has ten operations, all at the magnitude above; "timm" the fifteen of
+    # rand-m9-mstd0.5-inc1, each at a magnitude drawn around it.
+    augment: Literal["vlmo", "timm"] = "vlmo"
+    erase: float = setting(0.0, at_least=0, at_most=1)  # the share of images of which a rectangle becomes noise
     # "pillow" resizes as runs did before there was a choice: the same to 0.2 of 255 on average, and slower.
     decoder: Literal["fast", "pillow"] = "fast"
     # Of several data sets, what share of each batch comes from each, up to whole slices; (): as many as it has rows.
@@ -124,7 +129,9 @@ class DataConfig:
             raise UserError(f"data.crop_area={self.crop_area} must satisfy 0 < smallest <= largest <= 1")
 
     def ineffective(self) -> dict[str, str]:
-        return {} if self.randaugment_ops else {"randaugment_magnitude": "data.randaugment_ops is 0"}
+        unused = () if self.randaugment_ops else ("randaugment_magnitude", "augment")
+        without = dict.fromkeys(unused, "data.randaugment_ops is 0")
+        return without | ({} if self.crop else {"crop_area": "data.crop is false"})
 
 
 @dataclass(frozen=True)
@@ -132,6 +139,8 @@ class TaskConfig:
     """What the model learns: one subclass per task. Stored configs name the task by its `kind`."""
 
     kind: ClassVar[str]
+    # Whether the passes of an evaluation depend on its rows, or need gradients. Sharded workers must all run the same.
+    uneven_evaluation: ClassVar[bool] = False
     kinds: ClassVar[dict[str, type[TaskConfig]]] = {}  # all tasks by kind
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -252,6 +261,12 @@ class Config:
                     f"a global batch of {phase.global_batch} does not divide into micro-batches of "
                     f"{self.micro_batch}; choose micro_batch and slice_size so that both divide it"
                 )
+        if self.evaluate_every and self.cluster.strategy == "fsdp" and self.task.uneven_evaluation:
+            raise UserError(
+                f"evaluate_every={self.evaluate_every}: {self.task.kind} cannot be evaluated inside a run with "
+                "cluster.strategy='fsdp', whose workers must all run the same passes; set evaluate_every=0 and use "
+                "`vlmo evaluate`, or cluster.strategy=ddp"
+            )
         slices = min(phase.global_batch for phase in self.phases) // self.slice_size
         if self.cluster.max_workers > slices:
             raise UserError(

@@ -181,6 +181,11 @@ class Task(nn.Module):
         length come together, so that little is padded."""
         return torch.argsort(batch.text_len, stable=True)
 
+    def prepared(self, batch: Batch, step: int) -> Batch:
+        """All rows of a worker in a step, in order and in whole slices, before they are cut into micro-batches: with
+        what a row takes from others of its slice. Not called in evaluation."""
+        return batch
+
     def taught_share(self, step: int) -> float:
         """How much of the targets of a step the average of the weights gives; 0: no teacher is asked."""
         return 0.0

@@ -52,7 +52,8 @@ def build_model(config: Config, schema: Schema, start: bool = True) -> VLMo:
     """The model at its starting point: random from the seed, or the weights named by `config.init`.
 
     Without `start` its weights are whatever was in memory, to be filled from a checkpoint. Raises UserError if the
-    weights were trained for the same task with other classes or answers than `schema` has.
+    weights were trained for the same task with other answers than `schema` has. Other classes may be: their head is the
+    task's own, which starts anew.
     """
     with _Uninitialised():
         model = VLMo(config.model)
@@ -71,17 +72,16 @@ def build_model(config: Config, schema: Schema, start: bool = True) -> VLMo:
 
 
 def _check_values(init: str, trained: Schema, schema: Schema) -> None:
-    for name, what in (("answers", "answers"), ("label", "classes")):
-        if name not in trained or name not in schema:
-            continue
-        before, now = trained.field(name).values, schema.field(name).values
-        if before != now:
-            old, new = next((a, b) for a, b in itertools.zip_longest(before, now) if a != b)
-            raise UserError(
-                f"{init} was trained for another list of {what}: {len(before):,} there and {len(now):,} in the data "
-                f"set, the first difference is {old!r} there and {new!r} here. Prepare the data set with the list of "
-                "the weights, or start from the weights before that training"
-            )
+    if "answers" not in trained or "answers" not in schema:
+        return
+    before, now = trained.field("answers").values, schema.field("answers").values
+    if before != now:
+        old, new = next((a, b) for a, b in itertools.zip_longest(before, now) if a != b)
+        raise UserError(
+            f"{init} was trained for another list of answers: {len(before):,} there and {len(now):,} in the data "
+            f"set, the first difference is {old!r} there and {new!r} here. Prepare the data set with the list of "
+            "the weights, or start from the weights before that training"
+        )
 
 
 def begin(spec: RunSpec, start: bool = True) -> tuple[DataSets, Task]:

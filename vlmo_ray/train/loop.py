@@ -222,8 +222,8 @@ class _Run:
                 self._rate(step, result)
 
     def _rate(self, step: int, result: evaluations.Result) -> None:
-        """Keeps the checkpoint of the step with the best first metric."""
-        value = next(iter(result.scores.values())).value
+        """Keeps the checkpoint of the step with the best first metric; data without truth give none."""
+        value = next((score.value for score in result.scores.values()), self.best)
         if value > self.best:
             self.best, self.checkpoints.best = value, step
 

@@ -80,12 +80,13 @@ def check_memory(task: Task, config: Config, available: int, workers: int) -> No
 
 def on_meta(config: Config, schema: Schema | None = None) -> Task:
     """The task of a config without memory, for its shapes. Without the schema of the data, a data set of
-    `Config.model`'s own sizes and 1,000 classes is assumed."""
+    `Config.model`'s own sizes, 1,000 classes and 150 of pixels is assumed."""
     from vlmo_ray.data.schema import Field
     from vlmo_ray.tasks import build_task
 
     answers = tuple(str(i) for i in range(config.model.num_answers))
     fields = [Field("image", "image"), Field("image_2", "image"), Field("text", "text")]
     fields += [Field("label", "label", tuple(str(i) for i in range(1000))), Field("answers", "answers", answers)]
+    fields.append(Field("mask", "mask", tuple(str(i) for i in range(150))))
     with torch.device("meta"):
         return build_task(VLMo(config.model), config, schema or Schema(tuple(fields)))

@@ -34,6 +34,7 @@ def gradients(
     """
     assert len(batch), "a worker without rows"
     task = parallel.task
+    batch = task.prepared(batch, step)
     spans = parallel.micro_batches(workers.counts, workers.rank, micro_batch)
     if len(spans) > 1:
         order = task.order(batch)

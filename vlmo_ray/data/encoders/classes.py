@@ -6,18 +6,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from vlmo_ray.config import DataConfig
-from vlmo_ray.data.decode import image_column, image_row
+from vlmo_ray.data.decode import decode_center, image_column, image_row
 from vlmo_ray.data.encoders import Column, Draw, Encoder, Row
 from vlmo_ray.data.schema import Record
 
 
 @dataclass(frozen=True)
 class Classes(Encoder):
-    """image uint8 `[3, H, W]`; label int64, an index into `names`."""
+    """image uint8 `[3, H, W]`; label int64, an index into `names`. In evaluation the image is the whole one, resized to
+    a square, or with `center` the centre of it."""
 
     image_size: int
     names: tuple[str, ...]
     data: DataConfig
+    center: bool = False
 
     fields = ("image", "label")
 
@@ -30,5 +32,8 @@ class Classes(Encoder):
         return {"label": self.names}
 
     def __call__(self, record: Record, draw: Draw | None) -> Row:
-        image = image_row(record, "image", self.image_size, self.data, draw)
+        if draw is None and self.center:
+            image = decode_center(record.values["image"], self.image_size, self.data)
+        else:
+            image = image_row(record, "image", self.image_size, self.data, draw)
         return {"image": image, "label": record.values["label"]}
