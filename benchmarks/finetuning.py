@@ -1,10 +1,12 @@
-"""Does pre-training on pairs help VQA, NLVR2 and retrieval? Scenes, from one pre-trained model and from random weights.
+"""Does pre-training on pairs help other tasks? Scenes, from one pre-trained model and from random weights.
 
-    python benchmarks/finetuning.py --out FILE.jsonl [--pretrain-steps 1000] [--steps 400] [--seeds 1 2 3]
-        [--keep FOLDER] [--weights MODEL]
+    python benchmarks/finetuning.py --out FILE.jsonl [--tasks vqa nlvr2] [--pretrain-steps 1000] [--steps 400]
+        [--seeds 1 2 3] [--keep FOLDER] [--weights MODEL]
 
-Pre-trains the demo's model once, fine-tunes it for each task with equal steps from there and from random weights, and
-writes a line for every run: the accuracy on unseen scenes and what the most frequent answer would reach. One process.
+Tasks: vqa, nlvr2, segmentation, captioning, grounding, retrieval. Pre-trains the demo's model once, fine-tunes it for
+each task with equal steps from there and from random weights, and writes a line for every run: what it reaches on
+unseen scenes, and what chance would. One process. Of captions, `true` is the share that names a shape by colour and
+kind, and a background, and says nothing untrue of shapes and background.
 With `--keep`, data and pre-trained model stay for a second call. `--weights` takes a model that is there already, for
 example the one that `matching.py` leaves, instead of pre-training one.
 """
@@ -16,8 +18,12 @@ import dataclasses
 import json
 import sys
 import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import torch
 import tyro
 
@@ -33,7 +39,20 @@ from vlmo_ray.data.prepare.nlvr2 import SCHEMA as NLVR2
 from vlmo_ray.data.prepare.shards import write_dataset
 from vlmo_ray.data.schema import Field, Schema
 from vlmo_ray.data.store import Store
-from vlmo_ray.demo.scenes.records import declared, records, retrieval_records
+from vlmo_ray.demo.scenes import grounding
+from vlmo_ray.demo.scenes.claims import is_true
+from vlmo_ray.demo.scenes.grounding import GROUNDING
+from vlmo_ray.demo.scenes.reading import read
+from vlmo_ray.demo.scenes.records import (
+    CAPTIONED,
+    SEGMENTED,
+    captioned,
+    declared,
+    records,
+    retrieval_records,
+    segmented,
+)
+from vlmo_ray.demo.scenes.world import scene
 from vlmo_ray.recipes import recipe
 from vlmo_ray.recipes.retrieval import RetrievalConfig
 from vlmo_ray.runs.evaluations import read_evaluations
@@ -42,6 +61,18 @@ from vlmo_ray.tasks.matching import Matching
 from vlmo_ray.tasks.retrieval import Retrieval
 from vlmo_ray.train.build import RunSpec
 from vlmo_ray.train.loop import train
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """The data of a task: `rows(count, split)`, and how many of each split."""
+
+    rows: Callable[[int, str], Iterable[dict]]
+    schema: Schema
+    train: int
+    eval: int
+    metric: str
+
 
 VQA = Schema((Field("image", "image"), Field("text", "text"), Field("answers", "answers", ANSWERS)))
 
@@ -57,6 +88,29 @@ def nlvr2_rows(count: int, split: str):
     for row in nlvr2_records(1, count, split, image_size=32):
         own = {"image_2": row["image_right"], "sentence": row["id"]}
         yield {name: row[name] for name in ("id", "image_id", "image", "text", "label", "forbid")} | own
+
+
+TASKS = {
+    "vqa": Scenes(vqa_rows, VQA, 6000, 500, "accuracy"),
+    "nlvr2": Scenes(nlvr2_rows, NLVR2, 20_000, 2000, "accuracy"),
+    "segmentation": Scenes(lambda count, split: segmented(1, count, split, 32), SEGMENTED, 6000, 500, "miou"),
+    "captioning": Scenes(lambda count, split: captioned(1, count, split, 32), CAPTIONED, 6000, 500, "cider"),
+    "grounding": Scenes(
+        lambda count, split: grounding.records(1, count, split, 32), GROUNDING, 10_000, 1000, "pointing"
+    ),
+}
+
+
+def true_captions(run: Store) -> float:
+    """The share of the captions of the run's evaluation that are true, as the head of this file says."""
+    [name] = [name for name in run.list("evaluations/") if name.endswith(".parquet")]
+    said = pq.read_table(BytesIO(run.read(name))).to_pylist()
+    found = []
+    for row in said:
+        claim = read(row["prediction"])
+        named = claim.background and any(shape.kind and shape.colour for shape in claim.shapes)
+        found.append(bool(named) and is_true(claim, scene(1, int(row["id"].rpartition("-")[2]), "eval", 32)))
+    return sum(found) / len(found)
 
 
 def write(place: str, rows, **options) -> None:
@@ -119,26 +173,29 @@ def main(
             if task == "retrieval":
                 retrieval(out, pretraining, start, folder, steps, seeds)
                 continue
-            rows, schema = {"vqa": (vqa_rows, VQA), "nlvr2": (nlvr2_rows, NLVR2)}[task]
-            for split, count in (
-                ("train", 6000 if task == "vqa" else 20_000),
-                ("eval", 500 if task == "vqa" else 2000),
-            ):
-                write(f"{folder}/{task}-{split}", rows(count, split), schema=schema)
+            kind = TASKS[task]
+            for split, count in (("train", kind.train), ("eval", kind.eval)):
+                write(f"{folder}/{task}-{split}", kind.rows(count, split), schema=kind.schema)
             for seed in seeds:
                 for init in (start, ""):
                     config = recipe(f"{task}_tiny")
                     model = dataclasses.replace(pretraining.model, heads=config.model.heads, num_answers=len(ANSWERS))
+                    [phase] = config.phases
+                    phases = (Phase(steps, min(phase.global_batch, 64)),)
                     config = dataclasses.replace(
-                        config, model=model, phases=(Phase(steps, 64),), seed=seed, init=init, evaluate_every=steps
-                    )
+                        config, model=model, phases=phases, micro_batch=phases[0].global_batch, seed=seed, init=init,
+                        evaluate_every=steps, checkpoint_every=steps, log_every=100,
+                    )  # fmt: skip
                     place = f"{folder}/{task}-{steps}-{seed}-{bool(init)}"
                     store = run(config, f"{folder}/{task}-train", place, f"{folder}/{task}-eval")
                     [(_, result)] = read_evaluations(store)
-                    score = result.scores["accuracy"]
+                    score = result.scores[kind.metric]
                     line = {"task": task, "seed": seed, "pretrained": bool(init), "steps": steps}
+                    line |= {kind.metric: score.value, "chance": score.chance}
+                    if task == "captioning":
+                        line["true"] = true_captions(store)
                     with out.open("a") as file:
-                        file.write(json.dumps(line | {"accuracy": score.value, "majority": score.chance}) + "\n")
+                        file.write(json.dumps(line) + "\n")
 
 
 if __name__ == "__main__":

@@ -143,13 +143,17 @@ def test_published_recipes_have_the_published_balance(name, gpus):
 
 def test_recipes_are_the_public_functions_that_return_a_config():
     assert list(RECIPES) == [
-        "classification_base", "classification_tiny",
+        "captioning_coco_base", "captioning_coco_large", "captioning_tiny",
+        "classification_base", "classification_base_22k", "classification_base_from_22k",
+        "classification_large", "classification_large_22k", "classification_large_from_22k", "classification_tiny",
         "entailment_base", "entailment_base_plus", "entailment_large", "entailment_tiny",
+        "grounding_refcoco_plus_base", "grounding_refcoco_plus_large", "grounding_tiny",
         "language_base", "language_base_plus", "language_large", "language_tiny",
         "nlvr2_base", "nlvr2_base_plus", "nlvr2_large", "nlvr2_base_224", "nlvr2_tiny",
         "pretrain_base", "pretrain_base_plus", "pretrain_large", "pretrain_1b",
         "retrieval_coco_base", "retrieval_coco_base_plus", "retrieval_coco_large", "retrieval_flickr_base",
         "retrieval_flickr_base_plus", "retrieval_flickr_large", "retrieval_coco_base_224", "retrieval_tiny",
+        "segmentation_ade20k_base", "segmentation_ade20k_large", "segmentation_tiny",
         "tiny", "demo", "pretrain_1b_tiny", "small_photos", "medium_photos",
         "vision_base", "vision_base_plus", "vision_large", "vision_tiny",
         "vqa_base", "vqa_base_plus", "vqa_large", "vqa_base_224", "vqa_tiny",

@@ -12,10 +12,14 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 from PIL import Image
 
-from vlmo_ray.data.schema import PAIRS
+from vlmo_ray.data.schema import FORBID, PAIRS, Field, Schema
 from vlmo_ray.demo.scenes.captions import Caption, captions, forbidden_augmentations
 from vlmo_ray.demo.scenes.claims import is_true
-from vlmo_ray.demo.scenes.world import Scene, scene
+from vlmo_ray.demo.scenes.render import placed
+from vlmo_ray.demo.scenes.world import KINDS, Scene, scene
+
+CAPTIONED = Schema((Field("image", "image"), Field("captions", "captions")))
+SEGMENTED = Schema((Field("image", "image"), Field("mask", "mask", ("background", *KINDS))))
 
 
 def png(pixels: np.ndarray) -> bytes:
@@ -46,6 +50,28 @@ def records(seed: int, count: int, split: str = "train", image_size: int = 64) -
     for index in range(count):
         shown = scene(seed, index, split, image_size)
         yield _pair(shown, captions(shown)[0])
+
+
+def captioned(seed: int, count: int, split: str = "train", image_size: int = 64, n: int = 5) -> Iterator[dict]:
+    """The first `count` scenes of a split, each with `n` captions, of `CAPTIONED`."""
+    for index in range(count):
+        shown = scene(seed, index, split, image_size)
+        found = captions(shown, n)
+        forbidden = {name for caption in found for name in forbidden_augmentations(caption)}
+        row = {"id": shown.name, "image_id": shown.name, "image": png(shown.image)}
+        yield row | {"captions": [c.text for c in found], "forbid": [name for name in FORBID if name in forbidden]}
+
+
+def segmented(seed: int, count: int, split: str = "train", image_size: int = 64) -> Iterator[dict]:
+    """The first `count` scenes of a split with the kind of shape of each pixel, of `SEGMENTED`. A pixel belongs to a
+    shape that covers half of it."""
+    for index in range(count):
+        shown = scene(seed, index, split, image_size)
+        mask = np.zeros((image_size, image_size), np.uint8)
+        for shape in shown.shapes:
+            alpha, window = placed(shape, image_size)
+            mask[window][alpha[..., 0] >= 0.5] = 1 + KINDS.index(shape.kind)
+        yield {"id": shown.name, "image_id": shown.name, "image": png(shown.image), "mask": png(mask), "forbid": []}
 
 
 def retrieval_set(seed: int, n: int = 200, image_size: int = 64) -> list[tuple[Scene, Caption]]:
