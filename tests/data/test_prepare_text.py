@@ -22,8 +22,11 @@ from vlmo_ray.data.text import Tokenizer
 from vlmo_ray.errors import UserError
 
 
+TOKENIZER = Tokenizer(10_000)
+
+
 def _tokens(text: str) -> list[int]:
-    ids, mask, _ = Tokenizer(100_000).encode(text)
+    ids, mask, _ = TOKENIZER.encode(text)
     return ids[mask][1:-1].tolist()
 
 
@@ -47,7 +50,7 @@ def test_all_tokens_once_in_full_records(documents, length):
     sizes = [len(_tokens(text)) for text in texts]
     longest = max((len(_tokens(word)) for text in documents for word in re.findall(r"\w+|\S", text)), default=0)
     for size, following in zip(sizes, texts[1:], strict=False):
-        first, _ = Tokenizer(100_000).words(following)
+        first, _ = TOKENIZER.words(following)
         assert size + first[0] > length - 2  # the next word had no room
     assert all(size <= max(length - 2, longest) for size in sizes)
 
