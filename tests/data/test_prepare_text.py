@@ -21,7 +21,6 @@ from vlmo_ray.data.prepare.text import Packer
 from vlmo_ray.data.text import Tokenizer
 from vlmo_ray.errors import UserError
 
-
 TOKENIZER = Tokenizer(10_000)
 
 
