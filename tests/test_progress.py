@@ -175,9 +175,10 @@ def test_a_signal_handler_may_print_at_any_moment(monkeypatch):
 
 
 _SCRIPT = """
-import sys, time
+import signal, sys, time
 from rich.text import Text
 from vlmo_ray.progress import drawn
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 try:
     with drawn(lambda: Text("block")):
         print("an error", file=sys.stderr, flush=True)

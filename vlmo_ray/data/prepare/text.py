@@ -14,9 +14,9 @@ from typing import ClassVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from vlmo_ray.data.encoders.pairs import tokenizer
 from vlmo_ray.data.prepare.source import UNIT_BYTES, Source, WorkUnit, find, versions_of
 from vlmo_ray.data.schema import Field, Record, Schema, problem_of_text
-from vlmo_ray.data.text import Tokenizer
 from vlmo_ray.errors import UserError
 
 _SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz", ".parquet")
@@ -139,7 +139,7 @@ class Packer:
     """Joins documents to texts of at most `length` tokens with [CLS] and [SEP], and cuts them between words."""
 
     def __init__(self, length: int):
-        self._words, self._size = Tokenizer(length), length - 2
+        self._words, self._size = tokenizer(length), length - 2
         self._parts: list[str] = []
         self._used = 0
 
