@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_image
-from small_run import SMALL, job
+from small_run import SMALL, job, train_on
 
-from vlmo_ray.config import ClusterConfig, DataConfig, OptimConfig, Phase, check
+from vlmo_ray.config import ClusterConfig, Config, DataConfig, OptimConfig, Phase, check
 from vlmo_ray.data.batch import Batch
 from vlmo_ray.data.decode import decode_eval, decode_train
 from vlmo_ray.data.encoders import Draw
@@ -30,6 +30,7 @@ from vlmo_ray.recipes import RECIPES, recipe
 from vlmo_ray.recipes.grounding import GroundingConfig, attended_layer
 from vlmo_ray.runs.evaluations import read_evaluations
 from vlmo_ray.runs.load import load_all
+from vlmo_ray.runs.metrics import read_metrics
 from vlmo_ray.tasks import build_evaluation
 from vlmo_ray.tasks.grounding import Grounding, best_proposal, iou, peak, region_of
 from vlmo_ray.tasks.task import pixels
@@ -366,14 +367,34 @@ def test_training_sees_whole_images():
             np.testing.assert_array_equal(shown, decode_eval(image, 24, config))
 
 
+def small_recipe(**changes) -> Config:
+    config = recipe("grounding_tiny")
+    model = dataclasses.replace(config.model, width=24, num_heads=2)
+    return dataclasses.replace(
+        config, model=model, phases=(Phase(3, 4),), slice_size=2, micro_batch=2, checkpoint_every=3,
+        optim=OptimConfig(peak_lr=1e-2, warmup_steps=1), task=GroundingConfig(layer=1), **changes,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_two_workers_equal_one(data, tmp_path):
+    def run(name: str, world: int):
+        config = small_recipe(precision="float64", evaluate_every=3)
+        spec = dataclasses.replace(job(data[0], tmp_path / name, config), eval_data=data[0])
+        outcomes = [train(spec)] if world == 1 else train_on(world, spec)
+        assert all(outcome.step == 3 and not outcome.stopped for outcome in outcomes), outcomes
+        store = Store(str(tmp_path / name))
+        return read_metrics(store)[0], read_evaluations(store)
+
+    (alone, result), (metrics, other) = run("alone", 1), run("two", 2)
+    for name in ("loss", "itc", "itm", "grad_norm"):
+        np.testing.assert_allclose([m[name] for m in metrics], [m[name] for m in alone], rtol=1e-9)
+    assert other == result and result[0][1].num_rows == 12
+
+
 def test_a_run_is_evaluated_on_the_way(data, tmp_path):
     """Which changes nothing of it; both with the layer of the recipe."""
-    uri, config = data[0], recipe("grounding_tiny")
-    model = dataclasses.replace(config.model, width=24, num_heads=2)
-    config = dataclasses.replace(
-        config, model=model, phases=(Phase(3, 4),), slice_size=2, micro_batch=2, checkpoint_every=3,
-        optim=OptimConfig(peak_lr=1e-2, warmup_steps=1), task=GroundingConfig(layer=1),
-    )  # fmt: skip
+    uri, config = data[0], small_recipe()
     plain = job(uri, tmp_path / "plain", config)
     watched = dataclasses.replace(job(uri, tmp_path / "watched", config, evaluate_every=3), eval_data=uri)
     assert train(plain).step == train(watched).step == 3
