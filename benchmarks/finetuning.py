@@ -6,7 +6,8 @@
 Tasks: vqa, nlvr2, segmentation, captioning, grounding, retrieval. Pre-trains the demo's model once, fine-tunes it for
 each task with equal steps from there and from random weights, and writes a line for every run: what it reaches on
 unseen scenes, and what chance would. One process. Of captions, `true` is the share that names a shape by colour and
-kind, and a background, and says nothing untrue of shapes and background.
+kind, and a background, and says nothing untrue of shapes and background; `colours`, `kinds` and `backgrounds` are the
+shares that name some, and none that is not there.
 With `--keep`, data and pre-trained model stay for a second call. `--weights` takes a model that is there already, for
 example the one that `matching.py` leaves, instead of pre-training one.
 """
@@ -18,6 +19,7 @@ import dataclasses
 import json
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from io import BytesIO
@@ -101,16 +103,20 @@ TASKS = {
 }
 
 
-def true_captions(run: Store) -> float:
-    """The share of the captions of the run's evaluation that are true, as the head of this file says."""
+def true_captions(run: Store) -> dict[str, float]:
+    """Shares of the captions of the run's evaluation, as the head of this file says."""
     [name] = [name for name in run.list("evaluations/") if name.endswith(".parquet")]
     said = pq.read_table(BytesIO(run.read(name))).to_pylist()
-    found = []
+    counts: Counter[str] = Counter()
     for row in said:
-        claim = read(row["prediction"])
+        claim, shown = read(row["prediction"]), scene(1, int(row["id"].rpartition("-")[2]), "eval", 32)
         named = claim.background and any(shape.kind and shape.colour for shape in claim.shapes)
-        found.append(bool(named) and is_true(claim, scene(1, int(row["id"].rpartition("-")[2]), "eval", 32)))
-    return sum(found) / len(found)
+        counts["true"] += bool(named) and is_true(claim, shown)
+        counts["backgrounds"] += claim.background == shown.background.colour
+        for name, attribute in (("colours", "colour"), ("kinds", "kind")):
+            told = {getattr(shape, attribute) for shape in claim.shapes} - {None}
+            counts[name] += bool(told) and told <= {getattr(shape, attribute) for shape in shown.shapes}
+    return {name: counts[name] / len(said) for name in ("true", "backgrounds", "colours", "kinds")}
 
 
 def write(place: str, rows, **options) -> None:
@@ -193,7 +199,7 @@ def main(
                     line = {"task": task, "seed": seed, "pretrained": bool(init), "steps": steps}
                     line |= {kind.metric: score.value, "chance": score.chance}
                     if task == "captioning":
-                        line["true"] = true_captions(store)
+                        line |= true_captions(store)
                     with out.open("a") as file:
                         file.write(json.dumps(line) + "\n")
 

@@ -139,7 +139,8 @@ class TaskConfig:
     """What the model learns: one subclass per task. Stored configs name the task by its `kind`."""
 
     kind: ClassVar[str]
-    # Whether the passes of an evaluation depend on its rows, or need gradients. Sharded workers must all run the same.
+    # Whether an evaluation's number of passes depends on the rows, or a pass needs gradients. FSDP workers must all run
+    # the same passes.
     uneven_evaluation: ClassVar[bool] = False
     kinds: ClassVar[dict[str, type[TaskConfig]]] = {}  # all tasks by kind
 

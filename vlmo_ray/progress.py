@@ -1,6 +1,6 @@
 """How far long work has come: a bar with the time left on a terminal, a line now and then elsewhere.
 
-A terminal of `TERM=dumb` counts as elsewhere, and so does one with `NO_COLOR`, for who wants lines alone.
+A terminal of `TERM=dumb` counts as elsewhere, and so does one with `NO_COLOR`, for people who want plain lines.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Screen(Console):
 
     def __init__(self, file: TextIO):
         super().__init__(file=file, force_terminal=file.isatty(), markup=False, emoji=False, highlight=False)
-        self.draws = self.is_terminal and not self.is_dumb_terminal and not self.no_color
+        self.draws = self.is_interactive and not self.is_dumb_terminal and not self.no_color
 
     def show_cursor(self, show: bool = True) -> bool:
         return False

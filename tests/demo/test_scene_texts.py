@@ -12,7 +12,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from scenes.graphs import mask_of, mirrored
+from scenes.graphs import mirrored
 from scenes.questions import _PAIR_TEXTS, ANSWERS, is_true_of_pair, pair_statement, pair_with_claim, questions
 from scenes.records import vqa_records
 from tokenizers import BertWordPieceTokenizer
@@ -20,7 +20,7 @@ from tokenizers import BertWordPieceTokenizer
 from vlmo_ray.data.text import vocabulary
 from vlmo_ray.demo.scenes.captions import MAX_TOKENS, captions, forbidden_augmentations, num_tokens
 from vlmo_ray.demo.scenes.claims import is_true
-from vlmo_ray.demo.scenes.records import retrieval_records, retrieval_set
+from vlmo_ray.demo.scenes.records import mask_of, retrieval_records, retrieval_set
 from vlmo_ray.demo.scenes.render import PATTERNS
 from vlmo_ray.demo.scenes.world import BACKGROUND_COLOURS, HELD_OUT, KINDS, SHAPE_COLOURS, SIZES, scene
 

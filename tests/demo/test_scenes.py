@@ -16,13 +16,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from scenes.graphs import mask_of
 from scenes.questions import pair_statement, questions
-from scenes.records import classification_records, nlvr2_records, segmentation_records
+from scenes.records import classification_records, nlvr2_records
 from scipy import ndimage
 
 from vlmo_ray.demo.scenes.captions import captions, forbidden_augmentations
-from vlmo_ray.demo.scenes.records import records
+from vlmo_ray.demo.scenes.records import mask_of, records, segmented
 from vlmo_ray.demo.scenes.render import OUTLINES, PALETTE, PATTERNS, coverage
 from vlmo_ray.demo.scenes.world import BACKGROUND_COLOURS, COMBINATIONS, HELD_OUT, KINDS, SEEN, SHAPE_COLOURS, scene
 from vlmo_ray.errors import UserError
@@ -168,7 +167,7 @@ def test_nlvr2_records():
 
 def test_classification_and_segmentation_records():
     labelled = list(classification_records(1, 30, "train", 32))
-    for i, (row, seg) in enumerate(zip(labelled, segmentation_records(1, 30, "train", 32), strict=True)):
+    for i, (row, seg) in enumerate(zip(labelled, segmented(1, 30, "train", 32), strict=True)):
         shown = scene(1, i, "train", 32)
         assert KINDS[row["label"]] == row["label_name"] == shown.shapes[0].kind
         assert row["id"] == seg["id"] == f"scene-train-{i:07d}" and row["image"] == seg["image"]

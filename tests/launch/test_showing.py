@@ -6,7 +6,6 @@ import dataclasses
 import io
 import json
 import sys
-import time
 
 import pytest
 from rich.console import Console, RenderableType
@@ -81,7 +80,6 @@ def test_a_real_run(scenes, tmp_path, monkeypatch):
     with showing(run, SMALL, 0) as drawn:
         assert drawn
         tell("workers", "starting 1 workers")
-        time.sleep(0.2)
         for name in stored.list("metrics/") + stored.list("events/"):
             run.write(name, stored.read(name))
     shown = terminal.screen()

@@ -3,12 +3,7 @@
 import dataclasses
 import io
 import json
-import os
-import pty
 import shutil
-import subprocess
-import sys
-import termios
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import small_scenes
 from small_run import SMALL, job, train_on
-from terminal import screen
+from terminal import Terminal, attach, screen
 
 from vlmo_ray.config import Phase
 from vlmo_ray.data.manifest import chunk_table, write_manifest
@@ -234,24 +229,14 @@ def test_what_cannot_be_audited_is_said(run, scenes, tmp_path):
         audit(str(tmp_path), scenes)
 
 
-@pytest.mark.parametrize("on_terminal", [True, False])
-def test_the_command_shows_how_far_it_is_on_a_terminal_alone(run, scenes, on_terminal):
-    master, slave = pty.openpty()
-    termios.tcsetwinsize(slave, (24, 80))
-    command = [sys.executable, "-m", "vlmo_ray", "audit", str(run), "--data", scenes]
-    environment = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "COLUMNS")}
-    done = subprocess.run(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=slave if on_terminal else subprocess.PIPE,
-        env=environment | {"TERM": "xterm"},
-        timeout=120,
-    )
-    os.close(slave)
-    shown = os.read(master, 1 << 16).decode() if on_terminal else done.stderr.decode()
-    os.close(master)
-    assert (
-        done.returncode == 0 and b"every pair was consumed once an epoch" in done.stdout and b"\x1b" not in done.stdout
-    )
-    assert ("reading the run's record" in shown and "reading the data's ids" in shown) == on_terminal
-    assert screen(shown.replace("\r\n", "\n")) == [""]
+@pytest.mark.parametrize("stderr", [Terminal, io.StringIO])
+def test_it_shows_how_far_it_is_on_a_terminal_alone(run, scenes, stderr, monkeypatch):
+    shown = stderr()
+    attach(monkeypatch)  # what a terminal needs in the environment
+    monkeypatch.setattr("sys.stdout", io.StringIO())
+    monkeypatch.setattr("sys.stderr", shown)
+    assert audit(str(run), scenes).clean
+    written = shown.getvalue()
+    on_terminal = stderr is Terminal
+    assert ("reading the run's record" in written and "reading the data's ids" in written) == on_terminal
+    assert screen(written) == [""]

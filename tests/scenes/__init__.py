@@ -1,1 +1,1 @@
-"""Synthetic scenes for other tasks than the demo's: questions, statements about two images, labels, masks."""
+"""Synthetic scenes for other tasks than the demo's: questions, statements about two images, labels."""

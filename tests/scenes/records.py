@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from scenes.graphs import mask_of
 from scenes.questions import pair_statement, questions
 from vlmo_ray import rng
 from vlmo_ray.demo.scenes.captions import forbidden_augmentations
@@ -75,14 +74,3 @@ def classification_records(
             "label": KINDS.index(shown.shapes[0].kind),
             "label_name": shown.shapes[0].kind,
         }
-
-
-def segmentation_records(
-    seed: int, count: int, split: str = "train", image_size: int = 64, start: int = 0
-) -> Iterator[dict]:
-    """Scenes with a class per pixel: id, image_id, image, mask.
-
-    `mask` is a gray PNG: 0 is background, a class like the others, else 1 + the index in `KINDS`.
-    """
-    for shown in _scenes(seed, count, split, image_size, start):
-        yield {"id": shown.name, "image_id": shown.name, "image": png(shown.image), "mask": png(mask_of(shown))}

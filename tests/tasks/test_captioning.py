@@ -225,15 +225,17 @@ def test_words_that_the_tokenizer_takes_apart_are_put_together():
     assert sentence(ids) == "a man's red t-shirt , ' big ' dalmatians-two of them"
 
 
-@pytest.mark.parametrize("schema", [PAIRS, SCHEMA])
-def test_data_without_captions_of_their_own_rate_no_checkpoint(schema, data, tmp_path):
-    texts = ({**row, "text": row["captions"][0]} for row in rows(6))
-    kept = ({name: row[name] for name in ("id", "image_id", "image", *schema.names)} for row in texts)
-    write_dataset(str(tmp_path / "val"), kept, schema=schema)
-    spec = dataclasses.replace(spec_of(data, tmp_path / "run"), eval_data=str(tmp_path / "val"))
-    assert train(spec).step == 6
+def test_data_without_references_have_predictions_and_rate_no_checkpoint(alone, data, tmp_path, capsys):
+    kept = ({name: row[name] for name in ("id", "image_id", "image")} | {"text": "a dog"} for row in rows(6))
+    write_dataset(str(tmp_path / "val"), kept, schema=PAIRS)
+    begin_at(tmp_path / "run", alone / "checkpoint-00000004")
+    assert train(dataclasses.replace(spec_of(data, tmp_path / "run"), eval_data=str(tmp_path / "val"))).step == 6
     [(_, result)] = read_evaluations(Store(str(tmp_path / "run")))
-    assert list(result.scores)[:1] == (["cider"] if schema is SCHEMA else []) and result.num_rows == 6
+    assert result.scores == {} and result.num_rows == 6
+    shown = capsys.readouterr().out
+    assert "evaluation at step 6: predictions alone" in shown and "best evaluation" not in shown
+    [(_, scored)] = read_evaluations(Store(str(alone)))
+    assert next(iter(scored.scores)) == "cider"  # by which checkpoints are rated
 
 
 def test_what_does_not_fit_is_refused(tmp_path):

@@ -321,8 +321,7 @@ def test_a_run_learns_evaluates_and_publishes_its_average(alone, data):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_workers_equal_one(alone, data, tmp_path, strategy):
+def test_two_workers_equal_one(alone, data, tmp_path, strategy="fsdp"):
     cluster = dataclasses.replace(CONFIG.cluster, strategy=strategy)
     outcomes = train_on(2, spec_of(data, tmp_path, cluster=cluster, micro_batch=2))
     assert [outcome.step for outcome in outcomes] == [10, 10], outcomes
@@ -357,8 +356,7 @@ def test_a_run_mixes_its_images_and_evaluates_plain_ones(mixed_alone, data):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_workers_mix_as_one(mixed_alone, data, tmp_path, strategy):
+def test_two_workers_mix_as_one(mixed_alone, data, tmp_path, strategy="ddp"):
     cluster = dataclasses.replace(MIXED.cluster, strategy=strategy)
     outcomes = train_on(2, spec_of(data, tmp_path, MIXED, cluster=cluster, micro_batch=4))
     assert [outcome.step for outcome in outcomes] == [10, 10], outcomes

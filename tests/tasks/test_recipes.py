@@ -29,10 +29,11 @@ ROWS, ANSWERS, CLASSES = 4, ("red", "blue", "two"), ("False", "True", "neither")
 def shrunken(name: str) -> Config:
     config = recipe(name)
     model = dataclasses.replace(
-        config.model, width=24, depth=4, num_heads=2, vl_start=3, image_size=32, patch_size=8, num_answers=len(ANSWERS)
+        config.model, width=24, depth=2, num_heads=2, vl_start=1, image_size=32, patch_size=8, num_answers=len(ANSWERS)
     )
     task = config.task
-    if isinstance(task, SegmentationConfig):
+    if isinstance(task, SegmentationConfig):  # UperNet reads four layers
+        model = dataclasses.replace(model, depth=4)
         task = dataclasses.replace(task, layers=(0, 1, 2, 3), channels=16, auxiliary_channels=8)
     return check(
         dataclasses.replace(

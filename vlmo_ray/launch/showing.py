@@ -1,7 +1,7 @@
 """A run on a terminal: its newest figures in a block that is drawn again, and what happens to it as lines above.
 
-The driver follows what the workers store, as for `--log-json`: Ray would put a prefix on what they print, and there
-would be no place where it stays.
+The driver follows what the workers store, as for `--log-json`: Ray would put a prefix on what they print, and a printed
+line cannot be updated in place.
 """
 
 from __future__ import annotations
@@ -32,22 +32,20 @@ _APART = frozenset(
 
 
 class Block:
-    """What is new of a run since the first look; `done` is the step of its newest checkpoint then."""
+    """What is new of a run from now on; `done` is the step of its newest checkpoint."""
 
     def __init__(self, run: Store, config: Config, done: int):
         self._total, self._step, self._saved, self._at = config.total_steps, done, done, 0.0
         self._rows: deque[dict[str, float]] = deque(maxlen=config.log_every)
         self._masked = self._skipped = 0.0
         self._evaluation = ""
-        self._metrics, self._events = Following(run, "metrics/"), Following(run, EVENTS)
-        self._began = False
+        impatient = dataclasses.replace(run, retry_timeout_s=0.0)  # what cannot be read now is in the next look
+        self._metrics, self._events = Following(impatient, "metrics/"), Following(impatient, EVENTS)
+        for following in (self._metrics, self._events):
+            following.skip(run)
 
     def look(self) -> Group:
         """Shows the events that are new, and draws the block with the figures of the last `log_every` steps."""
-        if not self._began:
-            self._metrics.skip()
-            self._events.skip()
-            self._began = True
         for row in self._metrics.new():
             self._rows.append(row)
             self._step, self._at = int(row["step"]), time.monotonic()
@@ -86,6 +84,5 @@ def showing(run: Store, config: Config, done: int) -> Iterator[bool]:
     if config.log_json:
         yield False
         return
-    impatient = dataclasses.replace(run, retry_timeout_s=0.0)  # what cannot be read now is in the next look
-    with drawn(Block(impatient, config, done).look) as is_drawn:
+    with drawn(Block(run, config, done).look) as is_drawn:
         yield is_drawn

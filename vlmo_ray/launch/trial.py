@@ -90,7 +90,10 @@ class TrialActor(ray_tune.Trainable):
         if job.eval_data:
             for step, result in read_evaluations(self._run, after=told):
                 if result.data == job.eval_data:
-                    name = job.metric or next(iter(result.scores), "metric")
+                    if not result.scores:
+                        self._ends(f"{job.eval_data} has no truth to score against; name other --eval-data")
+                        break
+                    name = job.metric or next(iter(result.scores))
                     if not self._known(name, result.scores):
                         break
                     found.append((step, result[name]))
@@ -108,9 +111,12 @@ class TrialActor(ray_tune.Trainable):
         """Whether there is a metric of that name; if not, the run ends as failed."""
         if name in metrics:
             return True
-        self._outcome = UserError(f"there is no metric {name!r}; known: {', '.join(metrics)}")
-        self._stop.set()
+        self._ends(f"there is no metric {name!r}; known: {', '.join(metrics)}")
         return False
+
+    def _ends(self, why: str) -> None:
+        self._outcome = UserError(why)
+        self._stop.set()
 
     def _fit(self) -> None:
         job = self._job

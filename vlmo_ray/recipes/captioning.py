@@ -35,7 +35,7 @@ def captioning_coco_base() -> Config:
     """VLMo-Base on COCO at 480 px with the settings of BEiT-3: 10 epochs of 566,435 captions.
 
     `vlmo train captioning_coco_base --data s3://... --set init=s3://runs/pretrain_base`. Aim: that of models of 4M
-    pairs, CIDEr of 110 to 125 on Karpathy's test split. Not run at this size.
+    pairs, CIDEr of 1.10 to 1.25 on Karpathy's test split (papers print 100 times that). Not run at this size.
     """
     return Config(
         name="captioning_coco_base",

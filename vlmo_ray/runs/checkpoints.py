@@ -13,7 +13,7 @@ import itertools
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -178,10 +178,9 @@ class Checkpoints:
             raise Damaged(f"{where} has changed since it was written")
 
         with ThreadPoolExecutor(8) as pool:
-            fetched = zip(files, pool.map(download, files), strict=True)
-            total = sum(size for size, _ in files.values()) / 1e6
-            for _ in tracked(fetched, f"MB of {name}", total, lambda one: files[one[0]][0] / 1e6):
-                pass
+            fetched = {pool.submit(download, file): size / 1e6 for file, (size, _) in files.items()}
+            for one in tracked(as_completed(fetched), f"MB of {name}", sum(fetched.values()), lambda one: fetched[one]):
+                one.result()
         (folder / STATE).write_bytes(self.run.read(f"{name}/{STATE}"))
 
     def fetch_named(self, name: str, folder: Path) -> None:

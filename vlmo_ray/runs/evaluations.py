@@ -137,6 +137,8 @@ def read_evaluations(run: Store, after: int = -1) -> list[tuple[int, Result]]:
 
 def line(result: Result, most: int = 4) -> str:
     """The first metrics in one line for the console."""
+    if not result.scores:
+        return "predictions alone: the data set has no truth to score against"
     shown = list(result.scores.items())[:most]
     return "  ".join(f"{name} {cell(score.value, score)}" for name, score in shown)
 

@@ -102,6 +102,8 @@ class _Keeper:
                 if not told:
                     print(f"what happens is not stored for now, but told here: {error}", flush=True)
                 told = True
+                if _style == "none":  # those who would have shown it cannot read it
+                    print(*(entry["message"] for entry in waiting if entry is not None), sep="\n", flush=True)
                 continue
             told = False
             if len(lines) >= _LINES:

@@ -21,20 +21,22 @@ class Following:
         self._read: dict[str, tuple[int, int]] = {}  # bytes and lines of each object
         self.begun = after
 
-    def skip(self) -> None:
-        """What is there by now is not new."""
-        self._read = {name: (size, 0) for name, size in self._run.sizes(self._folder).items()}
+    def skip(self, run: Store | None = None) -> None:
+        """What is there by now is not new; `run` is the same store, with another patience."""
+        self._read = {name: (size, 0) for name, size in (run or self._run).sizes(self._folder).items()}
 
     def new(self) -> list[dict[str, Any]]:
-        """What was not there at the last call."""
-        found = []
+        """What was not there at the last call. If one object cannot be read, the others' lines come next time too."""
+        found, read, begun = [], {}, self.begun
         for name, size in sorted(self._run.sizes(self._folder).items(), key=lambda item: _begun(item[0])):
             before = self._read.get(name, (0, 0))
             if _begun(name) < self._after or before[0] == size:
                 continue
             lines = self._run.read(name).splitlines()
             found += map(json.loads, lines[before[1] :])
-            self._read[name], self.begun = (size, len(lines)), max(self.begun, _begun(name))
+            read[name], begun = (size, len(lines)), max(begun, _begun(name))
+        self._read |= read
+        self.begun = begun
         return found
 
 

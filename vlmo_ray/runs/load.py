@@ -33,7 +33,7 @@ _SOURCE = f"{_MODEL}/source"  # names the checkpoint that they come from
 _TASK = "task.json"  # config and schema of the run: in the run, and beside its final weights
 _OWN = "task.safetensors"  # weights of the task that are not the model's
 _PREFIX = "task."
-_PIECE = 16 << 20  # bytes of a file that are fetched at once
+_PIECE = 64 << 20  # bytes of a file that are fetched at once
 
 
 @dataclass(frozen=True)
@@ -177,14 +177,19 @@ def _model_folder(path: str) -> Iterator[str]:
 
 def _fetch(store: Store, prefix: str, target: Path) -> None:
     """The files of one folder of the store, as files in the folder `target`."""
-    before = store.versions(prefix)
     sizes = {name: size for name, size in store.sizes(prefix).items() if "/" not in name.removeprefix(prefix)}
+
+    def versions() -> list:
+        found = store.versions(prefix)
+        return [found.get(name) for name in sizes]
+
+    before = versions()
     pieces = [(name, at) for name, size in sizes.items() for at in range(0, size or 1, _PIECE)]
     read = ((name, store.read(name, at, _PIECE)) for name, at in pieces)
     for name, piece in tracked(read, "MB of weights", sum(sizes.values()) / 1e6, lambda one: len(one[1]) / 1e6):
         with (target / Path(name).name).open("ab") as file:
             file.write(piece)
-    if store.versions(prefix) != before:
+    if versions() != before:
         raise UserError(f"{store.address(prefix)} was written again while it was read; repeat the command")
 
 

@@ -182,8 +182,8 @@ class Task(nn.Module):
         return torch.argsort(batch.text_len, stable=True)
 
     def prepared(self, batch: Batch, step: int) -> Batch:
-        """All rows of a worker in a step, in order and in whole slices, before they are cut into micro-batches: with
-        what a row takes from others of its slice. Not called in evaluation."""
+        """Called once a step with all rows of a worker, in whole slices, before the cut into micro-batches. A task that
+        mixes a row with others of its slice does it here. Not called in evaluation."""
         return batch
 
     def taught_share(self, step: int) -> float:

@@ -63,15 +63,20 @@ def captioned(seed: int, count: int, split: str = "train", image_size: int = 64,
 
 
 def segmented(seed: int, count: int, split: str = "train", image_size: int = 64) -> Iterator[dict]:
-    """The first `count` scenes of a split with the kind of shape of each pixel, of `SEGMENTED`. A pixel belongs to a
-    shape that covers half of it."""
+    """The first `count` scenes of a split with the kind of shape of each pixel, of `SEGMENTED`."""
     for index in range(count):
         shown = scene(seed, index, split, image_size)
-        mask = np.zeros((image_size, image_size), np.uint8)
-        for shape in shown.shapes:
-            alpha, window = placed(shape, image_size)
-            mask[window][alpha[..., 0] >= 0.5] = 1 + KINDS.index(shape.kind)
-        yield {"id": shown.name, "image_id": shown.name, "image": png(shown.image), "mask": png(mask), "forbid": []}
+        yield {"id": shown.name, "image_id": shown.name, "image": png(shown.image), "mask": png(mask_of(shown))}
+
+
+def mask_of(shown: Scene) -> np.ndarray:
+    """uint8 [H,W]: 0 is the background, 1 + i the kind i of `KINDS`. A pixel belongs to a shape that covers half of
+    it."""
+    mask = np.zeros((shown.image_size, shown.image_size), np.uint8)
+    for shape in shown.shapes:
+        alpha, window = placed(shape, shown.image_size)
+        mask[window][alpha[..., 0] >= 0.5] = 1 + KINDS.index(shape.kind)
+    return mask
 
 
 def retrieval_set(seed: int, n: int = 200, image_size: int = 64) -> list[tuple[Scene, Caption]]:
