@@ -243,7 +243,7 @@ class Command:
         assert [number for _, number in facts.curves.workers] == self.sizes()
         masked = {reason: found.count for reason, found in facts.masked.items()}
         told = sum(m["masked_rows"] for m in read_metrics(self.run)[0])
-        assert sum(masked.values()) >= told > 0, masked  # of steps done twice, perhaps twice
+        assert sum(masked.values()) >= told and bool(masked) == (told > 0), masked  # of steps done twice, perhaps twice
         assert all("not an image" in reason for reason in masked)
 
     def resumed_where_ended(self) -> int:

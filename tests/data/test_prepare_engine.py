@@ -161,7 +161,7 @@ def test_refusals(ray_cluster, tmp_path):
     cases = {
         r"thesis\.txt is in the way": ("webdataset", source, str(tmp_path / "taken"), {}),
         "is inside the source": ("webdataset", source, f"{source}/sub", {}),
-        "'csv' is not a format; choose from folders, karpathy": ("csv", source, out, {}),
+        "'csv' is not a format; choose from ade20k, folders": ("csv", source, out, {}),
         "'split' is not an option of webdataset": ("webdataset", source, out, {"split": "train"}),
         "say where": ("webdataset", source, None, {}),
         "only parquet and webdataset": ("table", f"{source}/000.tar", None, {"index": True}),
