@@ -238,12 +238,13 @@ def test_wandb(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     _twice(tmp_path, "wandb")
-    found, ids = {}, set()
-    for file in sorted(tmp_path.glob("wandb/offline-run-*/*.wandb")):
-        for data in _records(file.read_bytes()):
-            record = Record.FromString(data)
-            ids |= {record.run.run_id} - {""}
-            values = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
-            if "loss" in values:
-                found[values["_step"]] = values["loss"]
+    found, ids, until = {}, set(), time.monotonic() + 20
+    while len(found) < 6 and time.monotonic() < until:  # a process of wandb's own writes the files
+        for file in sorted(tmp_path.glob("wandb/offline-run-*/*.wandb")):
+            for data in _records(file.read_bytes()):
+                record = Record.FromString(data)
+                ids |= {record.run.run_id} - {""}
+                values = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
+                if "loss" in values:
+                    found[values["_step"]] = values["loss"]
     assert found == {step: 1 / step for step in range(1, 7)} and len(ids) == 1
