@@ -49,6 +49,7 @@ from vlmo_ray.runs.lease import held, lease
 from vlmo_ray.session import ray_session
 
 _REDUCTION = 3  # one trial in so many goes on at each rung of the halving
+_SAVE_S = 600.0  # a stopped run has to save and end
 
 
 class _Draws(OptunaSearch):
@@ -91,6 +92,7 @@ class _Watch(ray_tune.Callback):
 
     def __init__(self, sweep: Sweep):
         self._sweep = sweep
+        self._saving: list[Store] = []  # runs of trials that were stopped here
 
     def on_trial_result(self, iteration, trials, trial, result, **_) -> None:
         entry = self._sweep.trials[trial.config["number"]]
@@ -103,13 +105,18 @@ class _Watch(ray_tune.Callback):
         entry, last = self._sweep.trials[trial.config["number"]], trial.last_result
         if entry.state == "running":
             entry.state, entry.error = last.get("ended", "pruned"), last.get("error", "")
-            if entry.state == "pruned":
-                self._end(entry, wait=all(other.is_finished() for other in trials if other is not trial))
+            if entry.state == "pruned" and held(run := self._run(entry)):
+                run.write(STOP, b"")
+                self._saving.append(run)
             self._sweep.save()
             if not self._sweep.leaving:
                 _show(self._sweep)
             if entry.error:
                 show("trial_failed", f"trial {entry.name[:3]} failed: {entry.error}", trial=entry.name)
+        if all(other.is_finished() for other in trials if other is not trial):
+            until = time.monotonic() + _SAVE_S  # Tune now ends its actors within seconds, also those that are saving
+            while any(map(held, self._saving)) and time.monotonic() < until:
+                time.sleep(LOOK_S)
 
     def on_trial_error(self, iteration, trials, trial, **_) -> None:
         """Its actor was lost more often than Tune starts it again."""
@@ -117,13 +124,8 @@ class _Watch(ray_tune.Callback):
         entry.state, entry.error = "failed", "the process that followed the run was lost again and again"
         self._sweep.save()
 
-    def _end(self, entry: Entry, wait: bool) -> None:
-        """`wait`: after the last trial Tune ends its actors within seconds."""
-        run = Store(f"{self._sweep.store.uri}/{entry.name}")
-        if held(run):
-            run.write(STOP, b"")
-        while wait and held(run):
-            time.sleep(LOOK_S)
+    def _run(self, entry: Entry) -> Store:
+        return Store(f"{self._sweep.store.uri}/{entry.name}")
 
 
 def tune(
