@@ -1,15 +1,16 @@
 """Does pre-training on pairs help other tasks? Scenes, from one pre-trained model and from random weights.
 
     python benchmarks/finetuning.py --out FILE.jsonl [--tasks vqa nlvr2] [--pretrain-steps 1000] [--steps 400]
-        [--seeds 1 2 3] [--keep FOLDER] [--weights MODEL]
+        [--seeds 1 2 3] [--train-rows N] [--keep FOLDER] [--weights MODEL]
 
 Tasks: vqa, nlvr2, segmentation, captioning, grounding, retrieval. Pre-trains the demo's model once, fine-tunes it for
 each task with equal steps from there and from random weights, and writes a line for every run: what it reaches on
 unseen scenes, and what chance would. One process. Of captions, `true` is the share that names a shape by colour and
 kind, and a background, and says nothing untrue of shapes and background; `colours`, `kinds` and `backgrounds` are the
 shares that name some, and none that is not there.
-With `--keep`, data and pre-trained model stay for a second call. `--weights` takes a model that is there already, for
-example the one that `matching.py` leaves, instead of pre-training one.
+`--train-rows` trains on fewer of a task's scenes. With `--keep`, data and pre-trained model stay for a second call.
+`--weights` takes a model that is there already, for example the one that `matching.py` leaves, instead of pre-training
+one.
 """
 
 from __future__ import annotations
@@ -163,6 +164,7 @@ def main(
     tasks: tuple[str, ...] = ("vqa", "nlvr2"),
     keep: Path | None = None,
     weights: str = "",
+    train_rows: int = 0,
 ) -> None:
     torch.set_num_threads(1)
     pretraining = dataclasses.replace(recipe("demo"), phases=(Phase(pretrain_steps, 96),), log_every=100)
@@ -180,8 +182,9 @@ def main(
                 retrieval(out, pretraining, start, folder, steps, seeds)
                 continue
             kind = TASKS[task]
-            for split, count in (("train", kind.train), ("eval", kind.eval)):
-                write(f"{folder}/{task}-{split}", kind.rows(count, split), schema=kind.schema)
+            train_data, eval_data = f"{folder}/{task}-train{train_rows or ''}", f"{folder}/{task}-eval"
+            write(train_data, kind.rows(train_rows or kind.train, "train"), schema=kind.schema)
+            write(eval_data, kind.rows(kind.eval, "eval"), schema=kind.schema)
             for seed in seeds:
                 for init in (start, ""):
                     config = recipe(f"{task}_tiny")
@@ -192,8 +195,8 @@ def main(
                         config, model=model, phases=phases, micro_batch=phases[0].global_batch, seed=seed, init=init,
                         evaluate_every=steps, checkpoint_every=steps, log_every=100,
                     )  # fmt: skip
-                    place = f"{folder}/{task}-{steps}-{seed}-{bool(init)}"
-                    store = run(config, f"{folder}/{task}-train", place, f"{folder}/{task}-eval")
+                    place = f"{train_data}-{steps}-{seed}-{bool(init)}"
+                    store = run(config, train_data, place, eval_data)
                     [(_, result)] = read_evaluations(store)
                     score = result.scores[kind.metric]
                     line = {"task": task, "seed": seed, "pretrained": bool(init), "steps": steps}

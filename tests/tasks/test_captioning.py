@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import make_image
-from small_run import SMALL, begin_at, job, train_on
+from small_run import SMALL, begin_at, encoded, job, same_run, train_on
 
 from vlmo_ray.config import OptimConfig, Phase
 from vlmo_ray.data.batch import Batch
@@ -27,7 +27,6 @@ from vlmo_ray.model.vlmo import VLMo, init_weights
 from vlmo_ray.objectives.gather import Workers
 from vlmo_ray.recipes.captioning import CaptioningConfig
 from vlmo_ray.runs.evaluations import read_evaluations
-from vlmo_ray.runs.metrics import read_metrics
 from vlmo_ray.tasks.captioning import Captioning, sentence
 from vlmo_ray.tasks.metrics.captions import caption_scores
 from vlmo_ray.train.loop import train
@@ -46,6 +45,7 @@ CONFIG = dataclasses.replace(
     evaluate_every=6,
     precision="float64",
 )
+FIGURES = ("loss", "accuracy", "grad_norm")
 
 
 def rows(count: int):
@@ -146,34 +146,21 @@ def test_a_step_equals_the_plain_one(micro_batch):
             torch.testing.assert_close(a.grad, b.grad, msg=name)
 
 
-def assert_same(run, wanted, first: int = 0) -> None:
-    for name in ("loss", "accuracy", "grad_norm"):
-        found, expected = ([m[name] for m in read_metrics(Store(str(r)))[0]] for r in (run, wanted))
-        np.testing.assert_allclose(found, expected[first:], rtol=1e-9)
-    found, expected = (read_evaluations(Store(str(r))) for r in (run, wanted))
-    assert found == expected
-
-
 @pytest.mark.slow
 def test_two_workers_equal_one(alone, data, tmp_path):
     assert [o.step for o in train_on(2, spec_of(data, tmp_path, micro_batch=2))] == [6, 6]
-    assert_same(tmp_path, alone)
+    same_run(tmp_path, alone, FIGURES)
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(alone, data, tmp_path):
     begin_at(tmp_path, alone / "checkpoint-00000004")
     assert train(spec_of(data, tmp_path)).step == 6
-    assert_same(tmp_path, alone, 4)
+    same_run(tmp_path, alone, FIGURES, 4)
 
 
 def evaluated(task, count: int):
     evaluation = task.evaluation(SCHEMA)
-    encoder = evaluation.encoder()
-    found = [encoder(Record(row["id"], row["image_id"], row), None) for row in rows(count)]
-    columns = {name: np.stack([row[name] for row in found]) for name in encoder.columns}
-    ids = np.array([str(i) for i in range(count)], dtype=object)
-    places = {"valid": np.ones(count, bool), "position": np.arange(count), "id": ids, "problem": np.full(count, "")}
-    return evaluation, Batch.from_numpy(columns | places)
+    return evaluation, encoded(evaluation.encoder(), rows(count))
 
 
 @torch.inference_mode()

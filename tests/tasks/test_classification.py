@@ -11,8 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import load as load_tensors
-from small_run import SMALL, begin_at, job, train_on
+from small_run import SMALL, begin_at, job, same_run, train_on
 from timm.data import Mixup
 from timm.models.beit import Beit
 
@@ -294,21 +293,6 @@ def test_rates_fall_from_the_head_down():
     assert not any(beit.trainable(f"model.norm.{name}") for name in ("weight", "bias"))
 
 
-def curve(run) -> np.ndarray:
-    return np.array([[m[name] for name in FIGURES] for m in read_metrics(Store(str(run)))[0]])
-
-
-def assert_same(run, wanted, first=0) -> None:
-    np.testing.assert_allclose(curve(run), curve(wanted)[first:], rtol=1e-9)
-    for name in ("model/model.safetensors", "model/task.safetensors"):
-        found, expected = (load_tensors(Store(str(r)).read(name)) for r in (run, wanted))
-        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12, msg=name)
-    found, expected = (dict(read_evaluations(Store(str(r)))) for r in (run, wanted))
-    for step, result in found.items():
-        assert result == expected[step]
-    assert 10 in found
-
-
 def test_a_run_learns_evaluates_and_publishes_its_average(alone, data):
     metrics = read_metrics(Store(str(alone)))[0]
     assert metrics[-1]["loss"] < metrics[0]["loss"]
@@ -325,7 +309,7 @@ def test_two_workers_equal_one(alone, data, tmp_path, strategy="fsdp"):
     cluster = dataclasses.replace(CONFIG.cluster, strategy=strategy)
     outcomes = train_on(2, spec_of(data, tmp_path, cluster=cluster, micro_batch=2))
     assert [outcome.step for outcome in outcomes] == [10, 10], outcomes
-    assert_same(tmp_path, alone)
+    same_run(tmp_path, alone, FIGURES)
 
 
 @pytest.fixture(scope="module")
@@ -360,7 +344,7 @@ def test_two_workers_mix_as_one(mixed_alone, data, tmp_path, strategy="ddp"):
     cluster = dataclasses.replace(MIXED.cluster, strategy=strategy)
     outcomes = train_on(2, spec_of(data, tmp_path, MIXED, cluster=cluster, micro_batch=4))
     assert [outcome.step for outcome in outcomes] == [10, 10], outcomes
-    assert_same(tmp_path, mixed_alone[0])
+    same_run(tmp_path, mixed_alone[0], FIGURES)
 
 
 def test_a_run_can_start_from_other_classes(mixed_alone, tmp_path):
@@ -379,7 +363,7 @@ def test_a_run_can_start_from_other_classes(mixed_alone, tmp_path):
 def test_a_resumed_run_equals_an_uninterrupted_one(alone, data, tmp_path):
     begin_at(tmp_path, alone / "checkpoint-00000008")
     assert train(spec_of(data, tmp_path)).step == 10
-    assert_same(tmp_path, alone, 8)
+    same_run(tmp_path, alone, FIGURES, 8)
 
 
 def head_after(steps: int, data, run, config) -> torch.Tensor:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from small_run import SMALL, begin_at, job, train_on
+from small_run import SMALL, begin_at, encoded, job, same_run, train_on
 
 from vlmo_ray.config import MODEL_SIZES, DataConfig, OptimConfig, Phase, check
 from vlmo_ray.data.batch import Batch
@@ -14,15 +14,12 @@ from vlmo_ray.data.encoders import Draw
 from vlmo_ray.data.encoders.segments import WholeSegments
 from vlmo_ray.data.prepare.shards import write_dataset
 from vlmo_ray.data.schema import IGNORED, Field, Record, Schema
-from vlmo_ray.data.store import Store
 from vlmo_ray.demo.scenes.records import png
 from vlmo_ray.errors import RecordError, UserError
 from vlmo_ray.model.upernet import UperNet
 from vlmo_ray.model.vlmo import VLMo, init_weights
 from vlmo_ray.objectives.gather import Workers
 from vlmo_ray.recipes.segmentation import SegmentationConfig
-from vlmo_ray.runs.evaluations import read_evaluations
-from vlmo_ray.runs.metrics import read_metrics
 from vlmo_ray.tasks.segmentation import Segmentation, areas, iou_scores, starts
 from vlmo_ray.tasks.task import in_image_pass
 from vlmo_ray.train.loop import train
@@ -43,6 +40,7 @@ CONFIG = dataclasses.replace(
     evaluate_every=6,
     precision="float64",
 )
+FIGURES = ("loss", "pixel_accuracy", "grad_norm")
 
 
 def picture(i: int, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
@@ -144,24 +142,16 @@ def test_a_batch_without_a_class_costs_nothing():
     assert float(figures["loss"]) == 0 and not any(p.grad.any() for p in task.parameters() if p.grad is not None)
 
 
-def assert_same(run, wanted, first: int = 0) -> None:
-    for name in ("loss", "pixel_accuracy", "grad_norm"):
-        found, expected = ([m[name] for m in read_metrics(Store(str(r)))[0]] for r in (run, wanted))
-        np.testing.assert_allclose(found, expected[first:], rtol=1e-9)
-    found, expected = (read_evaluations(Store(str(r))) for r in (run, wanted))
-    assert found == expected and found[0][1].num_rows == 23
-
-
 @pytest.mark.slow
 def test_two_workers_equal_one(alone, data, tmp_path):
     assert [o.step for o in train_on(2, spec_of(data, tmp_path, micro_batch=2))] == [6, 6]
-    assert_same(tmp_path, alone)
+    same_run(tmp_path, alone, FIGURES)
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(alone, data, tmp_path):
     begin_at(tmp_path, alone / "checkpoint-00000004")
     assert train(spec_of(data, tmp_path)).step == 6
-    assert_same(tmp_path, alone, 4)
+    same_run(tmp_path, alone, FIGURES, 4)
 
 
 def test_windows_cover_an_image_and_end_with_it():
@@ -175,12 +165,7 @@ def test_windows_cover_an_image_and_end_with_it():
 
 def evaluated(task, count: int):
     evaluation = task.evaluation(SCHEMA)
-    encoder = evaluation.encoder()
-    found = [encoder(Record(row["id"], row["image_id"], row), None) for row in rows(count)]
-    columns = {name: np.stack([row[name] for row in found]) for name in encoder.columns}
-    places = {"valid": np.ones(count, bool), "position": np.arange(count)}
-    ids = {"id": np.array([str(i) for i in range(count)]), "problem": np.full(count, "")}
-    return evaluation, Batch.from_numpy(columns | places | ids)
+    return evaluation, encoded(evaluation.encoder(), rows(count))
 
 
 @torch.inference_mode()

@@ -92,7 +92,7 @@ class _Watch(ray_tune.Callback):
 
     def __init__(self, sweep: Sweep):
         self._sweep = sweep
-        self._saving: list[Store] = []  # runs of trials that were stopped here
+        self._saving: list[Store] = []  # runs that were asked to save and end
 
     def on_trial_result(self, iteration, trials, trial, result, **_) -> None:
         entry = self._sweep.trials[trial.config["number"]]

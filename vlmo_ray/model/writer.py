@@ -49,7 +49,9 @@ class Writer:
         """int64 [B] -> log probabilities [B,V], in float32 or wider."""
         first = self.written
         if first + 2 > self.text_len:
-            raise UserError(f"a text of this model has {self.text_len} tokens at most, and these are written")
+            raise UserError(
+                f"a text of this model has {self.text_len} tokens at most; ask for fewer, or train with more"
+            )
         asked = torch.stack([tokens, torch.full_like(tokens, self.mask_id)], dim=1)
         x = self.model.text_embed(asked, first=first) + self.model.modality.weight[0]
         state = self.model.norm(self._run(x, "text", self._block(first, x)))[:, -1]
@@ -85,7 +87,9 @@ class Writer:
 def check_writer(model: VLMo) -> None:
     """UserError if the model has no head for words, or attention of its own for texts."""
     if model.mlm is None:
-        raise UserError("this model has no head for words ('mlm'), with which captions are written")
+        raise UserError(
+            "this model has no head for words ('mlm'), which writing needs; load one that was trained with it"
+        )
     if model.config.attention == "separate":
         raise UserError(
             "with model.attention='separate' texts do not attend to images below the top, so no caption can be "

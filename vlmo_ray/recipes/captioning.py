@@ -26,7 +26,7 @@ class CaptioningConfig(TaskConfig):
 
     def check(self, config: Config) -> None:
         if "mlm" not in config.model.heads:
-            raise UserError("model.heads lacks mlm, with which captions are written")
+            raise UserError("model.heads lacks mlm, with which captions are written; add it")
         if config.model.attention == "separate":
             raise UserError("captions cannot be written with model.attention='separate'; use 'shared'")
 

@@ -155,7 +155,9 @@ class Captions(Evaluation):
         """COCO's results: `[{"image_id": int, "caption": str}]`; the number is the last one in the id."""
         numbers = [re.findall(r"\d+", name) for name in ids]
         if unnamed := [name for name, found in zip(ids, numbers, strict=True) if not found]:
-            raise UserError(f"the id {unnamed[0]!r} has no number, which COCO's form of results needs")
+            raise UserError(
+                f"the id {unnamed[0]!r} has no number, which COCO's form of results needs; prepare COCO's files"
+            )
         pairs = zip(numbers, predictions, strict=True)
         return json.dumps([{"image_id": int(found[-1]), "caption": text} for found, text in pairs]).encode()
 

@@ -47,7 +47,7 @@ def tokens(text: str) -> list[str]:
     because pycocoevalcap drops only their names in capitals and the text is in lower case by then.
 
     The standard is PTBTokenizer of Stanford CoreNLP 3.4.1 with `-preserveLines -lowerCase`. This function agrees
-    with it on the captions of Flickr8k (35,000 of them) and on 99.9 % of WordNet's 78,808 glosses. It differs in URLs,
+    with it on all 35,000 captions of Flickr8k (`benchmarks/caption_scores.py`). It differs in URLs,
     addresses, tags, HTML entities, smileys, currencies but the dollar, rare abbreviations, rare words with an
     apostrophe inside (`hallowe'en`), rare numbers (`1/1,000`, `.45-caliber`), and where Java looks at capitals: it
     keeps `AT&T` as one token, and splits off the period of `letter a. The`.
