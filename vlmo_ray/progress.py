@@ -65,6 +65,11 @@ def tracked(items: Iterable[T], what: str, total: float, size: Callable[[T], flo
                 print(f"{what}: {done:,.0f}/{total:,.0f}, {clock(left)} left", file=sys.stderr, flush=True)
 
 
+def draws() -> bool:
+    """Whether `drawn` draws here: on a terminal, and in the main thread."""
+    return Screen(sys.stdout).draws and threading.current_thread() is threading.main_thread()
+
+
 @contextmanager
 def drawn(look: Callable[[], RenderableType]) -> Iterator[bool]:
     """Inside the block a thread draws what `look` returns, anew every second, at the bottom of the terminal of stdout.
@@ -72,10 +77,10 @@ def drawn(look: Callable[[], RenderableType]) -> Iterator[bool]:
     What is printed meanwhile comes above it. Gives whether it is drawn: without a terminal, and outside the main
     thread, nothing is. An error of `look` is told once, and what was drawn last stays.
     """
-    screen = Screen(sys.stdout)
-    if not screen.draws or threading.current_thread() is not threading.main_thread():
+    if not draws():
         yield False
         return
+    screen = Screen(sys.stdout)
     live, over = Live(console=screen, auto_refresh=False, redirect_stderr=sys.stderr.isatty()), threading.Event()
     # One lock: a signal handler may print while this thread is printing, and the drawing thread must not hold the other
     live._lock = screen._lock  # pyright: ignore[reportPrivateUsage]

@@ -99,7 +99,7 @@ def test_elsewhere_the_run_is_not_followed_and_its_lines_are_those_of_before(tmp
         monkeypatch.setenv(name, value)
     shown = Terminal() if setting else io.StringIO()
     monkeypatch.setattr("sys.stdout", shown)
-    monkeypatch.setattr(Block, "look", lambda self: pytest.fail("looked"))
+    monkeypatch.setattr(Block, "__init__", lambda *given: pytest.fail("looked"))
     run = Store(str(tmp_path))
     with showing(run, dataclasses.replace(SMALL, log_json="log_json" in setting), 0) as drawn:
         assert not drawn

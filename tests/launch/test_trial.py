@@ -2,13 +2,18 @@
 
 import dataclasses
 import threading
+import time
+from types import SimpleNamespace
 
 import pytest
 from small_run import SMALL, job
 
 from vlmo_ray.data.store import Store
-from vlmo_ray.launch.sweep import Trial
+from vlmo_ray.launch import trial, tune
+from vlmo_ray.launch.sweep import Asked, Sweep, Trial
 from vlmo_ray.launch.trial import Job, TrialActor
+from vlmo_ray.runs.evaluations import Result
+from vlmo_ray.runs.lease import held
 from vlmo_ray.runs.metrics import read_metrics
 from vlmo_ray.train.loop import train
 
@@ -46,3 +51,28 @@ def test_a_metric_that_is_none_fails_the_trial_with_a_sentence(run):
     ended = actor._end()
     assert ended["ended"] == "failed" and "there is no metric 'los'; known: " in ended["error"]
     assert " loss," in ended["error"]
+
+
+def test_data_without_truth_fail_the_trial_with_a_sentence(run, monkeypatch):
+    actor = actor_of(run, "")
+    actor._job = dataclasses.replace(actor._job, eval_data="s3://val")
+    monkeypatch.setattr(trial, "read_evaluations", lambda *given, **more: [(5, Result({}, "s3://val", 8, (), ""))])
+    assert actor._measured() == [] and actor._stop.is_set()
+    assert "s3://val has no truth to score against" in actor._end()["error"]
+
+
+def test_the_last_trial_waits_until_pruned_ones_have_saved(tmp_path, monkeypatch):
+    """Tune would end their actors within seconds."""
+    monkeypatch.setattr(tune, "LOOK_S", 0.01)
+    asked = Asked("small", [], [], "", "", "loss", "min", True, 0)
+    sweep = Sweep(Store(str(tmp_path)), asked, [Trial("000-a", {}), Trial("001-b", {})])
+    first, last = (SimpleNamespace(config={"number": n}, last_result={}, is_finished=lambda: False) for n in (0, 1))
+    watch, pruned = tune._Watch(sweep), Store(str(tmp_path / "000-a"))
+    pruned.write("lease.json", b"{}")
+    watch.on_trial_complete(1, [first, last], first)
+    assert held(pruned) and pruned.exists("stop") and sweep.trials[0].state == "pruned"  # it is not waited for yet
+    first.is_finished, last.last_result = lambda: True, {"ended": "finished"}
+    threading.Timer(0.3, lambda: pruned.delete("lease.json")).start()
+    began = time.monotonic()
+    watch.on_trial_complete(2, [first, last], last)
+    assert not held(pruned) and time.monotonic() - began > 0.2 and sweep.trials[1].state == "finished"

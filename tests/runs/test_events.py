@@ -67,6 +67,16 @@ def test_storage_that_is_away_stops_nothing_and_gets_it_later(tmp_path, monkeypa
     assert "away" in out and [entry["event"] for entry in _kept(run)] == ["a", "b"]
 
 
+def test_what_others_would_show_is_told_here_while_storage_is_away(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Store, "write", lambda *given: (_ for _ in ()).throw(OSError("away")))
+    told = ""
+    with console("none"), keeping(Store(str(tmp_path)), "worker"):
+        tell("a", "the first sentence")
+        while "the first sentence" not in told:
+            told += capsys.readouterr().out
+    assert told.startswith("what happens is not stored for now, but told here: away\n")
+
+
 def test_following_reads_only_what_grew(tmp_path, monkeypatch):
     run = Store(str(tmp_path))
     run.write("metrics/10.jsonl", b'{"step": 1}\n')
@@ -80,5 +90,8 @@ def test_following_reads_only_what_grew(tmp_path, monkeypatch):
     assert reads == [f"metrics/{k}.jsonl" for k in (10, 9, 10, 11)]
     assert Following(run, "metrics/", after=11).new() == [{"step": 3}]
     with pytest.raises(ValueError):
+        run.write("metrics/11.jsonl", b'{"step": 3}\n{"step": 4}\n')
         run.write("metrics/12.jsonl", b"{")
         following.new()
+    run.write("metrics/12.jsonl", b'{"step": 5}\n')
+    assert following.new() == [{"step": 4}, {"step": 5}]  # nothing was lost with what could not be read

@@ -19,7 +19,7 @@ from rich.text import Text
 
 from vlmo_ray.config import Config
 from vlmo_ray.data.store import Store
-from vlmo_ray.progress import bar, drawn
+from vlmo_ray.progress import bar, drawn, draws
 from vlmo_ray.runs.events import FOLDER as EVENTS
 from vlmo_ray.runs.events import show
 from vlmo_ray.runs.follow import Following
@@ -81,7 +81,7 @@ def showing(run: Store, config: Config, done: int) -> Iterator[bool]:
 
     Gives whether it is: then its first worker need not print.
     """
-    if config.log_json:
+    if config.log_json or not draws():  # then nothing is read of the store either
         yield False
         return
     with drawn(Block(run, config, done).look) as is_drawn:

@@ -52,7 +52,8 @@ class Ade20k(Source):
                 f"the masks of {self.uri} have no names of classes; give classes=FILE, with one a line or "
                 "objectInfo150, or their number, for example classes=150"
             )
-        names = _names(self.classes)
+        if not (names := _names(self.classes)):
+            raise UserError(f"classes={self.classes} names no class; write one a line, or give their number")
         self.schema = Schema((Field("image", "image"), Field("mask", "mask", names)))
         self._folder = folder = posixpath.join("images", self.split, "")
         sizes = {n: size for n, size in self.store.sizes().items() if not f"/{n}".count("/.")}

@@ -52,7 +52,7 @@ class RefCoco(Source):
             found = f"choose from {', '.join(sorted(by))} by by=..." if by else "it holds no refs(...).p"
             raise UserError(f"{self.uri}: by={self.by} names no file of refs; {found}")
         if not store.exists("instances.json"):
-            raise UserError(f"{store.address('instances.json')} does not exist")
+            raise UserError(f"{store.address('instances.json')} does not exist; it comes with the refs")
         pickled, data = store.read(by[chosen]), store.read("instances.json")
         digest = hashlib.sha256(pickled)
         digest.update(data)
