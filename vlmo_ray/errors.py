@@ -7,3 +7,7 @@ class UserError(ValueError):
 
 class RecordError(ValueError):
     """Why one record cannot be used, in a few words. Its row is masked, counted and reported."""
+
+
+class DecodeError(RecordError):
+    """Why the bytes of one record cannot be used as an image."""

@@ -21,17 +21,12 @@ from PIL import Image, ImageOps
 
 from vlmo_ray import rng
 from vlmo_ray.config import DataConfig
-from vlmo_ray.data import decode
-from vlmo_ray.data.decode import (
-    OPERATIONS,
-    DecodeError,
-    decode_eval,
-    decode_train,
-    decode_train_with_mask,
-    draw_augmentation,
-)
+from vlmo_ray.data import augment, decode
+from vlmo_ray.data.augment import OPERATIONS, draw_augmentation
+from vlmo_ray.data.decode import decode_eval, decode_train, decode_train_with_mask
 from vlmo_ray.data.encoders import Draw
 from vlmo_ray.data.schema import FORBID
+from vlmo_ray.errors import DecodeError
 
 SIZE = 32
 FULL = DataConfig()
@@ -304,7 +299,7 @@ def test_forbidding_takes_away_and_shifts_nothing(forbid, position):
 def test_the_config_takes_away_and_shifts_nothing():
     for position in range(50):
         free = augmentation(position)
-        assert augmentation(position, data=DataConfig(flip=False)) == decode.Augmentation(
+        assert augmentation(position, data=DataConfig(flip=False)) == augment.Augmentation(
             free.box, False, free.operations
         )
         one = augmentation(position, data=DataConfig(randaugment_ops=1))
@@ -549,5 +544,5 @@ def test_a_translation_is_the_affine_one(mode):
         for sign in (1.0, -1.0):
             moved = 10 * (magnitude / 10) * sign
             for name, matrix in (("translate_x", (1, 0, moved, 0, 1, 0)), ("translate_y", (1, 0, 0, 0, 1, moved))):
-                found = decode.OPERATIONS[name].apply(image, magnitude / 10, sign)
-                assert np.array_equal(np.asarray(found), np.asarray(decode._affine(image, *matrix))), (name, moved)
+                found = augment.OPERATIONS[name].apply(image, magnitude / 10, sign)
+                assert np.array_equal(np.asarray(found), np.asarray(augment._affine(image, *matrix))), (name, moved)

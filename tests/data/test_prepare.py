@@ -17,12 +17,12 @@ from PIL import Image
 from sources import dropped, put, read_all, tar_of
 
 from vlmo_ray.config import DataConfig
-from vlmo_ray.data.decode import DecodeError, decode_eval, image_problem
+from vlmo_ray.data.decode import decode_eval, image_problem
 from vlmo_ray.data.prepare import Counts, prepare
 from vlmo_ray.data.prepare.source import image_id_of, name_in
 from vlmo_ray.data.prepare.stage import WORK
 from vlmo_ray.data.store import Store
-from vlmo_ray.errors import UserError
+from vlmo_ray.errors import DecodeError, UserError
 
 pytestmark = pytest.mark.ray
 FLICKR = Path(__file__).parents[2].resolve().parent / "shared" / "data" / "flickr8k"

@@ -12,7 +12,8 @@ from timm.data import auto_augment, create_transform, random_erasing
 from vlmo_ray import rng
 from vlmo_ray.config import DataConfig
 from vlmo_ray.data import decode
-from vlmo_ray.data.decode import TIMM_OPERATIONS, decode_center, decode_train, draw_augmentation, erased
+from vlmo_ray.data.augment import TIMM_OPERATIONS, draw_augmentation, erased
+from vlmo_ray.data.decode import decode_center, decode_train
 from vlmo_ray.data.encoders import Draw
 from vlmo_ray.data.schema import FORBID
 
