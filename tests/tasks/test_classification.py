@@ -305,7 +305,8 @@ def test_a_run_learns_evaluates_and_publishes_its_average(alone, data):
 
 
 @pytest.mark.slow
-def test_two_workers_equal_one(alone, data, tmp_path, strategy="fsdp"):
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_workers_equal_one(alone, data, tmp_path, strategy):
     cluster = dataclasses.replace(CONFIG.cluster, strategy=strategy)
     outcomes = train_on(2, spec_of(data, tmp_path, cluster=cluster, micro_batch=2))
     assert [outcome.step for outcome in outcomes] == [10, 10], outcomes
