@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import sqlite3
 import struct
@@ -127,22 +128,22 @@ def test_steps_only_grow_whenever_an_evaluation_is_told(tmp_path, seen):
     assert scores == {4: 0.4, 6: 0.5}
 
 
-def test_a_tracker_that_fails_is_told_once_and_gets_everything_later(tmp_path, seen, capsys):
+def test_a_tracker_that_fails_is_told_once_and_gets_everything_later(tmp_path, seen, monkeypatch):
     run, seen.broken = Store(str(tmp_path)), True
+    monkeypatch.setattr("sys.stdout", out := io.StringIO())  # of capsys, what a thread prints meanwhile can be lost
     with feed.feeding(run, _config("seen")):
         run.write("metrics/1.jsonl", b'{"step": 1, "loss": 2.0}\n')
-        out = ""
-        while "no route" not in (out := out + capsys.readouterr().out):
+        while "no route" not in out.getvalue():
             time.sleep(0.01)
         run.write("metrics/1.jsonl", b'{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n')
         time.sleep(0.1)
         seen.broken = False
     assert seen.rows == [(1, {"loss": 2.0}), (2, {"loss": 1.0})]
-    assert (out + capsys.readouterr().out).count("seen failed, and is tried again: ConnectionError: no route") == 1
+    assert out.getvalue().count("seen failed, and is tried again: ConnectionError: no route") == 1
     seen.broken = True
     with feed.feeding(run, _config("seen")):
         run.write("metrics/2.jsonl", b'{"step": 3, "loss": 0.5}\n')
-    assert "seen lacks the last figures, which the run has: ConnectionError: no route" in capsys.readouterr().out
+    assert "seen lacks the last figures, which the run has: ConnectionError: no route" in out.getvalue()
 
 
 def test_unknown_and_missing_trackers_are_named(monkeypatch):

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import json
+import time
+from collections.abc import Callable
 
 import pytest
 
 from vlmo_ray.data.store import Store
 from vlmo_ray.runs.events import console, keeping, show, tell
 from vlmo_ray.runs.follow import Following
+
+
+def until(found: Callable[[], bool]) -> None:
+    """Not by pytest's capture: what a thread prints while that is read can be lost."""
+    end = time.monotonic() + 20
+    while not found():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def _kept(run: Store) -> list[dict]:
@@ -49,7 +60,7 @@ def test_what_is_told_is_kept_in_the_run(tmp_path, monkeypatch):
     assert early + following.new() == kept and following.new() == []
 
 
-def test_storage_that_is_away_stops_nothing_and_gets_it_later(tmp_path, monkeypatch, capsys):
+def test_storage_that_is_away_stops_nothing_and_gets_it_later(tmp_path, monkeypatch):
     run, write, away = Store(str(tmp_path)), Store.write, [True]
 
     def flaky(store, name, data):
@@ -58,23 +69,22 @@ def test_storage_that_is_away_stops_nothing_and_gets_it_later(tmp_path, monkeypa
         write(store, name, data)
 
     monkeypatch.setattr(Store, "write", flaky)
+    monkeypatch.setattr("sys.stdout", out := io.StringIO())
     with keeping(run, "worker"):
         tell("a", "first")
-        while "not stored for now" not in (out := capsys.readouterr().out):
-            pass
+        until(lambda: "not stored for now" in out.getvalue())
         away.clear()
         tell("b", "second")
-    assert "away" in out and [entry["event"] for entry in _kept(run)] == ["a", "b"]
+    assert "away" in out.getvalue() and [entry["event"] for entry in _kept(run)] == ["a", "b"]
 
 
-def test_what_others_would_show_is_told_here_while_storage_is_away(tmp_path, monkeypatch, capsys):
+def test_what_others_would_show_is_told_here_while_storage_is_away(tmp_path, monkeypatch):
     monkeypatch.setattr(Store, "write", lambda *given: (_ for _ in ()).throw(OSError("away")))
-    told = ""
+    monkeypatch.setattr("sys.stdout", out := io.StringIO())
     with console("none"), keeping(Store(str(tmp_path)), "worker"):
         tell("a", "the first sentence")
-        while "the first sentence" not in told:
-            told += capsys.readouterr().out
-    assert told.startswith("what happens is not stored for now, but told here: away\n")
+        until(lambda: "the first sentence" in out.getvalue())
+    assert out.getvalue().startswith("what happens is not stored for now, but told here: away\n")
 
 
 def test_following_reads_only_what_grew(tmp_path, monkeypatch):
