@@ -15,7 +15,7 @@ import pytest
 from vlmo_ray import cli
 from vlmo_ray.data.prepare import FORMATS
 from vlmo_ray.overrides import override
-from vlmo_ray.recipes import recipe
+from vlmo_ray.recipes import RECIPES, recipe
 from vlmo_ray.tasks import kinds
 
 ROOT = Path(__file__).parent.parent
@@ -48,9 +48,8 @@ def lines() -> Iterator[tuple[str, list[str]]]:
 VLMO = [(page, words[1:]) for page, words in lines() if words[0] == "vlmo"]
 
 
-@pytest.fixture
-def calls(monkeypatch) -> list[tuple[str, dict]]:
-    """The subcommands that `vlmo` would have run, with all their arguments."""
+def recorded(patch: pytest.MonkeyPatch) -> list[tuple[str, dict]]:
+    """The subcommands that `vlmo` would have run from now on, with all their arguments."""
     called = []
 
     def instead_of(function):
@@ -63,8 +62,13 @@ def calls(monkeypatch) -> list[tuple[str, dict]]:
         return record
 
     for name in COMMANDS:
-        monkeypatch.setattr(cli, name, instead_of(getattr(cli, name)))
+        patch.setattr(cli, name, instead_of(getattr(cli, name)))
     return called
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[tuple[str, dict]]:
+    return recorded(monkeypatch)
 
 
 def test_there_are_commands():
@@ -92,6 +96,25 @@ def test_a_command_is_one_of_this_version(vlmo, calls, page, arguments):
 def test_a_command_that_needs_nothing_runs(vlmo, arguments):
     run = vlmo(*arguments)
     assert run.returncode == 0 and run.stdout, run.stderr
+
+
+def test_a_training_that_takes_gpus_says_how_many():
+    """In a comment above it; `test_docs_run.py` runs all other commands as they are."""
+    told = 0
+    for page in PAGES:
+        above = ""
+        for line in page.read_text().split("\n"):
+            found = re.match(
+                r"    (?:vlmo (?:train|tune)|ray job submit .* python) (?:jobs/)?(\w+)(?:\.py (\w+))?", line
+            )
+            name = found[1].replace("stages", found[2] or "") if found else ""
+            if name in RECIPES and page.name != "log.md":
+                cluster = recipe(name).cluster
+                gpus = cluster.max_workers * cluster.gpus_per_worker
+                assert re.findall(r"^    # up to (\d+) GPUs$", above) == [str(gpus)] * bool(gpus), f"{page}: {line}"
+                told += bool(gpus)
+            above = line
+    assert told >= 15
 
 
 def test_make_targets_and_scripts_exist():

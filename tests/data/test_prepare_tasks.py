@@ -3,10 +3,11 @@
 import json
 
 import pytest
-from conftest import make_image
+from conftest import make_image, make_records
 from sources import put
 
 from vlmo_ray.data.prepare.nlvr2 import Nlvr2
+from vlmo_ray.data.prepare.shards import write_dataset
 from vlmo_ray.data.prepare.snli_ve import SnliVe
 from vlmo_ray.data.prepare.vqa import Vqa
 from vlmo_ray.data.schema import problem_of
@@ -76,6 +77,9 @@ def test_vqa_joins_splits_and_takes_a_list(tmp_path):
         source = Vqa(str(tmp_path), split="train2014+val2014", answers=f"{tmp_path}/lists/{name}")
         assert source.schema.field("answers").values == values
         assert [record.id for record in read(source)] == ["10", "20"]
+    rows = ({"id": r.id, "image_id": r.image_id, "forbid": list(r.forbid), **r.values} for r in read(source))
+    write_dataset(f"{tmp_path}/made", rows, schema=source.schema)
+    assert Vqa(str(tmp_path), answers=f"{tmp_path}/made").schema.field("answers") == source.schema.field("answers")
     put(str(tmp_path), vqa_files([question(3)], None, "test-dev2015") | pictures(3, split="test2015"))
     [record] = read(Vqa(str(tmp_path), split="test-dev2015"))
     assert set(record.values) == {"image", "text"} and not record.problem
@@ -98,12 +102,14 @@ def test_what_vqa_leaves_out_is_counted(tmp_path):
         (vqa_files([{"question": "?"}], None), {}, "at entry 1: .*no 'question_id'"),
         ({"a_OpenEnded_train2014_questions.json": b"{"}, {}, "not an annotation file"),
         ({f"{x}_OpenEnded_train2014_questions.json": b"{}" for x in "ab"}, {}, "several files for the split"),
-        (vqa_files([question(1)], [annotation(1, *["a"] * 10)]), {"answers": "list"}, "is not a list of answers"),
+        (vqa_files([question(1)], [annotation(1, *["a"] * 10)]), {"answers": "list.json"}, "is not a list of answers"),
+        (vqa_files([question(1)], [annotation(1, *["a"] * 10)]), {"answers": "pairs"}, "pairs has no answers; give"),
     ],
 )
 def test_mistakes_in_vqa_files_are_named(tmp_path, files, options, words):
     put(str(tmp_path), files | pictures(1) | {"list.json": b"{}"})
-    options = options | ({"answers": f"{tmp_path}/list.json"} if "answers" in options else {})
+    write_dataset(f"{tmp_path}/pairs", make_records(1))
+    options = options | ({"answers": f"{tmp_path}/{options['answers']}"} if "answers" in options else {})
     with pytest.raises(UserError, match=words):
         Vqa(str(tmp_path), **options)
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from vlmo_ray.data.answers import answer_list, soft_score
+from vlmo_ray.data.manifest import MANIFEST, load_manifest
 from vlmo_ray.data.prepare.entries import json_entries, names_sides
 from vlmo_ray.data.prepare.source import Source, WorkUnit, cut_units, mean_image_bytes, open_file, read_images
 from vlmo_ray.data.schema import Field, Record, Schema
@@ -29,8 +30,8 @@ class Vqa(Source):
     several: "train2014+val2014". A split without annotations has no answers. Images are
     `<split>/COCO_<split>_<number>.jpg` in the folder `images`, by default `uri`; those of test-dev2015 are test2015's.
 
-    The list of answers is the file `answers` (JSON, or an answer a line), or else made of the answers that occur
-    `at_least` times in the annotations.
+    The list of answers is that of `answers`, a file (JSON, or an answer a line) or a prepared data set, or else made of
+    the answers that occur `at_least` times in the annotations.
     """
 
     format: ClassVar[str] = "vqa"
@@ -157,6 +158,12 @@ def _entries(store: Store, name: str | None, what: str, required: tuple[str, ...
 
 
 def _answers_of(uri: str) -> tuple[str, ...]:
+    """Of a file, or of a prepared data set."""
+    if Store(uri).exists(MANIFEST):
+        schema = load_manifest(uri).schema
+        if "answers" not in schema:
+            raise UserError(f"{uri} has no answers; give the data set of vlmo prepare vqa that has them, or a file")
+        return schema.field("answers").values
     store, name = open_file(uri)
     try:
         text = store.read(name).decode("utf-8-sig")
