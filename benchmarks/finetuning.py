@@ -6,8 +6,9 @@
 Tasks: vqa, nlvr2, segmentation, captioning, grounding, retrieval. Pre-trains the demo's model once, fine-tunes it for
 each task with equal steps from there and from random weights, and writes a line for every run: what it reaches on
 unseen scenes, and what chance would. One process. Of captions, `true` is the share that names a shape by colour and
-kind, and a background, and says nothing untrue of shapes and background; `colours`, `kinds` and `backgrounds` are the
-shares that name some, and none that is not there.
+kind, and a background, and says nothing untrue of shapes and background; `true_known` is that of the scenes in which
+no colour is on a kind that it is never on in training (two thirds of them); `colours`, `kinds` and `backgrounds` are
+the shares that name some, and none that is not there.
 `--train-rows` trains on fewer of a task's scenes. With `--keep`, data and pre-trained model stay for a second call.
 `--weights` takes a model that is there already, for example the one that `matching.py` leaves, instead of pre-training
 one.
@@ -112,12 +113,16 @@ def true_captions(run: Store) -> dict[str, float]:
     for row in said:
         claim, shown = read(row["prediction"]), scene(1, int(row["id"].rpartition("-")[2]), "eval", 32)
         named = claim.background and any(shape.kind and shape.colour for shape in claim.shapes)
-        counts["true"] += bool(named) and is_true(claim, shown)
+        true = bool(named) and is_true(claim, shown)
+        counts["true"] += true
+        counts["known"] += not shown.held_out
+        counts["true_known"] += true and not shown.held_out
         counts["backgrounds"] += claim.background == shown.background.colour
         for name, attribute in (("colours", "colour"), ("kinds", "kind")):
             told = {getattr(shape, attribute) for shape in claim.shapes} - {None}
             counts[name] += bool(told) and told <= {getattr(shape, attribute) for shape in shown.shapes}
-    return {name: counts[name] / len(said) for name in ("true", "backgrounds", "colours", "kinds")}
+    shares = {name: counts[name] / len(said) for name in ("true", "backgrounds", "colours", "kinds")}
+    return shares | {"true_known": counts["true_known"] / counts["known"]}
 
 
 def write(place: str, rows, **options) -> None:

@@ -2,18 +2,23 @@
 
     python docs/pictures.py [--steps 300] [--out docs/pictures]
 
-Needs Chromium for the pages; without it only the console is drawn. The run takes some minutes on a CPU.
+Needs Chromium for the pages; without it only the console is drawn. The run takes some minutes on a CPU: it begins in
+one process, and `vlmo train` goes on with it on a terminal.
 """
 
 from __future__ import annotations
 
 import io
 import os
+import pty
+import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import termios
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -28,7 +33,7 @@ from rich.text import Text
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 from search_place import embed_here
-from small_run import train_on
+from terminal import screen
 
 from vlmo_ray.config import Config
 from vlmo_ray.data.manifest import load_manifest
@@ -48,19 +53,22 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 QUESTION = "a red star on a blue background"
 
 
-def config_of(steps: int) -> Config:
-    """The demo's, with evaluations."""
+def settings(steps: int) -> list[str]:
+    """Those of the run, on top of the demo's."""
     every = max(2, steps // 6)
-    warmup = min(30, steps // 4)
-    return override(
-        recipe("demo"),
-        [f"phases=[[{steps},96]]", f"optim.warmup_steps={warmup}", f"checkpoint_every={every}", "audit=true",
-         f"evaluate_every={2 * every}", "name=pictures"],
-    )  # fmt: skip
+    return [f"phases=[[{steps},96]]", f"optim.warmup_steps={min(30, steps // 4)}", f"checkpoint_every={every}",
+            f"evaluate_every={2 * every}", "audit=true", "name=pictures"]  # fmt: skip
 
 
-def disturbed_run(folder: Path, steps: int) -> tuple[str, str]:
-    """(run, data to evaluate on): one worker, killed after its second checkpoint; then two."""
+def config_of(steps: int) -> Config:
+    return override(recipe("demo"), settings(steps))
+
+
+def disturbed_run(folder: Path, steps: int) -> list[str]:
+    """In `folder`, a run on one worker that is killed after its second checkpoint; then on two, by a command.
+
+    Gives the last lines of a terminal of 80 columns at two thirds of the run.
+    """
     config = config_of(steps)
     data, unseen, run = str(folder / "scenes"), str(folder / "unseen"), str(folder / "runs" / "pictures")
     scenes = list(records(1, 96 * steps // 2 + 400, image_size=config.model.image_size))
@@ -70,8 +78,9 @@ def disturbed_run(folder: Path, steps: int) -> tuple[str, str]:
     write_dataset(unseen, declared(retrieval_records(1, 200, image_size=config.model.image_size)))
     spec = RunSpec(config, data, run, load_manifest(data).fingerprint, unseen, in_process_data=True)
     code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import pictures as p; "
+    code += "from vlmo_ray.train.loop import train; "
     given = f"p.config_of({steps}), {data!r}, {run!r}, {spec.fingerprint!r}, {unseen!r}, in_process_data=True"
-    code += f"p.train_on(1, p.RunSpec({given}))"
+    code += f"train(p.RunSpec({given}))"
     first = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
     store = Store(run)
     while not _beyond(store, at_least=2 if steps < 60 else 40):
@@ -79,8 +88,32 @@ def disturbed_run(folder: Path, steps: int) -> tuple[str, str]:
         time.sleep(0.05)
     os.killpg(first.pid, signal.SIGKILL)
     first.wait()
-    assert {outcome.step for outcome in train_on(2, spec)} == {steps}
-    return run, unseen
+    command = ["train", "demo", "--data", "scenes", "--eval-data", "unseen", "--storage", "runs"]
+    seen = on_terminal(command + [word for setting in settings(steps) for word in ("--set", setting)], folder)
+    reached = next(found for found in re.finditer(r"step (\d+)/", seen) if int(found[1]) >= 2 * steps / 3)
+    drawn = seen[: seen.index("\r\x1b[2K", reached.end())]  # where it is erased, to be drawn again
+    return [f"$ vlmo {shlex.join(command)} --set ...", *screen(drawn)[-16:]]
+
+
+def on_terminal(command: list[str], folder: Path) -> str:
+    """All that `vlmo` writes to a terminal of 80 columns; it must succeed."""
+    master, slave = pty.openpty()
+    termios.tcsetwinsize(slave, (40, 80))
+    environment = {name: value for name, value in os.environ.items() if name != "NO_COLOR"} | {"TERM": "xterm"}
+    running = subprocess.Popen(
+        [sys.executable, "-m", "vlmo_ray", *command], stdin=slave, stdout=slave, stderr=slave, env=environment,
+        cwd=folder,
+    )  # fmt: skip
+    os.close(slave)
+    written = b""
+    with open(master, "rb", buffering=0) as terminal:
+        try:
+            while some := terminal.read(65_536):
+                written += some
+        except OSError:  # on Linux, that nobody has the other end any more
+            pass
+    assert running.wait() == 0, written[-3000:].decode(errors="replace")
+    return written.decode()
 
 
 def _beyond(run: Store, at_least: int) -> bool:
@@ -124,9 +157,10 @@ def search_page(index: str) -> ThreadingHTTPServer:
     return server
 
 
-def console(commands: list[list[str]], target: Path, folder: Path) -> None:
-    """What commands print, as an SVG."""
+def console(first: list[str], commands: list[list[str]], target: Path, folder: Path) -> None:
+    """The lines, and what the commands print, as an SVG."""
     shown = Console(width=80, record=True, file=io.StringIO())
+    shown.print(Text(first[0], "bold"), Text("\n".join(["", *first[1:], ""])))
     environment = os.environ | {"FORCE_COLOR": "1", "COLUMNS": "80"}
     for command in commands:
         done = subprocess.run(
@@ -142,10 +176,10 @@ def main(steps: int = 300, out: str = str(HERE / "pictures")) -> None:
     target.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        run, unseen = disturbed_run(folder, steps)
-        index = str(folder / "index")
+        during = disturbed_run(folder, steps)
+        run, unseen, index = (str(folder / name) for name in ("runs/pictures", "unseen", "index"))
         embed_here(run, unseen, index, "image")
-        console([["runs", "runs"], ["search", "index", QUESTION, "--top", "3"]], target / "console.svg", folder)
+        console(during, [["runs", "runs"], ["search", "index", QUESTION, "--top", "3"]], target / "console.svg", folder)
         if not CHROMIUM:
             print("there is no Chromium: only the console is drawn")
             return

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 
 import pytest
+from terminal import attach
 
 from vlmo_ray.data.store import Store
 from vlmo_ray.runs.events import console, keeping, show, tell
@@ -39,6 +40,17 @@ def test_a_sentence_or_an_object_or_nothing(capsys):
     assert second["event"] == "end"
     show("end", "it ends")
     assert capsys.readouterr().out == "it ends\n"
+
+
+def test_long_sentences_are_broken_on_a_terminal_alone(monkeypatch, capsys):
+    long = " ".join(["word  word"] * 10) + " s3://" + "x" * 60 + "\nand so on"
+    show("long", long)
+    assert capsys.readouterr().out == f"{long}\n"
+    shown = attach(monkeypatch)
+    show("long", long)
+    first, *others, last = shown.screen()
+    assert len(first) <= 80 and all(line.startswith("  ") for line in others) and last == "and so on"
+    assert " ".join([first, *others, last]).split() == long.split()
 
 
 def test_what_is_told_is_kept_in_the_run(tmp_path, monkeypatch):

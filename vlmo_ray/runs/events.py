@@ -10,6 +10,9 @@ import dataclasses
 import datetime
 import json
 import queue
+import shutil
+import sys
+import textwrap
 import threading
 import time
 from collections.abc import Iterator
@@ -42,10 +45,20 @@ def show(event: str, sentence: str, **facts: Any) -> dict[str, Any]:
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
     entry = {"time": now, "event": event, "message": sentence} | facts
     if _style == "text":
-        print(sentence, flush=True)
+        print(_fitted(sentence), flush=True)
     elif _style == "json":
         print(json.dumps(entry, default=str), flush=True)
     return entry
+
+
+def _fitted(text: str) -> str:
+    """On a terminal, with lines that are too long for it broken between words."""
+    if not sys.stdout.isatty():
+        return text
+    wrapper = textwrap.TextWrapper(
+        shutil.get_terminal_size().columns, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+    )
+    return "\n".join(wrapper.fill(line) for line in text.split("\n"))
 
 
 def shows_json() -> bool:
