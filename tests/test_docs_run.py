@@ -257,7 +257,8 @@ def test_the_commands_of_a_page_run(page, ray_cluster, bucket, vlmo, tmp_path, m
     monkeypatch.setattr("vlmo_ray.launch.fit.fit", world.fit)
     served = []
     monkeypatch.setattr(cli, "_serve", lambda *given: served.append(given))
-    for words in [words for other, words in VLMO if other == page]:
+    commands = [words for other, words in VLMO if other == page]
+    for words in commands:
         words = [world.here(word) for word in words]
         if words[0] == "tune" or "--from-sweep" in words:  # tests/launch/test_tune.py
             continue
@@ -269,4 +270,4 @@ def test_the_commands_of_a_page_run(page, ray_cluster, bucket, vlmo, tmp_path, m
         words = [world.scores(word) for word in words]
         done = vlmo(*words)
         assert done.returncode == 0 or words[0] == "doctor", f"{' '.join(words)}: {done.stderr}{done.stdout}"
-    assert len(served) == sum(words[-1] == "--serve" or "--serve" in words for other, words in VLMO if other == page)
+    assert len(served) == sum("--serve" in words for words in commands)

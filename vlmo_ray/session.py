@@ -12,9 +12,11 @@ from vlmo_ray.errors import UserError
 
 
 def quiet_ray() -> None:
-    """Ray says of every pipeline that it begins and ends, and of every local cluster that it does have a token."""
+    """Ray says of every pipeline that it begins and ends, of every local cluster that it does have a token, and of
+    every trial that it misses the files of loggers that are off."""
     for name in ("execution.streaming_executor", "logging", "progress"):
         logging.getLogger(f"ray.data._internal.{name}").setLevel(logging.ERROR)
+    logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
     logging.getLogger("ray._private.authentication.authentication_token_setup").addFilter(_has_no_token)
 
 

@@ -11,7 +11,6 @@ begins the next trial only when that run has ended and given back its workers.
 from __future__ import annotations
 
 import dataclasses
-import logging
 import math
 import os
 import random
@@ -256,8 +255,6 @@ def _search(sweep: Sweep, space: Space, job: Job, trials: int, scratch: str) -> 
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     }
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    # it would miss the files of Tune's own loggers
-    logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
     total = job.config.total_steps
     every = job.config.evaluate_every if job.eval_data else job.config.log_every
     first = max(every, total // _REDUCTION**2)
