@@ -99,7 +99,7 @@ def test_a_command_that_needs_nothing_runs(vlmo, arguments):
 
 
 def test_a_training_that_takes_gpus_says_how_many():
-    """In a comment above it; `test_docs_run.py` runs all other commands as they are."""
+    """In a comment above it. So does what takes long without; `test_docs_run.py` runs all other commands."""
     told = 0
     for page in PAGES:
         above = ""
@@ -113,6 +113,8 @@ def test_a_training_that_takes_gpus_says_how_many():
                 gpus = cluster.max_workers * cluster.gpus_per_worker
                 assert re.findall(r"^    # up to (\d+) GPUs$", above) == [str(gpus)] * bool(gpus), f"{page}: {line}"
                 told += bool(gpus)
+            elif re.match(r"    (ray job submit|python (benchmarks|jobs)/)", line) and page.name != "log.md":
+                assert re.search(r"^    # .*\b(CPU|GPUs)\b", above), f"{page}: {line}"
             above = line
     assert told >= 15
 
