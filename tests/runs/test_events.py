@@ -51,6 +51,8 @@ def test_long_sentences_are_broken_on_a_terminal_alone(monkeypatch, capsys):
     first, *others, last = shown.screen()
     assert len(first) <= 80 and all(line.startswith("  ") for line in others) and last == "and so on"
     assert " ".join([first, *others, last]).split() == long.split()
+    monkeypatch.setattr("sys.stdout", None)
+    show("long", long)
 
 
 def test_what_is_told_is_kept_in_the_run(tmp_path, monkeypatch):

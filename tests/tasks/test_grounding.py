@@ -106,7 +106,7 @@ def plain_map(model: VLMo, layer: int, image: torch.Tensor, ids: torch.Tensor) -
 def test_the_map_is_attention_times_gradient(layer, changes):
     model, batch = make_model(**changes), make_batch()
     columns = batch.image, batch.text_ids, batch.text_mask
-    own = 1 if layer == -1 else layer
+    own = 2 if layer == -1 else layer
     plain = [plain_map(model, own, image, ids[mask]) for image, ids, mask in zip(*columns, strict=True)]
     heat, match = Grounding(model, GROUNDING, layer).maps(*columns)
     torch.testing.assert_close(heat, torch.stack([one for one, _ in plain]), rtol=0, atol=1e-9)
@@ -139,7 +139,7 @@ def test_a_frozen_and_compiled_layer_is_read_too():
     columns = batch.image, batch.text_ids, batch.text_mask
     heat = Grounding(model, GROUNDING).maps(*columns)[0]
     model.requires_grad_(False)
-    layer = model.layers[1]  # the one that is read
+    layer = model.layers[2]  # the one that is read
     layer.forward = torch.compile(layer.forward, backend="eager")
     with torch.no_grad():
         model.encode(image=pixels(model, columns[0]), text=columns[1], text_mask=columns[2], read=1)
@@ -425,8 +425,8 @@ def test_a_run_is_evaluated_on_the_way(data, tmp_path):
 def test_the_layer_by_default():
     for size, layer in (("base", 10), ("large", 21)):
         assert attended_layer(recipe(f"grounding_refcoco_plus_{size}").model) == layer
-    assert attended_layer(recipe("grounding_tiny").model) == 2  # layer 3 of 4 is the last
-    assert attended_layer(dataclasses.replace(MODEL, depth=1, vl_start=0)) == 0
+    assert attended_layer(recipe("grounding_tiny").model) == 3  # the last
+    assert attended_layer(dataclasses.replace(MODEL, vl_start=MODEL.depth)) == MODEL.depth - 1
 
 
 def test_mistakes_are_sentences():
@@ -436,7 +436,7 @@ def test_mistakes_are_sentences():
     with pytest.raises(UserError, match="no matching head"):
         build_evaluation("grounding", make_model(heads=("itc",)), GROUNDING)
     with pytest.raises(UserError, match=r"in layer=1 .* no text attends to an image .* name one from 2 on"):
-        build_evaluation("grounding", make_model(attention="separate"), GROUNDING)
+        build_evaluation("grounding", make_model(attention="separate"), GROUNDING, layer=1)
     evaluation = build_evaluation("grounding", model, PAIRS)
     with pytest.raises(UserError, match="no column 'boxes'"):
         Reader((("there", PAIRS),), evaluation.encoder())

@@ -32,12 +32,12 @@ class GroundingConfig(PretrainingConfig):
 def attended_layer(model: ModelConfig, layer: int = -1) -> int:
     """The number of the layer whose attention is read, from 0. Raises UserError for one that cannot be read.
 
-    -1 is the first layer with vision-language experts, or the last but one if that comes earlier: of the last layer
-    only [T_CLS] is read, so the other words have no gradient there. ALBEF reads the third of its six fusion layers, and
-    found one layer far better than its neighbours: choose it on validation data.
+    -1 is the first layer with vision-language experts. If that is the last layer, only [T_CLS] is read of it, and the
+    other words have no gradient there; it points best all the same (docs/tasks/grounding.md). ALBEF reads the third of
+    its six fusion layers, and found one layer far better than its neighbours: choose it on validation data.
     """
     if layer == -1:
-        layer = max(0, min(model.vl_start, model.depth - 2))
+        layer = min(model.vl_start, model.depth - 1)
     if not 0 <= layer < model.depth:
         raise UserError(f"layer={layer} is none of the model's {model.depth} layers, which count from 0; name another")
     if model.attention == "separate" and layer < model.vl_start:
@@ -77,16 +77,13 @@ def grounding_refcoco_plus_large() -> Config:
 
 
 def grounding_tiny() -> Config:
-    """The model of `tiny` for a CPU: minutes on expressions about scenes. Start it from a run of `tiny`.
-
-    It reads the last layer, the only one with vision-language experts, which points best on scenes.
-    """
+    """The model of `tiny` for a CPU: minutes on expressions about scenes. Start it from a run of `tiny`."""
     small = tiny()
     return replace(
         small,
         name="grounding_tiny",
         model=replace(small.model, heads=("itc", "itm")),
-        task=GroundingConfig(layer=small.model.depth - 1),
+        task=GroundingConfig(),
         phases=(Phase(steps=200, global_batch=96),),
         slice_size=16,
         micro_batch=96,

@@ -53,7 +53,7 @@ def show(event: str, sentence: str, **facts: Any) -> dict[str, Any]:
 
 def _fitted(text: str) -> str:
     """On a terminal, with lines that are too long for it broken between words."""
-    if not sys.stdout.isatty():
+    if sys.stdout is None or not sys.stdout.isatty():  # None: a process without one, for which print does nothing
         return text
     wrapper = textwrap.TextWrapper(
         shutil.get_terminal_size().columns, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
