@@ -1,8 +1,8 @@
-"""Every `vlmo` command in README.md and docs/ runs, page by page, on small data in the place of what it names.
+"""The `vlmo` commands in README.md and docs/ run, page by page, on small data in the place of what they name.
 
 An address on S3 is one in the test's bucket. What a command reads and no command before it wrote, data sets, official
 files and runs, is made up here. Training is that of the recipe and its settings, with two steps of a small model in
-this process; the commands that take GPUs say so.
+this process; the commands that take GPUs say so. Sweeps are left to `launch/test_tune.py`.
 """
 
 import dataclasses
@@ -260,7 +260,7 @@ def test_the_commands_of_a_page_run(page, ray_cluster, bucket, vlmo, tmp_path, m
     commands = [words for other, words in VLMO if other == page]
     for words in commands:
         words = [world.here(word) for word in words]
-        if words[0] == "tune" or "--from-sweep" in words:  # tests/launch/test_tune.py
+        if words[0] == "tune" or "--from-sweep" in words:
             continue
         with monkeypatch.context() as patch:
             called = recorded(patch)
@@ -269,5 +269,6 @@ def test_the_commands_of_a_page_run(page, ray_cluster, bucket, vlmo, tmp_path, m
         world.needs(command, given)
         words = [world.scores(word) for word in words]
         done = vlmo(*words)
-        assert done.returncode == 0 or words[0] == "doctor", f"{' '.join(words)}: {done.stderr}{done.stdout}"
+        fine = (0, 1) if command == "doctor" else (0,)  # 1: this machine lacks something
+        assert done.returncode in fine, f"{' '.join(words)}: {done.stderr}{done.stdout}"
     assert len(served) == sum("--serve" in words for words in commands)
