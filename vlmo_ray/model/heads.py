@@ -56,7 +56,11 @@ class MaskedWordHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """States [M,D] of the masked positions only -> logits [M,vocab]."""
-        return self.decoder(self.norm(F.gelu(self.dense(x))))
+        return self.decoder(self.hidden(x))
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """What the decoder reads, [M,D]."""
+        return self.norm(F.gelu(self.dense(x)))
 
 
 class ClassifierHead(nn.Module):

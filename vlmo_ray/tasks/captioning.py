@@ -9,7 +9,6 @@ from collections.abc import Iterable
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vlmo_ray.config import Config, DataConfig
@@ -20,6 +19,7 @@ from vlmo_ray.data.text import CLS_ID, MASK_ID, PAD_ID, SEP_ID, UNK_ID, written
 from vlmo_ray.errors import UserError
 from vlmo_ray.model.vlmo import VLMo
 from vlmo_ray.model.writer import Writer, beam_search
+from vlmo_ray.objectives.masked_lm import masked_lm_loss
 from vlmo_ray.objectives.pairs import columns_of
 from vlmo_ray.recipes.captioning import CaptioningConfig
 from vlmo_ray.tasks.metrics.captions import caption_scores
@@ -79,12 +79,9 @@ class Captioning(Task):
             noise=self.noise("pair", batch.position, step),
             writing=True,
         )
-        logits = given(self.model.mlm)(given(pair.text)[target])
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        labels = batch.mlm_labels[target]
-        loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=self.settings.label_smoothing)
-        right = (logits.argmax(dim=1) == labels).sum()
-        return Losses({"words": Term(loss / totals["targets"].clamp(min=1))}, {"right": right})
+        head, states, labels = given(self.model.mlm), given(pair.text)[target], batch.mlm_labels[target]
+        loss, right = masked_lm_loss(head, states, labels, totals["targets"], self.settings.label_smoothing)
+        return Losses({"words": Term(loss)}, {"right": right})
 
     def metrics(self, sums: Counts, totals: Counts) -> dict[str, Tensor]:
         return {"accuracy": sums["right"] / totals["targets"].clamp(min=1)}
@@ -94,10 +91,6 @@ class Captioning(Task):
 
     def passes(self) -> list[Pass]:
         return [Pass(self.model.config.max_text_len, image=True)]
-
-    def head_bytes_per_row(self) -> float:
-        config = self.model.config
-        return 10.0 * self.settings.mask_share * config.max_text_len * config.vocab_size
 
     def evaluation(self, schema: Schema) -> Captions:
         return Captions(self, schema)

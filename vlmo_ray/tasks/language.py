@@ -56,8 +56,8 @@ class Language(Task):
     def losses(self, batch: Batch, totals: Counts, step: int) -> Losses:
         target = _targets(batch)
         hidden = self.states(batch, self.noise("text", batch.position, step))
-        logits = given(self.model.mlm)(hidden[target])
-        loss, right = masked_lm_loss(logits, batch.mlm_labels[target], totals["targets"])
+        head, labels = given(self.model.mlm), batch.mlm_labels[target]
+        loss, right = masked_lm_loss(head, hidden[target], labels, totals["targets"])
         return Losses({"mlm": Term(loss)}, {"mlm_right": right})
 
     def metrics(self, sums: Counts, totals: Counts) -> dict[str, Tensor]:
@@ -68,10 +68,6 @@ class Language(Task):
 
     def passes(self) -> list[Pass]:
         return [Pass(self.model.config.max_text_len, image=False)]
-
-    def head_bytes_per_row(self) -> float:
-        config = self.model.config
-        return 10.0 * self.settings.mlm_probability * config.max_text_len * config.vocab_size
 
     def evaluation(self, schema: Schema) -> MaskedWords:
         return MaskedWords(self)

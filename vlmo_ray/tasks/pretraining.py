@@ -175,10 +175,10 @@ class Pretraining(GlobalTask):
         return found
 
     def head_bytes_per_row(self) -> float:
-        """Masked words alone get logits: bf16, float32, and their log-softmax."""
+        """What a teacher says of masked words."""
         config = self.model.config
-        each = 10.0 * self.settings.mlm_probability * config.max_text_len * config.vocab_size
-        return each if self.predicts else 0.0
+        each = 4.0 * self.settings.mlm_probability * config.max_text_len * config.vocab_size
+        return each if self.predicts and self.settings.distill else 0.0
 
     def flops_per_row(self) -> float:
         config, whole = self.model.config, len(self.settings.heads) == 4
@@ -398,12 +398,12 @@ class Pretraining(GlobalTask):
         if self.predicts:
             target = batch.mlm_labels >= 0
             hidden = states["itm_positive" if self.masked_matching else "mlm"]
-            logits, labels = given(model.mlm)(hidden[target]), batch.mlm_labels[target]
-            taught = None
+            labels, taught = batch.mlm_labels[target], None
             if encoded.lesson is not None and encoded.lesson.words is not None:
                 taught = encoded.lesson.words[: len(labels)]  # of a row that must not count, none
-            share = self.taught_share(step)
-            term, sums["mlm_right"] = masked_lm_loss(logits, labels, totals.targets, taught, share)
+            share = 0.0 if taught is None else self.taught_share(step)
+            found = masked_lm_loss(given(model.mlm), hidden[target], labels, totals.targets, share, taught)
+            term, sums["mlm_right"] = found
             terms["mlm"] = Term(term, weights.mlm)
         return Losses(terms, sums)
 

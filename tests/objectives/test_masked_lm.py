@@ -1,0 +1,90 @@
+"""The cross-entropy of masked words against the plain one, for any number of rows at a time."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from vlmo_ray.model.heads import MaskedWordHead
+from vlmo_ray.objectives import masked_lm
+from vlmo_ray.objectives.masked_lm import masked_lm_loss
+
+ROWS, WIDTH, VOCABULARY = 7, 6, 11
+TARGETS = ["words", "smoothed", "taught"]
+
+
+def make(dtype=torch.float64):
+    generator = torch.Generator().manual_seed(4)
+    head = MaskedWordHead(WIDTH, VOCABULARY).to(dtype)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    states = torch.randn(ROWS, WIDTH, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    labels = torch.randint(VOCABULARY, (ROWS,), generator=generator, dtype=torch.int32)
+    taught = torch.randn(ROWS, VOCABULARY, generator=generator, dtype=torch.float64).softmax(dim=1).to(dtype)
+    return head, states, labels, taught
+
+
+def plain(head, states, labels, kind, taught):
+    """The definition: a target for each row over the whole vocabulary."""
+    target = F.one_hot(labels.long(), VOCABULARY).double()
+    if kind == "smoothed":
+        target = 0.7 * target + 0.3 / VOCABULARY
+    if kind == "taught":
+        target = 0.7 * target + 0.3 * taught.double()
+    logits = head(states)
+    return -(target * logits.double().log_softmax(dim=1)).sum() / 9, int((logits.argmax(dim=1) == labels).sum())
+
+
+def ours(head, states, labels, kind, taught):
+    soft = 0.0 if kind == "words" else 0.3
+    return masked_lm_loss(head, states, labels, torch.tensor(9), soft, taught if kind == "taught" else None)
+
+
+def grads(function, *arguments):
+    head, states, *_ = arguments
+    loss, right = function(*arguments)
+    return loss, right, torch.autograd.grad(2.5 * loss, [states, *head.parameters()])
+
+
+@pytest.mark.parametrize("rows", [1, 3, 100])
+@pytest.mark.parametrize("kind", TARGETS)
+def test_values_and_gradients_are_those_of_the_definition(kind, rows, monkeypatch):
+    monkeypatch.setitem(masked_lm.LOGITS, "cpu", rows * VOCABULARY)
+    head, states, labels, taught = make()
+    loss, right, found = grads(ours, head, states, labels, kind, taught)
+    wanted, wanted_right, expected = grads(plain, head, states, labels, kind, taught)
+    torch.testing.assert_close(loss, wanted, rtol=1e-13, atol=0)
+    assert int(right) == wanted_right > 0
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+def test_under_autocast_it_differs_by_the_rounding_of_bfloat16(kind, monkeypatch):
+    monkeypatch.setitem(masked_lm.LOGITS, "cpu", 3 * VOCABULARY)
+    arguments = make(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _, found = grads(ours, *arguments[:3], kind, arguments[3])
+        wanted, _, expected = grads(plain, *arguments[:3], kind, arguments[3])
+    assert loss.dtype == torch.float32 and all(grad.dtype == torch.float32 for grad in found)
+    assert loss.item() == pytest.approx(wanted.item(), rel=0.01)
+    for a, b in zip(found, expected, strict=True):
+        assert float((a - b).norm()) <= 0.02 * float(b.norm())
+
+
+def test_without_a_target_the_loss_and_its_gradients_are_zero():
+    head, states, labels, _ = make()
+    loss, right = masked_lm_loss(head, states[:0], labels[:0], torch.tensor(0))
+    assert loss.item() == 0 and int(right) == 0
+    assert not any(grad.any() for grad in torch.autograd.grad(loss, [*head.parameters()]))
+
+
+def test_what_needs_no_gradient_gets_none():
+    head, states, labels, _ = make()
+    head.requires_grad_(False)
+    loss, _ = masked_lm_loss(head, states, labels, torch.tensor(9))
+    wanted, _ = plain(head, states, labels, "words", None)
+    (found,), (expected,) = (torch.autograd.grad(value, states) for value in (loss, wanted))
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-13)
+    with torch.no_grad():
+        loss, _ = masked_lm_loss(head, states, labels, torch.tensor(9))
+    assert not loss.requires_grad and loss.item() == pytest.approx(wanted.item(), rel=1e-13)
