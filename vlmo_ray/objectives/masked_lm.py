@@ -38,7 +38,7 @@ def masked_lm_loss(
     if torch.is_autocast_enabled(kind):
         hidden, weight, bias = (x.to(torch.get_autocast_dtype(kind)) for x in (hidden, weight, bias))
     size = max(LOGITS[kind] // len(weight), weight.shape[1])
-    loss, right = _CrossEntropy.apply(hidden, weight, bias, labels.long(), soft, taught, size)  # pyright: ignore[reportGeneralTypeIssues]
+    loss, right = _CrossEntropy.apply(hidden, weight, bias, labels.long(), soft, taught, size)
     return loss / count.clamp(min=1), right
 
 
