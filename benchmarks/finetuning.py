@@ -1,7 +1,7 @@
 """Does pre-training on pairs help other tasks? Scenes, from one pre-trained model and from random weights.
 
     python benchmarks/finetuning.py --out FILE.jsonl [--tasks vqa nlvr2] [--pretrain-steps 1000] [--steps 400]
-        [--seeds 1 2 3] [--train-rows N] [--keep FOLDER] [--weights MODEL]
+        [--seeds 1 2 3] [--train-rows N] [--peak-lr RATE] [--keep FOLDER] [--weights MODEL]
 
 Tasks: vqa, nlvr2, segmentation, captioning, grounding, retrieval. Pre-trains the demo's model once, fine-tunes it for
 each task with equal steps from there and from random weights, and writes a line for every run: what it reaches on
@@ -9,9 +9,9 @@ unseen scenes, and what chance would. One process. Of captions, `true` is the sh
 kind, and a background, and says nothing untrue of shapes and background; `true_known` is that of the scenes in which
 no colour is on a kind that it is never on in training (two thirds of them); `colours`, `kinds` and `backgrounds` are
 the shares that name some, and none that is not there.
-`--train-rows` trains on fewer of a task's scenes. With `--keep`, data and pre-trained model stay for a second call.
-`--weights` takes a model that is there already, for example the one that `matching.py` leaves, instead of pre-training
-one.
+`--train-rows` is the number of scenes to train on, `--peak-lr` a learning rate other than the recipe's. With `--keep`,
+data and pre-trained model stay for a second call. `--weights` takes a model that is there already, for example the one
+that `matching.py` leaves, instead of pre-training one.
 """
 
 from __future__ import annotations
@@ -170,6 +170,7 @@ def main(
     keep: Path | None = None,
     weights: str = "",
     train_rows: int = 0,
+    peak_lr: float = 0.0,
 ) -> None:
     torch.set_num_threads(1)
     pretraining = dataclasses.replace(recipe("demo"), phases=(Phase(pretrain_steps, 96),), log_every=100)
@@ -196,8 +197,9 @@ def main(
                     model = dataclasses.replace(pretraining.model, heads=config.model.heads, num_answers=len(ANSWERS))
                     [phase] = config.phases
                     phases = (Phase(steps, min(phase.global_batch, 64)),)
+                    optim = dataclasses.replace(config.optim, peak_lr=peak_lr or config.optim.peak_lr)
                     config = dataclasses.replace(
-                        config, model=model, phases=phases, micro_batch=phases[0].global_batch, seed=seed, init=init,
+                        config, model=model, phases=phases, optim=optim, micro_batch=phases[0].global_batch, seed=seed, init=init,
                         evaluate_every=steps, checkpoint_every=steps, log_every=100,
                     )  # fmt: skip
                     place = f"{train_data}-{steps}-{seed}-{bool(init)}"
