@@ -199,8 +199,8 @@ def main(
                     phases = (Phase(steps, min(phase.global_batch, 64)),)
                     optim = dataclasses.replace(config.optim, peak_lr=peak_lr or config.optim.peak_lr)
                     config = dataclasses.replace(
-                        config, model=model, phases=phases, optim=optim, micro_batch=phases[0].global_batch, seed=seed, init=init,
-                        evaluate_every=steps, checkpoint_every=steps, log_every=100,
+                        config, model=model, phases=phases, optim=optim, micro_batch=phases[0].global_batch, seed=seed,
+                        init=init, evaluate_every=steps, checkpoint_every=steps, log_every=100,
                     )  # fmt: skip
                     place = f"{train_data}-{steps}-{seed}-{bool(init)}"
                     store = run(config, train_data, place, eval_data)
