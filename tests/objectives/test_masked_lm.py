@@ -37,7 +37,8 @@ def plain(head, states, labels, kind, taught):
 
 def ours(head, states, labels, kind, taught):
     soft = 0.0 if kind == "words" else 0.3
-    return masked_lm_loss(head, states, labels, torch.tensor(9), soft, taught if kind == "taught" else None)
+    taught = taught if kind == "taught" else None
+    return masked_lm_loss(head.hidden(states), head.decoder, labels, torch.tensor(9), soft, taught)
 
 
 def grads(function, *arguments):
@@ -73,7 +74,7 @@ def test_under_autocast_it_differs_by_the_rounding_of_bfloat16(kind, monkeypatch
 
 def test_without_a_target_the_loss_and_its_gradients_are_zero():
     head, states, labels, _ = make()
-    loss, right = masked_lm_loss(head, states[:0], labels[:0], torch.tensor(0))
+    loss, right = masked_lm_loss(head.hidden(states[:0]), head.decoder, labels[:0], torch.tensor(0))
     assert loss.item() == 0 and int(right) == 0
     assert not any(grad.any() for grad in torch.autograd.grad(loss, [*head.parameters()]))
 
@@ -81,10 +82,10 @@ def test_without_a_target_the_loss_and_its_gradients_are_zero():
 def test_what_needs_no_gradient_gets_none():
     head, states, labels, _ = make()
     head.requires_grad_(False)
-    loss, _ = masked_lm_loss(head, states, labels, torch.tensor(9))
+    loss, _ = masked_lm_loss(head.hidden(states), head.decoder, labels, torch.tensor(9))
     wanted, _ = plain(head, states, labels, "words", None)
     (found,), (expected,) = (torch.autograd.grad(value, states) for value in (loss, wanted))
     torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-13)
     with torch.no_grad():
-        loss, _ = masked_lm_loss(head, states, labels, torch.tensor(9))
+        loss, _ = masked_lm_loss(head.hidden(states), head.decoder, labels, torch.tensor(9))
     assert not loss.requires_grad and loss.item() == pytest.approx(wanted.item(), rel=1e-13)

@@ -14,27 +14,25 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from vlmo_ray.model.heads import MaskedWordHead
 from vlmo_ray.objectives.pairs import columns_of
 
 LOGITS = {"cpu": 1 << 20, "cuda": 1 << 25}  # of a block, which has as many rows as W has columns, at the least
 
 
 def masked_lm_loss(
-    head: MaskedWordHead, states: Tensor, labels: Tensor, count: Tensor, soft: float = 0.0, taught: Tensor | None = None
+    hidden: Tensor, decoder: nn.Linear, labels: Tensor, count: Tensor, soft: float = 0.0, taught: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of the words that `head` reads from states `[M, D]` of masked positions, labels int64 `[M]`.
+    """Cross-entropy of the words that `decoder` reads from the head's `hidden` states [M, D], against labels int [M].
 
     count is the number of targets in the whole step. The loss is this worker's sum divided by it, or 0 if there is no
     target. The share `soft` of each target is spread evenly over the vocabulary (label smoothing), or, where a teacher
     predicts `taught` [M, V], probabilities, as it says (ALBEF, Li et al. 2021, section 3.3). Returns (loss, number of
     right predictions).
     """
-    kind = states.device.type
-    hidden, weight, bias = head.hidden(states), head.decoder.weight, head.decoder.bias
+    kind, weight, bias = hidden.device.type, decoder.weight, decoder.bias
     if torch.is_autocast_enabled(kind):
         hidden, weight, bias = (x.to(torch.get_autocast_dtype(kind)) for x in (hidden, weight, bias))
     size = max(LOGITS[kind] // len(weight), weight.shape[1])

@@ -79,8 +79,9 @@ class Captioning(Task):
             noise=self.noise("pair", batch.position, step),
             writing=True,
         )
-        head, states, labels = given(self.model.mlm), given(pair.text)[target], batch.mlm_labels[target]
-        loss, right = masked_lm_loss(head, states, labels, totals["targets"], self.settings.label_smoothing)
+        head, labels, soft = given(self.model.mlm), batch.mlm_labels[target], self.settings.label_smoothing
+        hidden = head.hidden(given(pair.text)[target])
+        loss, right = masked_lm_loss(hidden, head.decoder, labels, totals["targets"], soft)
         return Losses({"words": Term(loss)}, {"right": right})
 
     def metrics(self, sums: Counts, totals: Counts) -> dict[str, Tensor]:

@@ -57,7 +57,7 @@ class Language(Task):
         target = _targets(batch)
         hidden = self.states(batch, self.noise("text", batch.position, step))
         head, labels = given(self.model.mlm), batch.mlm_labels[target]
-        loss, right = masked_lm_loss(head, hidden[target], labels, totals["targets"])
+        loss, right = masked_lm_loss(head.hidden(hidden[target]), head.decoder, labels, totals["targets"])
         return Losses({"mlm": Term(loss)}, {"mlm_right": right})
 
     def metrics(self, sums: Counts, totals: Counts) -> dict[str, Tensor]:

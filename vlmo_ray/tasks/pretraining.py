@@ -402,7 +402,8 @@ class Pretraining(GlobalTask):
             if encoded.lesson is not None and encoded.lesson.words is not None:
                 taught = encoded.lesson.words[: len(labels)]  # of a row that must not count, none
             share = 0.0 if taught is None else self.taught_share(step)
-            found = masked_lm_loss(given(model.mlm), hidden[target], labels, totals.targets, share, taught)
+            head = given(model.mlm)
+            found = masked_lm_loss(head.hidden(hidden[target]), head.decoder, labels, totals.targets, share, taught)
             term, sums["mlm_right"] = found
             terms["mlm"] = Term(term, weights.mlm)
         return Losses(terms, sums)
