@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vlmo_ray.model.heads import MaskedWordHead
 from vlmo_ray.objectives import masked_lm
@@ -57,6 +58,28 @@ def test_values_and_gradients_are_those_of_the_definition(kind, rows, monkeypatc
     torch.testing.assert_close(loss, wanted, rtol=1e-13, atol=0)
     assert int(right) == wanted_right > 0
     torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-13)
+
+
+class Widest(TorchDispatchMode):
+    """The largest number of rows of a matrix over the vocabulary, of those that operations make."""
+
+    rows = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor) and made.ndim == 2 and made.shape[1] == VOCABULARY:
+            self.rows = max(self.rows, len(made))
+        return made
+
+
+def test_no_logits_of_more_rows_than_a_block_exist(monkeypatch):
+    monkeypatch.setitem(masked_lm.LOGITS, "cpu", 8 * VOCABULARY)
+    arguments = make()[:3]
+    with Widest() as seen:
+        grads(ours, *arguments, "smoothed", None)
+    with Widest() as plainly:
+        grads(plain, *arguments, "smoothed", None)
+    assert seen.rows == 8 and plainly.rows == ROWS
 
 
 @pytest.mark.parametrize("kind", TARGETS)
