@@ -13,15 +13,15 @@ ROWS, WIDTH, VOCABULARY = 17, 6, 11
 TARGETS = ["words", "smoothed", "taught"]
 
 
-def make(dtype=torch.float64):
+def make(dtype=torch.float64, rows=ROWS):
     generator = torch.Generator().manual_seed(4)
     head = MaskedWordHead(WIDTH, VOCABULARY).to(dtype)
     with torch.no_grad():
         for parameter in head.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
-    states = torch.randn(ROWS, WIDTH, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
-    labels = torch.randint(VOCABULARY, (ROWS,), generator=generator, dtype=torch.int32)
-    taught = torch.randn(ROWS, VOCABULARY, generator=generator, dtype=torch.float64).softmax(dim=1).to(dtype)
+    states = torch.randn(rows, WIDTH, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    labels = torch.randint(VOCABULARY, (rows,), generator=generator, dtype=torch.int32)
+    taught = torch.randn(rows, VOCABULARY, generator=generator, dtype=torch.float64).softmax(dim=1).to(dtype)
     return head, states, labels, taught
 
 
@@ -93,6 +93,20 @@ def test_under_autocast_it_differs_by_the_rounding_of_bfloat16(kind, monkeypatch
     assert loss.item() == pytest.approx(wanted.item(), rel=0.01)
     for a, b in zip(found, expected, strict=True):
         assert float((a - b).norm()) <= 0.02 * float(b.norm())
+
+
+def test_under_autocast_a_sum_over_many_blocks_is_as_exact_as_over_one(monkeypatch):
+    head, states, labels, taught = make(torch.float32, rows=3000)
+
+    def errors(rows: int) -> list[float]:
+        monkeypatch.setitem(masked_lm.LOGITS, "cpu", rows * VOCABULARY)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = grads(ours, head, states, labels, "words", taught)[2]
+        return [float((a - b).norm() / b.norm()) for a, b in zip(found, expected, strict=True)]
+
+    expected = grads(plain, head, states, labels, "words", taught)[2]
+    for many, one in zip(errors(6), errors(3000), strict=True):
+        assert 0 < many <= 1.5 * one
 
 
 def test_without_a_target_the_loss_and_its_gradients_are_zero():

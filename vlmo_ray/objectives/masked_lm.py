@@ -43,7 +43,8 @@ def masked_lm_loss(
 class _CrossEntropy(torch.autograd.Function):
     """The sum of the above over the rows, in float32 or wider, and how many are right; `size` rows at a time.
 
-    The gradient at the logits of a single block is kept, that of several blocks is turned into those at h, W and b.
+    The gradient at the logits of a single block is kept, that of several blocks is turned into those at h, W and b,
+    summed in the loss's dtype.
     """
 
     @staticmethod
@@ -54,7 +55,7 @@ class _CrossEntropy(torch.autograd.Function):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         loss, right = hidden.new_zeros((), dtype=wide), labels.new_zeros(())
         ctx.single = len(hidden) <= size
-        grads = [] if ctx.single else [torch.empty_like(hidden), torch.zeros_like(weight), torch.zeros_like(bias)]
+        grads = [] if ctx.single else [torch.zeros_like(x, dtype=wide) for x in (hidden, weight, bias)]
         for rows in columns_of(len(hidden), size) or [slice(0)]:
             label = labels[rows, None]
             logits = torch.addmm(bias, hidden[rows], weight.T).to(wide)
@@ -77,11 +78,14 @@ class _CrossEntropy(torch.autograd.Function):
                 ctx.save_for_backward(grad, hidden, weight)
                 break
             hidden_grad, weight_grad, bias_grad = grads
-            torch.mm(grad, weight, out=hidden_grad[rows])
-            weight_grad.addmm_(grad.T, hidden[rows])
-            bias_grad += grad.sum(dim=0)
+            hidden_grad[rows] = grad @ weight
+            if grad.dtype == wide:
+                weight_grad.addmm_(grad.T, hidden[rows])
+            else:
+                weight_grad += grad.T @ hidden[rows]
+            bias_grad += grad.sum(dim=0, dtype=wide)
         if grads:
-            ctx.save_for_backward(*grads)
+            ctx.save_for_backward(*(grad.to(hidden.dtype) for grad in grads))
         ctx.mark_non_differentiable(right)
         return loss, right
 
