@@ -4,6 +4,7 @@ Most tests call it in their own process; `test_the_process_itself` starts it as 
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import runpy
@@ -57,7 +58,13 @@ def test_the_process_itself(s3_server, tmp_path):
 
 def test_recipes_and_show(vlmo):
     run = vlmo("recipes", COLUMNS="200")
-    assert run.returncode == 0 and all(name in run.stdout for name in RECIPES)
+    assert run.returncode == 0
+    rows = [[cell.strip() for cell in line.split("│")[1:3]] for line in run.stdout.splitlines() if "│" in line]
+    names = [name for name, _ in rows if name]
+    assert names == list(RECIPES)
+    starts = [index for index, (name, _) in enumerate(rows) if name] + [len(rows)]
+    for start, end in itertools.pairwise(starts):
+        assert " ".join(text for _, text in rows[start:end]).strip().endswith("."), rows[start:end]
     run = vlmo("show", "pretrain_base", "--set", "seed=7", "--set", "optim.peak_lr=1e-4")
     shown = json.loads(run.stdout)
     assert (shown["seed"], shown["optim"]["peak_lr"], shown["model"]["width"]) == (7, 1e-4, 768)

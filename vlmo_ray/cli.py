@@ -30,7 +30,7 @@ def recipes() -> None:
 
     out = Table("recipe", "what it is")
     for name, recipe in RECIPES.items():
-        out.add_row(name, (recipe.__doc__ or "").split("\n")[0])
+        out.add_row(name, " ".join((recipe.__doc__ or "").split("\n\n")[0].split()))
     Console().print(out)
 
 
