@@ -6,6 +6,7 @@ import pytest
 from conftest import make_image, make_records
 from sources import put
 
+from vlmo_ray.data.prepare.entries import names_sides
 from vlmo_ray.data.prepare.nlvr2 import Nlvr2
 from vlmo_ray.data.prepare.shards import write_dataset
 from vlmo_ray.data.prepare.snli_ve import SnliVe
@@ -161,3 +162,19 @@ def test_snli_ve_reads_both_forms(tmp_path):
     put(str(tmp_path), {"c.jsonl": lines({"sentence2": "a"})})
     with pytest.raises(UserError, match=r"c\.jsonl is not an annotation file of this format, at entry 1"):
         SnliVe(f"{tmp_path}/c.jsonl")
+
+
+def test_words_for_sides():
+    for text in (
+        "LEFT dog",
+        "the leftmost",
+        "right-hand side",
+        "righthand man",
+        "lft guy",
+        "rt.",
+        "rightie",
+        "on the rghtmost",
+    ):
+        assert names_sides(text), text
+    for text in ("a bright upright piano", "leftover pizza", "art", "righteous", "cart"):
+        assert not names_sides(text), text

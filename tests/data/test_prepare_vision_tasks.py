@@ -109,6 +109,7 @@ def test_bad_masks_are_problems_of_their_records(tmp_path):
 def test_classes_from_every_form(tmp_path):
     table = "Idx\tRatio\tTrain\tVal\tName\n1\t0.1\t11\t1\twall\n2\t0.1\t6\t6\tbuilding, edifice \n"
     put(str(tmp_path), {"objectInfo150.txt": table.encode(), "objectInfo.csv": b"Idx,Stuff,Name\n1,1,wall\n2,1,a;b\n"})
+    put(str(tmp_path), {"cut.txt": (table + "# end of file\n").encode()})
     put(str(tmp_path), {"plain.txt": b"wall, or so\nName\n", "images/val/a.jpg": make_image(0)})
     found = {
         name: Ade20k(str(tmp_path), "val", classes=name if name == "3" else f"{tmp_path}/{name}").schema.field("mask")
@@ -119,6 +120,7 @@ def test_classes_from_every_form(tmp_path):
     ]  # fmt: skip
     for options, words in (
         ({}, "have no names of classes; give classes=FILE"),
+        ({"classes": f"{tmp_path}/cut.txt"}, r"cut\.txt has a line without a name: '# end of file'"),
         ({"classes": "3"}, r"images/training/ holds no files; name a split by split=\.\.\. \(val\)"),
         ({"classes": "3", "split": "val", "zero": "no"}, "zero='no' is not a choice"),
         ({"classes": "256", "split": "val"}, "the mask 'mask' has 256 classes; use at most 255"),
@@ -179,10 +181,14 @@ def test_expressions_and_their_boxes(tmp_path):
     assert [record.id for record in (first, second)] == ["10", "11"]
     assert first.values == {"image": make_image(1), "text": "the LEFT cat", "boxes": [[1.0, 0.5, 5.0, 8.5]]}
     assert (first.forbid, second.forbid, first.image_id) == (("flip",), (), "COCO_1.jpg")
-    put(str(tmp_path), {"dets.json": json.dumps({"2": [[1, 2, 3, 4, 0.9], [0, 0, 5, 6]], "9": []}).encode()})
+    put(
+        str(tmp_path),
+        {"dets.json": json.dumps({"2": [[1, 2, 3, 4, 0.9], [3, 3, 0, 2], [0, 0, 5, 6]], "9": []}).encode()},
+    )
     source = RefCoco(uri, split="testA+testB", by="unc", images=f"{tmp_path}/train2014", dets=f"{tmp_path}/dets.json")
     assert source.schema.names == ("image", "text", "boxes", "proposals")
     found, lost = read(source)
+    assert lost.values["proposals"] == []  # an image without detections
     assert found.values["proposals"] == [[1, 2, 4, 6], [0, 0, 5, 6]] and lost.problem == "there is no image path"
     # without the box of its expression, or without proposals, a record is none
     bad = dataclasses.replace(lost, problem="", image_id="x", values=found.values | {"boxes": None})
@@ -232,6 +238,7 @@ def test_even_harmless_objects_are_refused(tmp_path, value):
         (pickle.dumps(REFS), {"split": "val"}, "has no split 'val'; it has testA, testB, train"),
         (pickle.dumps(REFS), {"by": "umd"}, r"by=umd names no file of refs; choose from unc by by=\.\.\."),
         (pickle.dumps(REFS), {"images": "/nowhere"}, "name the image folder"),
+        (pickle.dumps(REFS), {"dets": "others.json"}, "has a box in none of the images of train"),
         (pickle.dumps(REFS), {"dets": "list.json"}, "does not hold detected boxes"),
         (pickle.dumps(REFS), {"dets": "short.json"}, r"has a box that is not x, y, width and height: \[1, 2\]"),
     ],
@@ -239,6 +246,7 @@ def test_even_harmless_objects_are_refused(tmp_path, value):
 def test_mistakes_in_refs_are_named(tmp_path, refs, options, words):
     uri = refcoco(tmp_path, refs)
     put(str(tmp_path), {"list.json": b'[{"image_id": 1, "box": [1, 2, 3, 4]}]', "short.json": b'{"1": [[1, 2]]}'})
+    put(str(tmp_path), {"others.json": b'{"1": [[0, 0, 5, 0]], "7": [[1, 2, 3, 4]]}'})
     options = options | ({"dets": f"{tmp_path}/{options['dets']}"} if "dets" in options else {})
     with pytest.raises(UserError, match=words):
         RefCoco(uri, **options)

@@ -18,7 +18,7 @@ from vlmo_ray.errors import UserError
 from vlmo_ray.model.vlmo import VLMo, copy_experts, init_weights
 from vlmo_ray.recipes.pretraining import PretrainingConfig
 from vlmo_ray.runs.metrics import read_metrics
-from vlmo_ray.train.build import build_model
+from vlmo_ray.train.build import starting_task
 from vlmo_ray.train.loop import train
 from vlmo_ray.weights.folder import export_official, load_model, save_model
 from vlmo_ray.weights.resize import fit_state
@@ -84,7 +84,7 @@ def test_experts_start_as_a_copy(tmp_path, kind, source):
     init_weights(given, 5)
     save_model(given, tmp_path)
     config = dataclasses.replace(SMALL, init=str(tmp_path), **{f"start_{kind}_experts": source})
-    model, plain = build_model(config, PAIRS), given.state_dict()
+    model, plain = starting_task(config, PAIRS).model, given.state_dict()
     for name, value in model.state_dict().items():
         wanted = name.replace(f".experts.{kind}.", f".experts.{source}.")
         assert torch.equal(value, plain[wanted]), name

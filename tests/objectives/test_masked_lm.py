@@ -109,6 +109,16 @@ def test_under_autocast_a_sum_over_many_blocks_is_as_exact_as_over_one(monkeypat
         assert 0 < many <= 1.5 * one
 
 
+@pytest.mark.parametrize("rows", [8, 600])
+def test_in_bfloat16_the_loss_can_have_any_scale(rows, monkeypatch):
+    """A scale that bfloat16 rounds would change all gradients alike."""
+    monkeypatch.setitem(masked_lm.LOGITS, "cpu", rows * VOCABULARY)
+    head, states, labels, _ = make(torch.bfloat16, rows=600)
+    loss, _ = masked_lm_loss(states, head.decoder, labels, torch.tensor(1))
+    one, many = (torch.autograd.grad(k * loss, states, retain_graph=True)[0].double() for k in (1.0, 0.2778))
+    assert float((one * many).sum() / (one * one).sum()) == pytest.approx(0.2778, rel=3e-4)  # 0.2773 in bfloat16
+
+
 def test_without_a_target_the_loss_and_its_gradients_are_zero():
     head, states, labels, _ = make()
     loss, right = masked_lm_loss(head.hidden(states[:0]), head.decoder, labels[:0], torch.tensor(0))

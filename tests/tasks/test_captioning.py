@@ -229,6 +229,11 @@ def test_what_does_not_fit_is_refused(tmp_path):
     evaluation = make_task().evaluation(SCHEMA)
     results = json.loads(evaluation.submission(["COCO_val2014_000000391895.jpg"], ["a man"]))
     assert results == [{"image_id": 391895, "caption": "a man"}]
+    results = json.loads(evaluation.submission(["COCO_val2014_000000391895.jpg#770337"], ["a man"]))
+    assert results == [{"image_id": 391895, "caption": "a man"}]
+    for ids in (["a_7.jpg#1", "a_7.jpg#2"], ["667626_18933d713e.jpg", "667627_713.jpg"]):
+        with pytest.raises(UserError, match=f"'{ids[0]}' and '{ids[1]}' would both be image (7|713), .*together"):
+            evaluation.submission(ids, ["a man", "a dog"])
     with pytest.raises(UserError, match="'photo' has no number"):
         evaluation.submission(["photo"], ["a man"])
     with pytest.raises(UserError, match="'captions' or a 'text' column"):

@@ -34,8 +34,9 @@ from vlmo_ray.recipes.classification import ClassificationConfig
 from vlmo_ray.runs.evaluations import read_evaluations
 from vlmo_ray.runs.load import load_all
 from vlmo_ray.runs.metrics import read_metrics
-from vlmo_ray.tasks.classification import Classification, draw_mixing, mixed
+from vlmo_ray.tasks.classification import Classification, draw_mixing, mixed, rank_of
 from vlmo_ray.train.agree import Notice
+from vlmo_ray.train.build import starting_task
 from vlmo_ray.train.loop import train
 from vlmo_ray.train.optim import build_optimizer
 from vlmo_ray.train.parallel import Parallel, clip, parallelize, total_norm
@@ -359,6 +360,45 @@ def test_a_run_can_start_from_other_classes(mixed_alone, tmp_path):
     start, before = load_all(tmp_path / "run"), load_all(run)
     assert start.own["task.head.weight"].shape == (2, 24)
     torch.testing.assert_close(start.model.state_dict(), before.model.state_dict())
+
+
+def test_a_run_of_the_same_classes_goes_on_with_its_head(mixed_alone, data, tmp_path):
+    """As for larger images; where its shape or name is another, the head starts anew."""
+    run = mixed_alone[0]
+    still = OptimConfig(peak_lr=0.0, warmup_steps=1, average_decay=MIXED.optim.average_decay)
+    config = dataclasses.replace(MIXED, init=str(run), evaluate_every=0, optim=still)
+    swapped = Field("label", "label", ("bright", "dark", "red"))
+    larger = dataclasses.replace(config, model=dataclasses.replace(config.model, image_size=24))
+    assert train(job(data[0], tmp_path / "larger", larger)).step == 10
+    before, after = load_all(run).own, load_all(tmp_path / "larger").own
+    torch.testing.assert_close(after, before)
+    plain = dataclasses.replace(config, task=dataclasses.replace(config.task, head="norm_mean"))
+    for other in (starting_task(plain, SCHEMA), starting_task(config, Schema((Field("image", "image"), swapped)))):
+        assert not torch.equal(other.head.weight, before["task.head.weight"].to(other.head.weight.dtype))
+
+
+def test_a_wrong_class_as_high_as_the_right_one_and_a_nan_stand_before_it():
+    nan = float("nan")
+    logits = torch.tensor([[1.0, 2.0, 0.0], [2.0, 2.0, 0.0], [nan, 2.0, 0.0], [1.0, nan, 0.0], [nan] * 3])
+    assert rank_of(logits, torch.ones(5, dtype=torch.long)).tolist() == [0, 1, 1, 2, 2]
+
+
+def test_under_autocast_classes_are_compared_in_float32():
+    """Two classes that are equal in bfloat16, whose features are the same."""
+    task, batch = make_task().float(), make_batch()
+    with torch.no_grad():
+        task.head.weight[1] = task.head.weight[0] * (1 + 2.0**-12)
+        task.head.bias.zero_()
+        with torch.autocast("cpu", torch.bfloat16):
+            rows, features, rough = (
+                task.evaluation(SCHEMA).rows(batch),
+                task.features(batch.image),
+                task.logits(batch.image),
+            )
+        exact = features.float() @ task.head.weight.T
+    assert torch.equal(rough[:, 0], rough[:, 1])
+    assert torch.equal(rows["rank"], rank_of(exact, batch.label)) and torch.equal(rows["best"], exact.argmax(dim=1))
+    assert not torch.equal(rows["rank"], rank_of(rough, batch.label))
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(alone, data, tmp_path):

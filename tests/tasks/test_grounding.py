@@ -306,6 +306,9 @@ def test_the_encoder_keeps_boxes_as_they_are_stored():
     for name, boxes, words in (
         ("boxes", [], "no box"),
         ("boxes", [[0, 0, 1, 1]] * 2, "several boxes"),
+        ("boxes", [[2, 2, 31.5, 8]], "leaves the image"),
+        ("boxes", [[2, -1.5, 9, 8]], "leaves the image"),
+        ("boxes", [[0.1, 0.2, 0.5, 1.0]], "in fractions of the image"),
         ("proposals", [[0, 0, 1, 1]] * (MAX_PROPOSALS + 1), "more than 100 proposals"),
     ):
         with pytest.raises(RecordError, match=words):
@@ -433,6 +436,9 @@ def test_mistakes_are_sentences():
     model = make_model()
     with pytest.raises(UserError, match=r"layer=3 is none of the model's 3 layers"):
         build_evaluation("grounding", model, GROUNDING, layer=3)
+    for value in ("top", 2.5, True):
+        with pytest.raises(UserError, match=f"layer={value!r} of grounding is not a whole number"):
+            build_evaluation("grounding", model, GROUNDING, layer=value)
     with pytest.raises(UserError, match="no matching head"):
         build_evaluation("grounding", make_model(heads=("itc",)), GROUNDING)
     with pytest.raises(UserError, match=r"in layer=1 .* no text attends to an image .* name one from 2 on"):

@@ -100,8 +100,8 @@ def test_an_evaluation_on_the_validation_images_has_it(predicted, monkeypatch):
 
 def test_logits_become_rank_and_best_class():
     evaluation = evaluation_of(("a", "b", "c", "d", "e", "f", "g"))
-    logits = torch.randn(5, 7, generator=torch.Generator().manual_seed(1))
-    evaluation.task.logits = lambda image: logits
+    features = torch.randn(5, evaluation.task.head.in_features, generator=torch.Generator().manual_seed(1))
+    logits, evaluation.task.features = evaluation.task.head(features), lambda image: features
 
     class Rows:
         image, label = None, torch.tensor([0, 1, 2, 3, 4])

@@ -31,7 +31,7 @@ from vlmo_ray.runs.evaluations import read_evaluations
 from vlmo_ray.runs.metrics import read_metrics
 from vlmo_ray.tasks import build_task
 from vlmo_ray.tasks.vision import normalised, patches
-from vlmo_ray.train.build import build_model
+from vlmo_ray.train.build import starting_task
 from vlmo_ray.train.loop import train
 from vlmo_ray.train.optim import WeightAverage, build_optimizer
 from vlmo_ray.train.parallel import parallelize
@@ -277,7 +277,7 @@ def test_the_pairs_stage_begins_from_the_language_stage(alone):
     """All that both have; the heads of the pairs are new."""
     config = dataclasses.replace(SMALL, init=str(alone["language"]), model=CONFIGS["language"].model)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, heads=SMALL.model.heads))
-    model = build_model(config, schema_of("language"))
+    model = starting_task(config, schema_of("language")).model
     given = load_tensors(Store(str(alone["language"])).read("model/model.safetensors"))
     state = model.state_dict()
     assert len(given) > 50 and all(torch.equal(state[name], value.float()) for name, value in given.items())

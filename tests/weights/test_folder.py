@@ -19,6 +19,7 @@ from vlmo_ray.config import MODEL_SIZES
 from vlmo_ray.errors import UserError
 from vlmo_ray.model.vlmo import VLMo, init_weights
 from vlmo_ray.recipes import RECIPES, recipe
+from vlmo_ray.runs.load import load, load_all
 from vlmo_ray.weights.folder import export_official, import_official, load_model, save_model
 from vlmo_ray.weights.official import official_name, our_name
 from vlmo_ray.weights.resize import resample_table
@@ -179,6 +180,20 @@ def test_unreadable_files_are_user_errors(tmp_path):
         import_official(tmp_path / "list.pt", tmp_path / "out")
     with pytest.raises(UserError, match=r"model\.json"):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_damaged_weights_are_refused_by_name(tmp_path, value):
+    model = VLMo(recipe("tiny").model)
+    init_weights(model, 1)
+    with torch.no_grad():
+        model.layers[1].attention.out.weight[0, 3] = value
+    save_model(model, tmp_path)
+    for way in (load, load_all):
+        with pytest.raises(
+            UserError, match=rf"{tmp_path} has 1 weights with values that are NaN or infinite: layers\.1"
+        ):
+            way(tmp_path)
 
 
 def test_loads_at_another_image_size_with_other_heads(tmp_path):

@@ -54,7 +54,7 @@ class _CrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         wide = torch.promote_types(hidden.dtype, torch.float32)
         loss, right = hidden.new_zeros((), dtype=wide), labels.new_zeros(())
-        ctx.single = len(hidden) <= size
+        ctx.single, ctx.dtype = len(hidden) <= size, hidden.dtype
         grads = [] if ctx.single else [torch.zeros_like(x, dtype=wide) for x in (hidden, weight, bias)]
         for rows in columns_of(len(hidden), size) or [slice(0)]:
             label = labels[rows, None]
@@ -85,18 +85,18 @@ class _CrossEntropy(torch.autograd.Function):
                 weight_grad += grad.T @ hidden[rows]
             bias_grad += grad.sum(dim=0, dtype=wide)
         if grads:
-            ctx.save_for_backward(*(grad.to(hidden.dtype) for grad in grads))
+            ctx.save_for_backward(*grads)
         ctx.mark_non_differentiable(right)
         return loss, right
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        scale = grads[0]
+        scale = grads[0]  # in the loss's dtype; products with it are rounded afterwards
         if ctx.single:
             grad, hidden, weight = ctx.saved_tensors
-            grad = grad * scale.to(grad.dtype)
+            grad = (grad.to(scale.dtype) * scale).to(grad.dtype)
             found = (grad @ weight, grad.T @ hidden, grad.sum(dim=0))
         else:
-            found = tuple(scale.to(x.dtype) * x for x in ctx.saved_tensors)
+            found = tuple((x * scale).to(ctx.dtype) for x in ctx.saved_tensors)
         return *found, None, None, None, None

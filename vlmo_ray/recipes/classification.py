@@ -22,7 +22,7 @@ class ClassificationConfig(TaskConfig):
     kind: ClassVar[str] = "classification"
 
     label_smoothing: float = setting(0.1, at_least=0, below=1)
-    head_lr_scale: float = setting(1.0, above=0)  # the head's learning rate / that of the last layer
+    head_lr_scale: float = setting(1.0, above=0)  # the head's learning rate / the schedule's
     layer_decay: float = setting(1.0, above=0, at_most=1)  # a layer's learning rate / that of the next layer
     # "norm_mean": the patches are averaged after the model's last norm. "mean_norm": before it, and a new norm follows
     # (BEiT), with a head that starts a thousand times smaller.

@@ -45,10 +45,14 @@ class Loaded:
     schema: Schema | None = None
     own: dict[str, Tensor] = field(default_factory=dict)  # the task's own weights by stored name
 
+    @property
+    def heads(self) -> dict[str, Tensor]:
+        """The task's own weights by the names that they have in it."""
+        return {name.removeprefix(_PREFIX): tensor for name, tensor in self.own.items()}
+
     def fill(self, task: nn.Module) -> None:
         """Loads the task's own weights into `task`, which was built around `model`."""
-        own = {name.removeprefix(_PREFIX): tensor for name, tensor in self.own.items()}
-        task.load_state_dict(task.state_dict() | own)
+        task.load_state_dict(task.state_dict() | self.heads)
 
 
 def describe(run: Store, config: Config, schema: Schema, folder: str = "") -> None:
@@ -107,19 +111,23 @@ def load(path: str | Path, **options) -> VLMo:
     `weights.folder.load_model`.
     """
     with _model_folder(str(path)) as local:
-        return folders.load_model(local, **options)
+        model = folders.load_model(local, **options)
+    folders.check_finite(model.state_dict(), path)
+    return model
 
 
 def load_all(path: str | Path, **options) -> Loaded:
     """The model at `path`, as for `load`, with what is known about its task."""
     with _model_folder(str(path)) as local:
         model = folders.load_model(local, **options)
+        folders.check_finite(model.state_dict(), path)
         described = Path(local) / _TASK
         if not described.is_file():
             return Loaded(model)
         content = json.loads(described.read_text())
         own = Path(local) / _OWN
         tensors = load_tensors(own.read_bytes()) if own.is_file() else {}
+        folders.check_finite(tensors, path)
         return Loaded(model, from_dict(content["config"]), Schema.from_json(content["schema"]), tensors)
 
 

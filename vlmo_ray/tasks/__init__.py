@@ -40,9 +40,12 @@ def build_evaluation(kind: str, model: VLMo, schema: Schema, **options: Any) -> 
         raise UserError(
             f"{kind} needs weights that were trained for it: evaluate a run of a {kind} recipe with --task {kind}"
         )
-    known = list(inspect.signature(found).parameters)[2:]
-    if unknown := [name for name in options if name not in known]:
-        raise UserError(f"{unknown[0]!r} is not an option of {kind}; it has {', '.join(known) or 'none'}")
+    known = dict(list(inspect.signature(found).parameters.items())[2:])
+    for name, value in options.items():
+        if name not in known:
+            raise UserError(f"{name!r} is not an option of {kind}; it has {', '.join(known) or 'none'}")
+        if type(known[name].default) is int and type(value) is not int:
+            raise UserError(f"{name}={value!r} of {kind} is not a whole number")
     return found(model, schema, **options)
 
 

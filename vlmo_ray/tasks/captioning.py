@@ -146,14 +146,22 @@ class Captions(Evaluation):
         return {name: Score(value, None, len(captions), is_share=False) for name, value in scores.items()}
 
     def submission(self, ids: list[str], predictions: list[str]) -> bytes:
-        """COCO's results: `[{"image_id": int, "caption": str}]`; the number is the last one in the id."""
-        numbers = [re.findall(r"\d+", name) for name in ids]
-        if unnamed := [name for name, found in zip(ids, numbers, strict=True) if not found]:
-            raise UserError(
-                f"the id {unnamed[0]!r} has no number, which COCO's form of results needs; prepare COCO's files"
-            )
-        pairs = zip(numbers, predictions, strict=True)
-        return json.dumps([{"image_id": int(found[-1]), "caption": text} for found, text in pairs]).encode()
+        """COCO's results: `[{"image_id": int, "caption": str}]`. The number is the last one in the record's id, without
+        that of a caption, which follows a #."""
+        of_image: dict[int, str] = {}
+        for name in ids:
+            if not (found := re.findall(r"\d+", name.partition("#")[0])):
+                raise UserError(
+                    f"the id {name!r} has no number, which COCO's form of results needs; prepare COCO's files"
+                )
+            if (number := int(found[-1])) in of_image:
+                raise UserError(
+                    f"{of_image[number]!r} and {name!r} would both be image {number}, and the file has one caption an "
+                    "image; prepare COCO's files with `--option captions=together`"
+                )
+            of_image[number] = name
+        pairs = zip(of_image, predictions, strict=True)
+        return json.dumps([{"image_id": number, "caption": text} for number, text in pairs]).encode()
 
 
 def sentence(ids: np.ndarray) -> str:

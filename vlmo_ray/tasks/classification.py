@@ -22,6 +22,7 @@ from vlmo_ray.data.encoders.classes import Classes
 from vlmo_ray.data.schema import Schema
 from vlmo_ray.errors import UserError
 from vlmo_ray.model.vlmo import VLMo
+from vlmo_ray.objectives.pairs import full_precision
 from vlmo_ray.recipes.classification import ClassificationConfig
 from vlmo_ray.tasks.metrics.imagenet import has_wordnet_ids, real_labels, real_top1
 from vlmo_ray.tasks.task import (
@@ -79,11 +80,15 @@ class Classification(Task):
 
     def logits(self, image: Tensor, noise=None) -> Tensor:
         """[B,3,H,W], values from 0 to 255 -> [B,C]."""
+        return self.head(self.features(image, noise))
+
+    def features(self, image: Tensor, noise=None) -> Tensor:
+        """What the head reads, [B,D]."""
         if self.fc_norm is None:
-            return self.head(image_states(self.model, image, noise)[:, 1:].mean(dim=1))
+            return image_states(self.model, image, noise)[:, 1:].mean(dim=1)
         last = self.model.config.depth - 1
         [states] = self.model.encode(image=pixels(self.model, image), noise=noise, layers=(last,)).layers
-        return self.head(self.fc_norm(states[:, 1:].mean(dim=1)))
+        return self.fc_norm(states[:, 1:].mean(dim=1))
 
     def prepared(self, batch: Batch, step: int) -> Batch:
         settings = self.settings
@@ -173,7 +178,9 @@ class TopK(Evaluation):
         return self.task.encoder()
 
     def rows(self, batch: Batch) -> dict[str, Tensor]:
-        logits = self.task.logits(batch.image)
+        features = self.task.features(batch.image)
+        with full_precision(features.device):  # in bfloat16 several classes would often be equally high
+            logits = self.task.head(features.to(self.task.head.weight.dtype))
         return {"rank": rank_of(logits, batch.label), "best": logits.argmax(dim=1)}
 
     def score(self, blocks: Iterable[Columns]) -> dict[str, Score]:
@@ -188,8 +195,8 @@ class TopK(Evaluation):
 
 
 def rank_of(logits: Tensor, label: Tensor) -> Tensor:
-    """How many classes stand before the right one, [B]; a wrong class as high as the right one does."""
-    return (logits >= logits.gather(1, label[:, None])).sum(dim=1) - 1
+    """How many classes stand before the right one, [B]; all that are not lower do, also where a logit is NaN."""
+    return (~(logits < logits.gather(1, label[:, None]))).sum(dim=1) - 1
 
 
 def top_k(rank: np.ndarray, num_classes: int) -> dict[str, Score]:

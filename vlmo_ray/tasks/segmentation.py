@@ -173,13 +173,15 @@ class MeanIoU(Evaluation):
         """uint8 [1,3,h,w] -> the class of each pixel of an image of `shape` (height, width)."""
         settings, shown = self.task.settings, pixels(self.task.model, image)
         views = [view for scale in settings.scales for view in self._views(shown, scale)]
-        parts = []
-        for view, mirrored in views:
-            logits = resized(self._slide(view), *shape)
-            parts.append(logits.flip(3) if mirrored else logits)
-        if len(parts) == 1:
-            return parts[0][0].argmax(dim=0)
-        return torch.stack([part.softmax(dim=1) for part in parts]).mean(dim=0)[0].argmax(dim=0)
+
+        def logits(view: Tensor, mirrored: bool) -> Tensor:
+            found = resized(self._slide(view), *shape)[0]
+            return found.flip(2) if mirrored else found
+
+        if len(views) == 1:
+            return logits(*views[0]).argmax(dim=0)
+        # a view after the other: one can have a gigabyte
+        return functools.reduce(Tensor.add_, (logits(*view).softmax(dim=0) for view in views)).argmax(dim=0)
 
     def _views(self, image: Tensor, scale: float) -> Iterator[tuple[Tensor, bool]]:
         """The image [1,3,h,w] at a scale, and its mirror image."""

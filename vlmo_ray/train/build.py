@@ -48,27 +48,40 @@ class _Uninitialised(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def build_model(config: Config, schema: Schema, start: bool = True) -> VLMo:
-    """The model at its starting point: random from the seed, or the weights named by `config.init`.
+def starting_task(config: Config, schema: Schema, start: bool = True) -> Task:
+    """The task around its model, at its starting point: random from the seed, or the weights named by `config.init`.
 
-    Without `start` its weights are whatever was in memory, to be filled from a checkpoint. Raises UserError if the
-    weights were trained for the same task with other answers than `schema` has. Other classes may be: their head is the
-    task's own, which starts anew.
+    Weights of the task's own, as a classifier's head, come from there too if they were trained for the same task with
+    the same classes; otherwise they start anew. Without `start` the model's weights are whatever was in memory, to be
+    filled from a checkpoint. Raises UserError if the weights were trained for the same task with other answers than
+    `schema` has.
     """
     with _Uninitialised():
         model = VLMo(config.model)
     if not start:
-        return model
+        return build_task(model, config, schema)
     init_weights(model, config.seed)
-    if config.init:
-        given = load_all(config.init, allow_missing=True)
-        if given.config and given.schema and given.config.task.kind == config.task.kind:
-            _check_values(config.init, given.schema, schema)
+    given = load_all(config.init, allow_missing=True) if config.init else None
+    # the schema of the data that they were trained on, if that was for this task
+    trained = given.schema if given and given.config and given.config.task.kind == config.task.kind else None
+    if given:
+        if trained:
+            _check_values(config.init, trained, schema)
         fitted = fit_state(given.model.state_dict(), given.model.config, config.model)
         model.load_state_dict(fitted.state, strict=False)
     copy_experts(model, "text", config.start_text_experts)
     copy_experts(model, "vl", config.start_vl_experts)
-    return model
+    task = build_task(model, config, schema)
+    if given and trained and _same_classes(trained, schema):
+        own = {name: value.shape for name, value in task.state_dict().items() if not name.startswith("model.")}
+        if own == {name: value.shape for name, value in given.heads.items()}:
+            given.fill(task)
+    return task
+
+
+def _same_classes(trained: Schema, schema: Schema) -> bool:
+    named = [field for field in trained.fields if field.values]
+    return all(field.name in schema and schema.field(field.name).values == field.values for field in named)
 
 
 def _check_values(init: str, trained: Schema, schema: Schema) -> None:
@@ -90,7 +103,7 @@ def begin(spec: RunSpec, start: bool = True) -> tuple[DataSets, Task]:
     data = load_data(spec.data, config.data.weights, config.data.retry_timeout_s)
     if data.fingerprint != spec.fingerprint:
         raise UserError(f"the data set at {spec.data} changed while the run was starting; start it again")
-    return data, build_task(build_model(config, data.schema, start), config, data.schema)
+    return data, starting_task(config, data.schema, start)
 
 
 def schedule_of(config: Config) -> Schedule:

@@ -1,7 +1,7 @@
 """Evaluation inside a run: each worker takes some chunks of the data set, and rank 0 scores all rows.
 
-A chunk is one batch here as in `vlmo evaluate`, so the scores depend neither on the number of workers nor on which
-of the two commands computed them.
+A chunk is one batch here as in `vlmo evaluate`, so the scores do not depend on the number of workers, nor on which of
+the two commands computed them, but for this: on a GPU a run computes in its own precision, `vlmo evaluate` in float32.
 """
 
 from __future__ import annotations

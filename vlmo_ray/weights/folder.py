@@ -166,6 +166,16 @@ def load_model(
     return model
 
 
+def check_finite(state: Mapping[str, Tensor], path: str | Path) -> None:
+    """Raises UserError, which names the first of them, if weights from `path` are NaN or infinite."""
+    damaged = [name for name, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
+    if damaged:
+        raise UserError(
+            f"{path} has {len(damaged)} weights with values that are NaN or infinite: {shorten(damaged)}. "
+            "Take an earlier checkpoint, or fetch the file again."
+        )
+
+
 def _write(
     folder: str | Path, config: ModelConfig, state: dict[str, Tensor], carried: dict[str, Tensor], more: dict
 ) -> None:

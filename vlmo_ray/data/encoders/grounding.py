@@ -16,6 +16,7 @@ from vlmo_ray.errors import RecordError
 
 MAX_PROPOSALS = 100  # as many as Mask R-CNN detects in an image
 
+_BEYOND = 1.0  # pixels by which a box may leave its image: annotators' coordinates are not whole
 _WHOLE = np.array([0, 0, 1, 1], np.float32)  # of an image of one pixel, which stands for one that cannot be used
 
 
@@ -49,6 +50,7 @@ class Regions(Encoder):
         image, boxes = record.values["image"], record.values["boxes"]
         if len(boxes) != 1:
             raise RecordError("boxes holds several boxes" if len(boxes) else "there is no box in boxes")
+        _check_inside(boxes[0], *size_of(image))
         ids, mask, _ = tokenizer(self.max_text_len).encode(record.values["text"])
         pixels = decode_eval(image, self.image_size, self.data)
         row = {"image": pixels, "text_ids": ids, "text_mask": mask, "size": size_of(image), "box": boxes[0]}
@@ -60,3 +62,12 @@ class Regions(Encoder):
         proposals = np.zeros((MAX_PROPOSALS, 4), np.float32)
         proposals[: len(found)] = np.reshape(found, (-1, 4))
         return row | {"proposals": proposals, "num_proposals": len(found)}
+
+
+def _check_inside(box: list[float], width: int, height: int) -> None:
+    """Raises RecordError if the box cannot be one in pixels of the image."""
+    x0, y0, x1, y1 = box
+    if min(x0, y0) < -_BEYOND or x1 > width + _BEYOND or y1 > height + _BEYOND:
+        raise RecordError("the box in boxes leaves the image; it must be x0, y0, x1, y1 in pixels")
+    if min(x0, y0) >= 0 and max(x1, y1) <= 1 < min(width, height):
+        raise RecordError("the box in boxes is not in pixels but in fractions of the image")

@@ -109,5 +109,9 @@ def _names(classes: str) -> tuple[str, ...]:
     for delimiter in "\t,":
         table = csv.DictReader(lines, delimiter=delimiter)
         if {"Idx", "Name"} <= set(table.fieldnames or ()):
-            return tuple(row["Name"].strip() for row in table)
+            names = [row["Name"] for row in table]
+            if None in names:
+                short = lines[1 + names.index(None)]
+                raise UserError(f"{classes} has a line without a name: {short!r:.80}; it is a table with 'Name'")
+            return tuple(name.strip() for name in names)
     return tuple(lines)

@@ -8,6 +8,9 @@ from collections.abc import Collection
 
 from vlmo_ray.errors import UserError
 
+# "leftmost", "right-hand", and how annotators of RefCOCO shorten them
+_SIDE = re.compile(r"\b(left|right|lft|rght|rt)(most|hand|side|ie|y)?\b", re.IGNORECASE)
+
 
 def json_entries(data: bytes, address: str, required: Collection[str], key: str = "") -> list[dict]:
     """The entries of the file at `address`, which all have the `required` names; with `key`, those of its list `key`.
@@ -38,4 +41,4 @@ def json_entries(data: bytes, address: str, required: Collection[str], key: str 
 
 def names_sides(text: str) -> bool:
     """Whether a horizontal flip could make the text untrue."""
-    return re.search(r"\b(left|right)\b", text, re.IGNORECASE) is not None
+    return _SIDE.search(text) is not None

@@ -28,7 +28,8 @@ class RefCoco(Source):
 
     The text is the expression in lower case and without punctuation (`sent`); ALBEF brings every text into that form
     before it trains on it. `boxes` holds the one box that it refers to. `dets` is a JSON object of detected boxes
-    `[x, y, width, height, ...]` by the number of the image, as ALBEF has those of MAttNet; they become `proposals`.
+    `[x, y, width, height, ...]` by the number of the image, as ALBEF has those of MAttNet; they become `proposals`. An
+    image that is not in it, or whose boxes are all empty, has none.
     """
 
     format: ClassVar[str] = "refcoco"
@@ -71,11 +72,13 @@ class RefCoco(Source):
                 "path": files.get(ref["image_id"], ""),
                 "expressions": [(str(each["sent_id"]), each["sent"]) for each in ref["sentences"]],
                 "boxes": {"boxes": boxes.get(ref["ann_id"])}
-                | ({"proposals": detected.get(str(ref["image_id"]))} if self.dets else {}),
+                | ({"proposals": detected.get(str(ref["image_id"]), [])} if self.dets else {}),
             }
             for ref in refs
             if ref["split"] in wanted
         ]
+        if self.dets and not any(each["boxes"]["proposals"] for each in entries):
+            raise UserError(f"{self.dets} has a box in none of the images of {self.split}; is it of another data set?")
         self.listing = digest.hexdigest()
         mean = mean_image_bytes(self._images, [entry["path"] for entry in entries])
         self._units = cut_units(self.split, ((entry, mean * len(entry["expressions"])) for entry in entries))
@@ -109,7 +112,8 @@ def _detected(uri: str, digest) -> dict[str, list[list[float]]]:
             raise ValueError("it is no object with a list of boxes for each image")
     except ValueError as error:
         raise UserError(f"{address} does not hold detected boxes: {error}") from error
-    return {image: [corners(box, address) for box in boxes] for image, boxes in found.items()}
+    corner = {image: [corners(box, address) for box in boxes] for image, boxes in found.items()}
+    return {image: [box for box in boxes if box[0] < box[2] and box[1] < box[3]] for image, boxes in corner.items()}
 
 
 class _Plain(pickle.Unpickler):
