@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import tarfile
@@ -65,3 +66,9 @@ def tars(num_tars: int, rows: int, extra: int = 0) -> dict[str, bytes]:
 def files(folder: Path) -> dict[str, bytes]:
     """Contents by name; without what a writer that was killed left behind, which is in no store's list."""
     return {name: (folder / name).read_bytes() for name in Store(str(folder)).list()}
+
+
+def damaged_gzip(data: bytes) -> bytes:
+    """A gzip file of `data` with other bytes behind its header."""
+    whole = gzip.compress(data)
+    return whole[:10] + b"\xff" * 4 + whole[14:]

@@ -86,7 +86,7 @@ class World:
     def scores(self, word: str) -> str:
         """The address of an evaluation, with the name that it has here."""
         folder, _, name = word.rpartition("/")
-        if not re.fullmatch(r"\d{8}-\w{8}\.parquet", name):
+        if not re.fullmatch(r"\d{8}-\w{8}-\w+\.parquet", name):
             return word
         [found] = [name for name in Store(folder).list() if name.endswith(".parquet")]
         return f"{folder}/{found}"

@@ -250,7 +250,7 @@ def tune(
         trials: how many; of a space of choices alone, each combination once.
         at_once: how many run at the same time.
         metric: of the evaluation; default: its first one. Without eval_data, of training; default: loss.
-        mode: what is better; default: min for a loss, else max.
+        mode: what is better; default: min for `loss`, max for an accuracy and an evaluation's first metric.
         prune: stop trials that are behind (ASHA): at every rung the best third goes on.
         seed: of the draws.
         trackers: an experiment tracker that gets the figures of every trial; may be repeated.

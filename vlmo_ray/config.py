@@ -15,6 +15,7 @@ from vlmo_ray.errors import UserError
 from vlmo_ray.fields import check_fields, setting
 
 HEADS = ("itc", "itc_vl", "itm", "mlm", "vqa", "nlvr2")
+POOLED_HEADS = ("itm", "vqa", "nlvr2")  # those that read the pooler
 
 
 @dataclass(frozen=True)

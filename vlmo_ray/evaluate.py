@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Generator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -124,7 +125,9 @@ def evaluate(
         batches = iter(rows.iter_batches(batch_size=None, batch_format="numpy"))
         with closing(cast("Generator[Columns]", batches)) as blocks:  # after an error too, the actors end here
             shown = tracked(blocks, f"evaluating {kind}", manifest.num_rows, lambda block: len(block["id"]))
-            return scored(evaluation, shown, data)
+            measured = scored(evaluation, shown, data)
+            label = " ".join([kind, *(f"{name}={value!r}" for name, value in options.items())])
+            return measured if own else dataclasses.replace(measured, task=label)
     except UserError:
         raise
     except Exception as error:

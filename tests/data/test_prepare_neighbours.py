@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import make_image
 from PIL import Image
-from sources import put, tar_of
+from sources import damaged_gzip, put, tar_of
 
 from vlmo_ray.data.prepare import _open_source
 from vlmo_ray.data.schema import PAIRS, problem_of
@@ -135,6 +135,7 @@ def test_members_of_tars_are_read_or_counted(tmp_path, members, expected):
         ("a.tar", b"", "is cut short"),
         ("a.tar", tar_of([PHOTO])[:1200], r"cut short in 1\.jpg, after byte 1200"),
         ("a.tar", gzip.compress(tar_of([PHOTO])), r"it is compressed; name it \.tar\.gz"),
+        ("a.tar.gz", damaged_gzip(tar_of([PHOTO])), r"a\.tar\.gz: Error -3 .*; fetch or make this tar again"),
         ("a.zip", b"PK\3\4", "holds no tars"),
     ],
 )

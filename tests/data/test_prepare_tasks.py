@@ -101,6 +101,11 @@ def test_what_vqa_leaves_out_is_counted(tmp_path):
         (vqa_files([question(1)], None), {"answers": "list"}, "has no use"),
         (vqa_files([question(1)], None), {"split": "val2014"}, "has no file .*val2014_questions"),
         (vqa_files([{"question": "?"}], None), {}, "at entry 1: .*no 'question_id'"),
+        (vqa_files([question(1) | {"image_id": "1"}], None), {}, "at entry 1: image_id is '1'"),
+        (vqa_files([question(1) | {"question": None}], None), {}, "at entry 1: question is None"),
+        (vqa_files([question(1)], [annotation(1, "a") | {"answers": None}]), {}, "at entry 1: answers is None"),
+        (vqa_files([question(1)], [annotation(1, "a") | {"answers": ["a"]}]), {}, "has an answer that is no"),
+        (vqa_files([question(1)], [annotation(1, "a", "b"), annotation(1, "c")]), {}, "have question 10 twice"),
         ({"a_OpenEnded_train2014_questions.json": b"{"}, {}, "not an annotation file"),
         ({f"{x}_OpenEnded_train2014_questions.json": b"{}" for x in "ab"}, {}, "several files for the split"),
         (vqa_files([question(1)], [annotation(1, *["a"] * 10)]), {"answers": "list.json"}, "is not a list of answers"),
@@ -129,12 +134,18 @@ def test_nlvr2_reads_either_layout(tmp_path):
         line("train-1-1-0", "a dog on the left", "false"),
         line("dev-2-0-1", "one is red", "maybe"),
         line("dev-3-0-1"),
+        line("train-1-0-1", "two dogs, and the left one is brown", directory=7),
     )
     put(str(tmp_path), {"train.json": lines(*entries)})
     stems = ("images/train/7/train-1-0", "images/train/train-1-1", "images/dev-2-0")
     put(str(tmp_path), {f"{stem}-img{k}.png": make_image(i + 10 * k) for i, stem in enumerate(stems) for k in (0, 1)})
     source = Nlvr2(f"{tmp_path}/train.json")
-    first, second, third, fourth = read(source)
+    first, second, third, fourth, fifth = read(source)
+    assert fifth.forbid == ("flip",)
+    put(str(tmp_path), {"none.json": lines(line("train-1-0-2", None, directory=7))})
+    none = Nlvr2(f"{tmp_path}/none.json", images=f"{tmp_path}/images")
+    [record] = [record for unit in none.units() for record in none.records(unit)]
+    assert problem_of(record, none.schema) == "there is no text"
     assert first.values["image"] == make_image(0) and first.values["image_2"] == make_image(10)
     assert [record.values["label"] for record in (first, second)] == [1, 0]
     # the key of consistency is the identifier without the pair

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sources import put, read_all
+from sources import damaged_gzip, put, read_all
 
 from vlmo_ray.data.manifest import load_manifest
 from vlmo_ray.data.prepare import Counts, _open_source, prepare
@@ -112,6 +112,7 @@ def test_documents_that_are_no_text_are_counted(tmp_path):
         ({"a.txt": b"a"}, {"documents": "pages"}, "documents='pages' is none of lines, paragraphs, files"),
         ({"a.txt": b"a"}, {"length": 2}, "length=2 leaves no room"),
         ({"a.txt.gz": gzip.compress(b"a" * 99)[:-9]}, {}, r"a\.txt\.gz cannot be read to its end"),
+        ({"a.txt.gz": damaged_gzip(b"one")}, {}, r"a\.txt\.gz cannot be read to its end: Error -3"),
         ({"a.parquet": b"PAR1"}, {}, r"a\.parquet cannot be read"),
     ],
 )

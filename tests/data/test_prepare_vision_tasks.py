@@ -272,6 +272,12 @@ def test_karpathy_keeps_captions_together(tmp_path):
     records = read(source)
     assert [record.id for record in records] == [record.image_id for record in records] == ["0.jpg", "1.jpg", "2.jpg"]
     pairs = read(Karpathy(str(tmp_path)))
+    entries.append({"filename": "0.jpg", "split": "val", "sentences": []})
+    put(str(tmp_path), {"dataset_x.json": json.dumps({"images": entries}).encode()})
+    for captions in ("pairs", "together"):
+        source = Karpathy(str(tmp_path), split="val", captions=captions)
+        [none] = [record for unit in source.units() for record in source.records(unit)]
+        assert problem_of(none, source.schema) in ("the list of captions is empty", "there are no captions")
     assert [(r.image_id, text) for r in records for text in r.values["captions"]] == [
         (record.image_id, record.values["text"]) for record in pairs
     ]

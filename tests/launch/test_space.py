@@ -10,7 +10,7 @@ from vlmo_ray.errors import UserError
 from vlmo_ray.launch import tune as tuning
 from vlmo_ray.launch.resources import Node
 from vlmo_ray.launch.space import Choice, Range, grid, parse_space, settings_of
-from vlmo_ray.launch.sweep import Asked, Sweep, best_settings, read_sweep
+from vlmo_ray.launch.sweep import Asked, Sweep, Trial, best_settings, read_sweep
 from vlmo_ray.overrides import override
 from vlmo_ray.recipes import RECIPES, recipe
 
@@ -56,6 +56,7 @@ def test_choices_alone_make_a_grid():
         ("optim.peak_lr=lin:1e-5..1e-3", "write log:LOW..HIGH"),
         ("optim.peak_lr=1e-5..", "the ends of a range are numbers"),
         ("optim.peak_lr=1e-3,1e-3", "a value twice"),
+        ("optim.peak_lr=1e-4..high", "the ends of a range are numbers"),
         ("optim.warmup_steps=0.5..3", "is not of the kind int"),
         ("model.drop_path=0.1,high", "is not of the kind float"),
         ("optim.warmup_steps=1..100000", "leaves nothing of the 60 steps"),
@@ -65,6 +66,38 @@ def test_choices_alone_make_a_grid():
 def test_what_cannot_be_searched_is_refused_by_name(text, words):
     with pytest.raises(UserError, match=words):
         parse_space(TINY, [text])
+
+
+def test_a_field_with_two_spaces_is_refused():
+    with pytest.raises(UserError, match=r"optim\.peak_lr has two search spaces"):
+        parse_space(TINY, ["optim.peak_lr=1e-4,1e-3", "optim.peak_lr=2e-4,3e-4"])
+
+
+def test_paths_are_no_ranges():
+    assert parse_space(TINY, ["init=../a,../b"]) == {"init": Choice(("../a", "../b"))}
+
+
+@pytest.mark.parametrize(
+    "metric, better", [("", "max"), ("loss", "min"), ("masked_word_loss", "min"), ("accuracy", "max")]
+)
+def test_what_is_better_of_a_metric(metric, better):
+    assert tuning._direction(metric) == better
+
+
+@pytest.mark.parametrize("metric", ["cross_entropy", "mim", "top1"])
+def test_where_its_name_does_not_say_it_a_metric_needs_a_mode(metric):
+    with pytest.raises(UserError, match=f"a lower or a higher '{metric}' is better: --mode min or --mode max"):
+        tuning._direction(metric)
+
+
+def test_the_best_trial_is_a_number(tmp_path):
+    """Records of before may hold others."""
+    values = (float("nan"), 2.0, float("-inf"), 1.0, None)
+    for mode, best in (("min", "3"), ("max", "1")):
+        asked = Asked("tiny", [], [], "", "", "loss", mode, True, 0)
+        trials = [Trial(str(i), {}, "finished", 5, value) for i, value in enumerate(values)]
+        assert Sweep(Store(str(tmp_path)), asked, trials).best.name == best
+        assert Sweep(Store(str(tmp_path)), asked, trials[:1]).best is None
 
 
 def test_nothing_to_search_is_refused():

@@ -45,6 +45,19 @@ def test_means_of_a_training_metric_are_told_in_order(run):
     assert [row["step"] for row in actor._measured()] == [10]
 
 
+def test_skipped_steps_count_for_nothing(run, monkeypatch):
+    """Their figures are not finite; where a whole mean is not, the trial has failed."""
+    nan, rows = float("nan"), read_metrics(run)[0]
+    some = [row | ({"loss": nan, "skipped": 1.0} if step == 2 else {"skipped": 0.0}) for step, row in enumerate(rows)]
+    monkeypatch.setattr(trial, "read_metrics", lambda run: (some, None))
+    kept = [row["loss"] for row in rows[:2] + rows[3:5]]
+    assert actor_of(run, "loss")._measured()[0] == {"step": 5, "metric": pytest.approx(sum(kept) / 4)}
+    some[5:] = [row | {"loss": nan, "skipped": 1.0} for row in some[5:]]
+    actor = actor_of(run, "loss")
+    assert [row["step"] for row in actor._measured()] == [5] and actor._stop.is_set()
+    assert actor._end() == {"ended": "failed", "error": "the loss is not finite at step 10", "done": True}
+
+
 def test_a_metric_that_is_none_fails_the_trial_with_a_sentence(run):
     actor = actor_of(run, "los")
     assert actor._measured() == [] and actor._stop.is_set()

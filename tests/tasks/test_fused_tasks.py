@@ -27,6 +27,8 @@ from vlmo_ray.errors import UserError
 from vlmo_ray.evaluate import evaluate
 from vlmo_ray.model.vlmo import VLMo, init_weights
 from vlmo_ray.objectives.gather import Workers
+from vlmo_ray.overrides import override
+from vlmo_ray.recipes import recipe
 from vlmo_ray.recipes.entailment import EntailmentConfig
 from vlmo_ray.recipes.nlvr2 import Nlvr2Config
 from vlmo_ray.recipes.vqa import VqaConfig
@@ -307,6 +309,10 @@ def test_what_does_not_fit_is_refused():
         VqaAccuracy(model, Schema((IMAGE, TEXT, Field("answers", "answers", ("a", "b")))))
     with pytest.raises(UserError, match="no 'nlvr2' head"):
         Nlvr2Accuracy(model, SCHEMAS["nlvr2"])
+    with pytest.raises(UserError, match=r"model\.heads=itc,mlm has none of itm, vqa, nlvr2"):
+        override(recipe("entailment_tiny"), ["model.heads=itc,mlm"])
+    with pytest.raises(UserError, match="the id '7a' is not the number of a question"):
+        make_task("vqa").evaluation(SCHEMAS["vqa"]).submission(["7a"], ["red"])
     with pytest.raises(UserError, match="'answers' column"):
         Vqa(model, config_of("vqa"), Schema((IMAGE, TEXT)))
     with pytest.raises(UserError, match="'label' column"):
@@ -320,7 +326,7 @@ def result_of(kind: str, data: str, **changes) -> Result:
     words = {"vqa": ["red", "2", "yes"], "nlvr2": ["True", "False", "True"], "entailment": ["neutral"] * 3}[kind]
     table = pa.table({"id": ids, "prediction": words, "score": [0.5] * 3})
     evaluation = make_task(kind).evaluation(SCHEMAS[kind])
-    return dataclasses.replace(Result({}, data, 3, (), "", table, evaluation.submission), **changes)
+    return dataclasses.replace(Result({}, data, 3, predictions=table, submission=evaluation.submission), **changes)
 
 
 def test_submissions_have_the_form_that_servers_take(tmp_path):

@@ -208,11 +208,17 @@ def test_masked_words_leave_out_a_pair_that_none_may_oppose():
 def test_refusals():
     with pytest.raises(UserError, match="no head 'itm'"):
         Matching(make_model("itm"))
+    with pytest.raises(UserError, match="top=0 of matching must be at least 1"):
+        Matching(make_model(), top=0)
     matching, batch = Matching(make_model()), make_batch()
     with torch.inference_mode():
         rows = {name: values.numpy() for name, values in matching.rows(batch.rows(slice(0, 2))).items()}
     with pytest.raises(UserError, match="same image or the same text"):
         matching.score([rows])  # both rows show the same image
+    with torch.no_grad():
+        matching.model.itm.bias[0] = torch.nan
+    with pytest.raises(UserError, match="odds of matching are NaN"):
+        matching.score([rows])
 
 
 def test_a_model_without_masked_words_is_measured_without_them():

@@ -357,3 +357,12 @@ def test_mistakes(data):
         VisionConfig(target="features").check(config)
     with pytest.raises(UserError, match="lacks mlm"):
         LanguageConfig().check(CONFIGS["vision"])
+
+
+def test_one_expert_for_all_learns_from_texts():
+    """As the row of the ablations with a standard Transformer."""
+    config = CONFIGS["language"]
+    model = VLMo(dataclasses.replace(config.model, experts="one"))
+    task = build_task(model, dataclasses.replace(config, model=model.config), schema_of("language"))
+    experts = [name for name, _ in task.named_parameters() if ".experts." in name]
+    assert experts and all(".experts.all." in name and task.trainable(name) for name in experts)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -55,7 +56,10 @@ def parse_space(config: Config, texts: Iterable[str]) -> Space:
         path, equals, values = (part.strip() for part in text.partition("="))
         if not equals or not values:
             raise UserError(f"{text!r} is no search space; write field=log:LOW..HIGH, field=LOW..HIGH or field=A,B")
-        space[path] = found = _range(config, path, values) if ".." in values else _choice(values)
+        if path in space:
+            raise UserError(f"{path} has two search spaces; write one, for example {path}=A,B")
+        is_range = ".." in values and not re.search(r"[,|/]", values)
+        space[path] = found = _range(config, path, values) if is_range else _choice(values)
         for value in found.values if isinstance(found, Choice) else values.rpartition(":")[2].split(".."):
             override(config, [f"{path}={value}"])
     if not space:

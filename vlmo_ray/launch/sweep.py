@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -100,10 +101,14 @@ class Sweep:
 
     @property
     def best(self) -> Trial | None:
-        """The finished trial with the best metric at its end."""
-        finished = [trial for trial in self.trials if trial.state == "finished" and trial.metric is not None]
+        """The finished trial with the best metric at its end; one that is not finite is none."""
         sign = 1 if self.asked.mode == "max" else -1
-        return max(finished, key=lambda trial: sign * (trial.metric or 0.0), default=None)
+        finished = [
+            (sign * trial.metric, trial)
+            for trial in self.trials
+            if trial.state == "finished" and trial.metric is not None and math.isfinite(trial.metric)
+        ]
+        return max(finished, key=lambda each: each[0], default=(0.0, None))[1]
 
     def table(self) -> Table:
         best = self.best

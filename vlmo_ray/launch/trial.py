@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import threading
 import time
 from collections.abc import Collection
@@ -19,7 +20,7 @@ from vlmo_ray.launch.sweep import LEAVING
 from vlmo_ray.launch.sweep import Trial as Entry
 from vlmo_ray.overrides import override
 from vlmo_ray.runs.evaluations import read_evaluations
-from vlmo_ray.runs.metrics import read_metrics
+from vlmo_ray.runs.metrics import mean, read_metrics
 
 LOOK_S = 1.0  # between two looks at a run
 
@@ -103,7 +104,10 @@ class TrialActor(ray_tune.Trainable):
                 if not self._known(job.metric, rows[0]):
                     break
                 if end > told:
-                    found.append((end, sum(row[job.metric] for row in rows[end - every : end]) / every))
+                    found.append((end, mean(rows[end - every : end])[job.metric]))
+        if strange := [step for step, value in found if not math.isfinite(value)]:
+            self._ends(f"the {job.metric or 'metric'} is not finite at step {strange[0]}")
+            found = [(step, value) for step, value in found if step < strange[0]]
         most = self._entry.step if self._entry.state == "pruned" else job.config.total_steps
         return [{"step": step, "metric": value} for step, value in found if step <= most]
 

@@ -155,7 +155,7 @@ def tune(
         trials: how many; a space of choices alone is tried in order, each combination once.
         at_once: how many run at the same time; each needs room for `cluster.min_workers`.
         metric: of the evaluation on `eval_data` (default: its first one), or of training (default: loss).
-        mode: what is better; default: "min" for a loss, else "max".
+        mode: what is better; default: "min" for `loss`, "max" for an accuracy and an evaluation's first metric.
         prune: stop trials that are behind (ASHA, Li et al. 2020): at every rung the best third goes on.
     """
     check(config)
@@ -172,7 +172,7 @@ def tune(
         what = "evaluate_every" if eval_data else "log_every"
         raise UserError(f"{what}={every} is more than the {config.total_steps} steps of a trial: it is never measured")
     metric = metric or ("" if eval_data else "loss")
-    direction = mode or ("min" if metric.endswith("loss") else "max")
+    direction = mode or _direction(metric)
     given = [f"{path}={values}" for path, _, values in (text.partition("=") for text in space or config.search)]
     open_store(storage, create=True)
     uri = f"{storage.rstrip('/')}/{name or f'{config.name}-sweep'}"
@@ -203,6 +203,15 @@ def tune(
             store.write("sweep.png", sweep.picture())
         _show(sweep)
     return sweep
+
+
+def _direction(metric: str) -> Literal["min", "max"]:
+    """What is better of a metric, where its name says it; "" is the first one of an evaluation."""
+    if metric.endswith("loss"):
+        return "min"
+    if not metric or "accuracy" in metric:
+        return "max"
+    raise UserError(f"say whether a lower or a higher {metric!r} is better: --mode min or --mode max")
 
 
 def _show(sweep: Sweep) -> None:

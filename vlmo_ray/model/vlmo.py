@@ -17,14 +17,12 @@ from huggingface_hub import ModelHubMixin
 from torch import Tensor, nn
 
 from vlmo_ray import rng
-from vlmo_ray.config import ModelConfig, check_model
+from vlmo_ray.config import POOLED_HEADS, ModelConfig, check_model
 from vlmo_ray.model import hub
 from vlmo_ray.model.attention import PADDED
 from vlmo_ray.model.embeddings import ImageEmbedding, RelativePositionBias, TextEmbedding
 from vlmo_ray.model.experts import MoMELayer, Route
 from vlmo_ray.model.heads import ClassifierHead, ContrastHead, MaskedWordHead, Pooler
-
-POOLED_HEADS = ("itm", "vqa", "nlvr2")  # those that read the pooler
 
 
 @dataclass

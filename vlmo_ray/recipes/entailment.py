@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from vlmo_ray.config import MODEL_SIZES, ClusterConfig, Config, OptimConfig, Phase, TaskConfig, setting
+from vlmo_ray.config import MODEL_SIZES, POOLED_HEADS, ClusterConfig, Config, OptimConfig, Phase, TaskConfig, setting
+from vlmo_ray.errors import UserError
 from vlmo_ray.recipes.vqa import vqa_tiny
 
 
@@ -16,6 +17,13 @@ class EntailmentConfig(TaskConfig):
     kind: ClassVar[str] = "entailment"
 
     head_lr_scale: float = setting(1.0, above=0)  # the head's learning rate / that of the model
+
+    def check(self, config: Config) -> None:
+        if not set(POOLED_HEADS) & set(config.model.heads):
+            raise UserError(
+                f"model.heads={','.join(config.model.heads)} has none of {', '.join(POOLED_HEADS)}: they come with the "
+                "pooler, which the task entailment reads; write for example model.heads=itm"
+            )
 
 
 def entailment_base() -> Config:

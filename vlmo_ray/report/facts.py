@@ -88,6 +88,11 @@ class Facts:
     read_at: float  # seconds since 1970
 
     @property
+    def newest_evaluation(self) -> Result | None:
+        """Of what the run is trained for; None if there is none."""
+        return next((result for _, result in reversed(self.evaluations) if not result.task), None)
+
+    @property
     def total_steps(self) -> int:
         return self.config.total_steps
 
@@ -156,7 +161,7 @@ def read_facts(uri: str, points: int = POINTS, brief: bool = False) -> Facts:
         schema=found[1],
         curves=read_curves(run, points, brief),
         events=_timed(Following(run, EVENTS).new()),
-        evaluations=read_evaluations(run),
+        evaluations=read_evaluations(run, every_task=True),
         checkpoints=stored_checkpoints(run),
         masked={} if brief else _reasons(run),
         leased=now - lease.renewed_at(run) < lease.LAPSE_S,

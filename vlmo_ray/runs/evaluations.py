@@ -1,6 +1,7 @@
 """Results of evaluations, which a run keeps in `evaluations/<step>-<hash of the data set's URI>.json`.
 
-Predictions are in a Parquet file of the same name: id, prediction, score and, where it is known, truth.
+Where something else was measured than what the run was trained for, "-<task>" follows the hash, and a hash of its
+options. Predictions are in a Parquet file of the same name: id, prediction, score and, where it is known, truth.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class Result:
     num_rows: int  # that were scored
     problems: tuple[str, ...] = ()  # address and reason of rows that were left out
     remark: str = ""
+    task: str = ""  # what was measured, and its options, if not what the run was trained for
     predictions: pa.Table | None = field(default=None, compare=False, repr=False)
     # makes the file for the benchmark's server from ids and predictions
     submission: Callable[[list[str], list[str]], bytes] | None = field(default=None, compare=False, repr=False)
@@ -61,6 +63,7 @@ def scored(evaluation: Evaluation, blocks: Iterable[Columns], data: str) -> Resu
             num_valid += int(valid.sum())
             if valid.any():
                 rows = {name: column[valid] for name, column in block.items() if name != "problem"}
+                _check_numbers(rows, data)
                 if found := evaluation.predictions(rows):
                     predicted.append(pa.table(found))
                 yield rows
@@ -71,12 +74,33 @@ def scored(evaluation: Evaluation, blocks: Iterable[Columns], data: str) -> Resu
     scores = evaluation.score(valid_rows())
     predictions = pa.concat_tables(predicted) if predicted else None
     remark = evaluation.remark(scores)
-    return Result(scores, data, num_valid, tuple(problems), remark, predictions, evaluation.submission)
+    found = Result(scores, data, num_valid, tuple(problems), remark)
+    return dataclasses.replace(found, predictions=predictions, submission=evaluation.submission)
+
+
+def _check_numbers(rows: Columns, data: str) -> None:
+    """Raises UserError if what a model says of a row is not a number: no comparison with that means anything."""
+    for name, column in rows.items():
+        if np.issubdtype(column.dtype, np.floating):
+            bad = np.isnan(column).reshape(len(column), -1).any(axis=1)
+            if bad.any():
+                raise UserError(
+                    f"the model's {name} is NaN for {bad.sum():,} rows of a batch of {data}, the first with the id "
+                    f"{rows['id'][bad.argmax()]!r}; its weights or activations are too large: evaluate an earlier "
+                    "checkpoint"
+                )
+
+
+def _short_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def keep(run: Store, step: int, result: Result) -> None:
-    """Writes a result into the run. It replaces an earlier one of the same data set and step."""
-    name = f"{_FOLDER}/{step:08d}-{hashlib.sha256(result.data.encode()).hexdigest()[:8]}"
+    """Writes a result into the run. It replaces an earlier one of the same data set, step, task and options."""
+    kind, options, _ = result.task.partition(" ")
+    name = f"{_FOLDER}/{step:08d}-{_short_hash(result.data)}{kind and f'-{kind}'}"
+    if options:
+        name += f"-{_short_hash(result.task)}"
     if result.predictions is not None:
         with run.create(f"{name}.parquet") as file:
             pq.write_table(result.predictions, file, compression="zstd")
@@ -121,17 +145,19 @@ def keep_in_run(path: str, result: Result) -> None:
         keep(run, state.step, result)
 
 
-def read_evaluations(run: Store, after: int = -1) -> list[tuple[int, Result]]:
-    """(step, result) of every evaluation of a step after `after` that the run keeps, in the order of steps."""
+def read_evaluations(run: Store, after: int = -1, *, every_task: bool = False) -> list[tuple[int, Result]]:
+    """(step, result) of every evaluation of a step after `after` that the run keeps, in the order of steps: of what it
+    was trained for, or of `every_task`."""
     found = []
     for name in run.list(f"{_FOLDER}/"):
         if not name.endswith(".json") or int(Path(name).name.partition("-")[0]) <= after:
             continue
         content = json.loads(run.read(name))
         scores = {key: Score(**score) for key, score in content["scores"].items()}
-        problems, remark = tuple(content["problems"]), content.get("remark", "")
-        result = Result(scores, content["data"], content["num_rows"], problems, remark)
-        found.append((content["step"], result))
+        problems, remark, task = tuple(content["problems"]), content.get("remark", ""), content.get("task", "")
+        result = Result(scores, content["data"], content["num_rows"], problems, remark, task)
+        if every_task or not result.task:
+            found.append((content["step"], result))
     return found
 
 

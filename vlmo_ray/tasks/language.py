@@ -43,7 +43,7 @@ class Language(Task):
 
     def trainable(self, name: str) -> bool:
         _, *parts = name.split(".")  # model.<...>
-        own = parts[2:4] == ["experts", "text"] or parts[2:3] == ["text_attention"]
+        own = parts[2:4] in (["experts", "text"], ["experts", "all"]) or parts[2:3] == ["text_attention"]
         return parts[0] in _TRAINED or (parts[0] == "layers" and own)
 
     def counts(self, batch: Batch) -> Counts:

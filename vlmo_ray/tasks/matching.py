@@ -47,6 +47,8 @@ class Matching(ZeroShot):
             raise UserError(
                 f"this model has no head {missing[0]!r}, which the task matching needs; load a pre-trained one"
             )
+        if top < 1:
+            raise UserError(f"top={top} of matching must be at least 1")
         self.model, self.top = model, top
         self._features = Retrieval(model, schema)
 
@@ -113,7 +115,10 @@ class Matching(ZeroShot):
             states = self._states(rows, image, rows["text_ids"][text], text, read=1)
             logits = given(self.model.itm)(given(self.model.pooler)(states[:, 0])).float()
             found.append(logits[:, 1] - logits[:, 0])
-        return torch.cat(found) if found else torch.zeros(0)
+        odds = torch.cat(found) if found else torch.zeros(0)
+        if odds.isnan().any():
+            raise UserError("the model's odds of matching are NaN; evaluate an earlier checkpoint")
+        return odds
 
     def _reranked(self, rows: dict[str, Tensor], pairs: Pairs) -> dict[str, Score]:
         """Recall in both directions, before and after; a tie counts against the model."""

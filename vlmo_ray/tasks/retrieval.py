@@ -36,8 +36,12 @@ class Retrieval(ZeroShot):
     def __init__(self, model: VLMo, schema: Schema = PAIRS, subset: Collection[str] = (), folds: int = 1):
         if model.itc is None:
             raise UserError("this model has no contrastive head ('itc'), which retrieval needs; load a pre-trained one")
-        self.model, self.head = model, model.itc
-        self.subset, self.folds = [rng.hash_text(name) for name in subset], folds
+        if folds < 1:
+            raise UserError(f"folds={folds} of retrieval must be at least 1")
+        if isinstance(subset, str) or not all(isinstance(name, str) for name in subset):
+            raise UserError(f"subset={subset!r} of retrieval is not a list of image ids, each a string")
+        self.model, self.head, self.folds = model, model.itc, folds
+        self.subset = {rng.hash_text(name): name for name in subset}
 
     def encoder(self) -> Pairs:
         config = self.model.config
@@ -65,7 +69,9 @@ class Retrieval(ZeroShot):
         if self.folds > 1:
             scores |= self._folds(images, texts, image_of_text)
         if self.subset:
-            asked = np.isin(keys, self.subset)
+            if unknown := [self.subset[key] for key in self.subset.keys() - set(keys.tolist())]:
+                raise UserError(f"subset names {len(unknown)} images that the data set lacks, e.g. {min(unknown)}")
+            asked = np.isin(keys, list(self.subset))
             reached = recall_at_k(images, texts, image_of_text, asked=asked)
             num_texts = int(asked[image_of_text].sum())
             scores |= _scores("subset_", reached, chance, int(asked.sum()), num_texts)

@@ -135,6 +135,8 @@ class VqaAccuracy(ZeroShot):
 
     def submission(self, ids: list[str], predictions: list[str]) -> bytes:
         """EvalAI's JSON list."""
+        if strange := [name for name in ids if not name.isdecimal()]:
+            raise UserError(f"the id {strange[0]!r} is not the number of a question; prepare the official files")
         pairs = zip(ids, predictions, strict=True)
         return json.dumps([{"question_id": int(name), "answer": answer} for name, answer in pairs]).encode()
 

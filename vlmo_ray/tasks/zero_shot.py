@@ -16,7 +16,7 @@ from vlmo_ray.config import DataConfig
 from vlmo_ray.data.batch import Batch
 from vlmo_ray.data.encoders.classes import Classes
 from vlmo_ray.data.encoders.pairs import tokenizer
-from vlmo_ray.data.prepare.source import open_file
+from vlmo_ray.data.prepare.folders import class_lines
 from vlmo_ray.data.schema import Schema
 from vlmo_ray.errors import UserError
 from vlmo_ray.model.vlmo import VLMo
@@ -43,7 +43,12 @@ class ZeroShotClasses(ZeroShot):
         if "label" not in schema:
             raise UserError("zero_shot needs a 'label' column with the classes: `vlmo prepare folders`")
         classes = schema.field("label").values
-        called = _lines(names) if isinstance(names, str) else tuple(names)
+        for option, given_texts in (("names", names), ("templates", templates)):
+            if not isinstance(given_texts, str) and not (
+                isinstance(given_texts, Sequence) and all(isinstance(text, str) for text in given_texts)
+            ):
+                raise UserError(f"{option}={given_texts!r} of zero_shot is not a list of texts")
+        called = class_lines(names) if isinstance(names, str) else tuple(names)
         if called and len(called) != len(classes):
             raise UserError(f"names={names!r} has {len(called)} names for the {len(classes)} classes of the data set")
         templates = (templates,) if isinstance(templates, str) else tuple(templates)
@@ -79,8 +84,3 @@ class ZeroShotClasses(ZeroShot):
 
     def score(self, blocks: Iterable[Columns]) -> dict[str, Score]:
         return top_k(joined(blocks)["rank"], len(self.classes))
-
-
-def _lines(uri: str) -> tuple[str, ...]:
-    store, name = open_file(uri)
-    return tuple(line.strip() for line in store.read(name).decode("utf-8-sig").splitlines() if line.strip())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from vlmo_ray.errors import UserError
 
@@ -12,8 +12,12 @@ from vlmo_ray.errors import UserError
 _SIDE = re.compile(r"\b(left|right|lft|rght|rt)(most|hand|side|ie|y)?\b", re.IGNORECASE)
 
 
-def json_entries(data: bytes, address: str, required: Collection[str], key: str = "") -> list[dict]:
-    """The entries of the file at `address`, which all have the `required` names; with `key`, those of its list `key`.
+Kinds = Mapping[str, type | tuple[type, ...]]
+
+
+def json_entries(data: bytes, address: str, required: Collection[str] | Kinds, key: str = "") -> list[dict]:
+    """The entries of the file at `address`, which all have the `required` names, and values of these types where they
+    are given; with `key`, those of its list `key`.
 
     Raises UserError that names the file, and the line or the entry, if it is of another form or has no entry.
     """
@@ -31,6 +35,9 @@ def json_entries(data: bytes, address: str, required: Collection[str], key: str 
             number += 1
             if missing := [name for name in required if name not in entry]:
                 raise KeyError(f"no {missing[0]!r}")
+            for name, kind in required.items() if isinstance(required, Mapping) else ():
+                if not isinstance(entry[name], kind):
+                    raise TypeError(f"{name} is {entry[name]!r:.60}")
     except (ValueError, KeyError, TypeError) as error:
         where = f", at entry {number}" if number else ""
         raise UserError(f"{address} is not an annotation file of this format{where}: {error}") from error

@@ -84,6 +84,9 @@ class Karpathy(Source):
                 values = {"image": image, "captions": [text for _, text in entry["captions"]]}
                 yield Record(name, name, values, problem=problem, address=f"{self.uri}#{name}")
                 continue
+            if not entry["captions"]:
+                problem = problem or "the list of captions is empty"
+                yield Record(name, name, {"image": image, "text": None}, problem=problem, address=f"{self.uri}#{name}")
             for number, text in entry["captions"]:
                 values = {"image": image, "text": text}
                 yield Record(f"{name}#{number}", name, values, problem=problem, address=f"{self.uri}#{number}")

@@ -61,8 +61,8 @@ class Nlvr2(Source):
         split, group, pair, sentence = parts
         stem = f"{split}-{group}-{pair}"
         folders = ("", f"{split}/", *([f"{split}/{line['directory']}/"] if "directory" in line else ()))
-        text = str(line["sentence"])
-        of_an_image = re.sub(r"\b(left|right)(?=\W+(image|picture|photo|one\b))", "", text, flags=re.IGNORECASE)
+        text = line["sentence"]  # whether it is a text is checked later
+        of_an_image = re.sub(r"\b(left|right)(?=\W+(image|picture|photo))", "", str(text), flags=re.IGNORECASE)
         return {
             "id": line["identifier"],
             "image_id": stem,

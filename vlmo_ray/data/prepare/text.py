@@ -7,6 +7,7 @@ import hashlib
 import io
 import itertools
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
@@ -77,7 +78,7 @@ class Text(Source):
                     yield record(None, problem)
                 else:
                     yield from map(record, packer.add(document))
-        except (pa.ArrowException, OSError, EOFError) as error:
+        except (pa.ArrowException, OSError, EOFError, zlib.error) as error:
             raise UserError(f"{self._store.address(name)} cannot be read to its end: {error}") from error
         yield from map(record, packer.rest())
 

@@ -12,14 +12,16 @@ from typing import Any, ClassVar
 
 from vlmo_ray.data.answers import answer_list, soft_score
 from vlmo_ray.data.manifest import MANIFEST, load_manifest
-from vlmo_ray.data.prepare.entries import json_entries, names_sides
+from vlmo_ray.data.prepare.entries import Kinds, json_entries, names_sides
 from vlmo_ray.data.prepare.source import Source, WorkUnit, cut_units, mean_image_bytes, open_file, read_images
 from vlmo_ray.data.schema import Field, Record, Schema
 from vlmo_ray.data.store import Store, open_store
 from vlmo_ray.errors import UserError
 
-_OF_QUESTION = "question_id", "image_id", "question"
-_OF_ANNOTATION = "question_id", "answers", "multiple_choice_answer", "answer_type", "question_type"
+_OF_QUESTION: Kinds = {"question_id": (int, str), "image_id": int, "question": str}
+_OF_ANNOTATION: Kinds = {
+    "question_id": (int, str), "answers": list, "multiple_choice_answer": str, "answer_type": str, "question_type": str,
+}  # fmt: skip
 
 
 @dataclass
@@ -60,7 +62,13 @@ class Vqa(Source):
                     f"{self.uri} has no file *OpenEnded*{split}_questions.json; name its splits by split=..."
                 )
             annotated.append(annotations is not None)
-            by_id = {entry["question_id"]: entry for entry in annotations or ()}
+            by_id: dict[int | str, dict] = {}
+            for entry in annotations or ():
+                number = entry["question_id"]
+                if by_id.setdefault(number, entry) is not entry:
+                    raise UserError(f"the annotations of {split} in {self.uri} have question {number} twice")
+                if not all(isinstance(a, dict) and isinstance(a.get("answer"), str) for a in entry["answers"]):
+                    raise UserError(f"the annotation of question {number} in {self.uri} has an answer that is no text")
             if strange := by_id.keys() - {entry["question_id"] for entry in questions}:
                 raise UserError(
                     f"the annotations of {split} in {self.uri} answer {len(strange):,} questions that its questions "
@@ -148,7 +156,7 @@ def _one(store: Store, names: list[str], pattern: str, split: str) -> str | None
     return found[0] if found else None
 
 
-def _entries(store: Store, name: str | None, what: str, required: tuple[str, ...], digest) -> list[dict] | None:
+def _entries(store: Store, name: str | None, what: str, required: Kinds, digest) -> list[dict] | None:
     """The list `what` of an official file, None if there is no such file."""
     if name is None:
         return None

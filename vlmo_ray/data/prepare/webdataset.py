@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import gzip
 import io
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -49,7 +50,7 @@ class WebDataset(Shards):
                     for record in self._records(unit.name, sample):
                         record.address = f"{address}#{sample.key}"
                         yield record
-        except (TarError, OSError, EOFError) as error:
+        except (TarError, OSError, EOFError, zlib.error) as error:
             raise UserError(f"{address}: {error}; fetch or make this tar again") from error
 
     def _records(self, tar_name: str, sample: Sample) -> Iterator[Record]:
