@@ -27,7 +27,7 @@ from tyro.conf import UseAppendAction, arg
 
 from vlmo_ray.config import Config
 from vlmo_ray.data.manifest import load_manifest
-from vlmo_ray.data.order import deal
+from vlmo_ray.data.order import deal, schedule_of
 from vlmo_ray.data.prepare.shards import write_dataset
 from vlmo_ray.data.store import Store
 from vlmo_ray.demo.scenes.records import records
@@ -35,7 +35,7 @@ from vlmo_ray.objectives.gather import Workers
 from vlmo_ray.overrides import override
 from vlmo_ray.recipes import recipe as named
 from vlmo_ray.runs.metrics import read_metrics
-from vlmo_ray.train.build import RunSpec, begin, precision_of, schedule_of, stream_of
+from vlmo_ray.train.build import RunSpec, begin, precision_of, stream_of
 from vlmo_ray.train.optim import build_optimizer, lr_at, set_lr
 from vlmo_ray.train.parallel import parallelize
 from vlmo_ray.train.step import gradients

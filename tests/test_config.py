@@ -57,6 +57,7 @@ def test_override_sets_typed_values():
         ("data.randaugment_magnitude=11", "must be from 0 to 10"),
         ("phases=[[60, 32], [0, 32]]", r"phases\[1\].steps=0 must be at least 1"),
         ("phases=[]", "phases=.* must name at least one phase"),
+        ("cluster.gpus_per_worker=8", "gpus_per_worker=8 must be from 0 to 1; for more GPUs, raise"),
         ("keep_checkpoints=0", "keep_checkpoints=0 must be at least 1"),
         ("optim.average_decay=1", "average_decay=1.0 must be from 0 to below 1"),
         ("optim.schedule=step", "must be one of 'linear', 'cosine'"),

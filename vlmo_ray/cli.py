@@ -328,7 +328,7 @@ def evaluate(
     weights = load_all(model)  # before Ray, whose start takes seconds
     with ray_session():
         result = run(weights, data, task, num_workers=workers or None, device=device, **options)
-    keep_in_run(model, result)
+    keep_in_run(model, result, weights.step)
     if target:
         store, name = target
         store.write(name, file_of(result))

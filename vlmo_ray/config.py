@@ -189,7 +189,8 @@ class ClusterConfig:
 
     min_workers: int = 1
     max_workers: int = 1
-    gpus_per_worker: int = setting(1, at_least=0)  # 0: train on CPUs, in float32
+    # 0: train on CPUs, in float32
+    gpus_per_worker: int = setting(1, at_least=0, at_most=1, remedy="for more GPUs, raise cluster.max_workers")
     cpus_per_worker: float = setting(1.0, at_least=0)  # for the training process
     # CPUs for tasks that read and decode, reserved together with the worker on its node.
     data_cpus_per_worker: int = setting(2, at_least=1)

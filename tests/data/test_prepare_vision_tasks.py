@@ -120,7 +120,7 @@ def test_classes_from_every_form(tmp_path):
     ]  # fmt: skip
     for options, words in (
         ({}, "have no names of classes; give classes=FILE"),
-        ({"classes": f"{tmp_path}/cut.txt"}, r"cut\.txt has a line without a name: '# end of file'"),
+        ({"classes": f"{tmp_path}/cut.txt"}, r"cut\.txt has a line without a Name: '# end of file'"),
         ({"classes": "3"}, r"images/training/ holds no files; name a split by split=\.\.\. \(val\)"),
         ({"classes": "3", "split": "val", "zero": "no"}, "zero='no' is not a choice"),
         ({"classes": "256", "split": "val"}, "the mask 'mask' has 256 classes; use at most 255"),

@@ -53,6 +53,8 @@ def test_skipped_steps_count_for_nothing(run, monkeypatch):
     kept = [row["loss"] for row in rows[:2] + rows[3:5]]
     assert actor_of(run, "loss")._measured()[0] == {"step": 5, "metric": pytest.approx(sum(kept) / 4)}
     some[5:] = [row | {"loss": nan, "skipped": 1.0} for row in some[5:]]
+    assert [row["step"] for row in actor_of(run, "loss")._measured()] == [5]
+    some[7] |= {"skipped": 0.0}
     actor = actor_of(run, "loss")
     assert [row["step"] for row in actor._measured()] == [5] and actor._stop.is_set()
     assert actor._end() == {"ended": "failed", "error": "the loss is not finite at step 10", "done": True}

@@ -98,3 +98,11 @@ def test_recomputed_layers_keep_their_inputs():
     task = on_meta(config)
     whole, inputs = (saved_bytes(task, task.passes(), recomputed) for recomputed in (False, True))
     assert 0.11 < inputs / whole < 0.13  # the inputs are 4 of 43, and three passes run as one, layer by layer
+
+
+def test_no_more_rows_are_counted_than_a_worker_has():
+    config = recipe("pretrain_base_plus")
+    task = on_meta(config)
+    with pytest.raises(UserError, match="64 rows at once; the GPU has 40"):
+        check_memory(task, config, int(40e9), 16)
+    check_memory(task, config, int(40e9), 64)  # 16 rows each

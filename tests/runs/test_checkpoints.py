@@ -117,6 +117,19 @@ def test_files_without_a_state_are_not_there(half):
     assert Checkpoints(Store(str(half))).newest().step == 4
 
 
+def test_a_checkpoint_that_is_named_is_refused_with_its_name(half):
+    name = f"{half}/checkpoint-00000006"
+    state = Path(name) / STATE
+    whole = state.read_text()
+    state.write_text(whole[:-20])
+    with pytest.raises(UserError, match=rf"{name} is damaged: its {STATE} cannot be read"):
+        load(name)
+    state.write_text(whole)
+    next(Path(name).rglob("*.distcp")).unlink()
+    with pytest.raises(UserError, match=f"{name} is not complete: some of its files are missing"):
+        load(name)
+
+
 def flip(file: Path) -> None:
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1

@@ -128,10 +128,11 @@ def test_folds_and_rsum_against_one_query_after_the_other():
         ({"folds": 0}, "folds=0 of retrieval must be at least 1"),
         ({"subset": "a.jpg"}, "is not a list of image ids"),
         ({"subset": [391895]}, "is not a list of image ids"),
+        ({"subset": 391895}, "is not a list of image ids"),
     ):
         with pytest.raises(UserError, match=words):
             build_evaluation("retrieval", model, PAIRS, **options)
-    with pytest.raises(UserError, match=r"subset names 1 images that the data set lacks, e\.g\. nowhere\.jpg"):
+    with pytest.raises(UserError, match=r"no image of subset, for example 'nowhere\.jpg', is among those"):
         build_evaluation("retrieval", model, PAIRS, subset=["nowhere.jpg"]).score(blocks)
     with pytest.raises(UserError, match="'fold' is not an option of retrieval; it has subset, folds"):
         build_evaluation("retrieval", model, PAIRS, fold=5)

@@ -17,12 +17,15 @@ import vlmo_ray
 from vlmo_ray.config import HEADS, OptimConfig, Phase
 from vlmo_ray.data.prepare.shards import write_dataset
 from vlmo_ray.data.read import read_chunk
+from vlmo_ray.data.schema import Field, Schema
 from vlmo_ray.data.store import Store
 from vlmo_ray.errors import UserError
+from vlmo_ray.recipes.pretraining import PretrainingConfig
 from vlmo_ray.runs import evaluations
 from vlmo_ray.runs.checkpoints import Checkpoints
-from vlmo_ray.runs.load import published
+from vlmo_ray.runs.load import load, load_all, published, settled
 from vlmo_ray.runs.metrics import read_metrics
+from vlmo_ray.runs.state import TrainState
 from vlmo_ray.tasks.task import Score
 from vlmo_ray.train import loop as schedule
 from vlmo_ray.train import validate as validation
@@ -83,6 +86,89 @@ def test_a_run_is_finished_with_the_weights_of_its_last_checkpoint(scenes, undis
     assert train(job(scenes, tmp_path)).step == 10
     assert published(run, Checkpoints(run).newest())
     assert_same_weights(tmp_path, undisturbed, 0)
+
+
+def stopping_at(step: int):
+    told = iter([Notice.NONE] * step + [Notice.STOP])
+    return lambda: next(told)
+
+
+def test_a_run_that_was_made_longer_has_the_weights_of_its_newest_checkpoint(scenes, undisturbed, tmp_path):
+    """Until it has ended again; what is measured of them is kept at their step."""
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed, run)
+    assert load_all(run).step == 10 and settled(str(run)) == str(run)
+    cluster = dataclasses.replace(SMALL.cluster, notice_every=1)
+    longer = job(scenes, run, phases=(Phase(6, 8), Phase(9, 12)), cluster=cluster)
+    assert train(dataclasses.replace(longer, accept_changes=True), notice=stopping_at(2)).step == 12
+    newest, loaded = f"{run}/checkpoint-00000012", load_all(run)
+    assert loaded.step == 12 and settled(str(run)) == newest and settled(newest) == newest
+    for name, value in load(newest).state_dict().items():
+        assert torch.equal(loaded.model.state_dict()[name], value), name
+    assert train(dataclasses.replace(longer, accept_changes=True)).step == 15
+    assert load_all(run).step == 15 and settled(str(run)) == str(run)
+    evaluations.keep_in_run(str(run), evaluations.Result({}, "s3://val", 1), loaded.step)
+    assert [step for step, _ in evaluations.read_evaluations(Store(str(run)))] == [12]
+    assert settled("") == "" and settled("/no/such/weights.pt") == "/no/such/weights.pt"
+
+
+def test_a_run_cannot_be_made_shorter_than_it_is(scenes, undisturbed, tmp_path):
+    begin_at(tmp_path, undisturbed / "checkpoint-00000008")
+    spec = dataclasses.replace(job(scenes, tmp_path, phases=(Phase(6, 8),)), accept_changes=True)
+    with pytest.raises(UserError, match="checkpoint of step 8 is behind the last step, 6; give more steps in phases"):
+        train(spec)
+
+
+@pytest.mark.parametrize(
+    "step, phases, shuffled",
+    [
+        (10, (Phase(6, 8), Phase(4, 12), Phase(5, 16)), "9 to 12"),
+        (10, (Phase(6, 8), Phase(9, 12)), ""),
+        (9, (Phase(6, 8), Phase(3, 12), Phase(5, 16)), ""),  # between two spans
+        (8, (Phase(6, 8), Phase(2, 12), Phase(5, 16)), "6 to 9"),
+    ],
+)
+def test_rows_that_other_phases_shuffle_anew_are_told(step, phases, shuffled):
+    config = dataclasses.replace(SMALL, phases=phases)
+    told = TrainState.of(step, SMALL, "x").continue_with(config, "x", accept_changes=True)
+    assert [line for line in told if "shuffled anew" in line] == (
+        [f"rows: those of steps {shuffled} are shuffled anew, so some that were consumed come again, and others not in "
+         "this epoch"] if shuffled else []
+    )  # fmt: skip
+
+
+def test_a_run_goes_on_where_no_step_was_done(scenes, tmp_path, monkeypatch):
+    """Its checkpoint has no moments."""
+    config = dataclasses.replace(SMALL, optim=dataclasses.replace(SMALL.optim, skip_nonfinite=3))
+    monkeypatch.setattr("vlmo_ray.train.loop.gradients", broken_at({0, 1, 2, 3}))
+    assert train(job(scenes, tmp_path / "run", config)).step == 3
+    monkeypatch.setattr("vlmo_ray.train.loop.gradients", broken_at({0, 1, 2}))
+    for name in ("run", "wanted"):
+        assert train(job(scenes, tmp_path / name, config)).step == 10
+    assert_same_weights(tmp_path / "run", tmp_path / "wanted", 0)
+
+
+def test_a_run_goes_on_with_a_head_that_was_not_trained_before(scenes, tmp_path):
+    """Its moments begin at zero, its average at its weights."""
+    optim = dataclasses.replace(SMALL.optim, average_decay=0.5)
+    cluster = dataclasses.replace(SMALL.cluster, notice_every=1)
+    without = job(scenes, tmp_path, optim=optim, cluster=cluster, task=PretrainingConfig(mlm=0.0))
+    assert train(without, notice=stopping_at(4)).step == 4
+    before = load(f"{tmp_path}/checkpoint-00000004").state_dict()
+    spec = job(scenes, tmp_path, optim=optim, cluster=cluster)
+    assert train(dataclasses.replace(spec, accept_changes=True)).step == 10
+    after = load(tmp_path).state_dict()
+    changed = [name for name in after if name.startswith("mlm.") and not torch.equal(after[name], before[name])]
+    assert len(changed) > 3
+
+
+def test_data_that_cannot_be_evaluated_are_refused_before_the_first_step(scenes, tmp_path):
+    images = str(tmp_path / "images")
+    rows = ({name: row[name] for name in ("id", "image_id", "image")} for row in small_scenes(5, 10))
+    write_dataset(images, rows, schema=Schema((Field("image", "image"),)))
+    spec = job(scenes, tmp_path / "run", evaluate_every=5)
+    outcome = train(dataclasses.replace(spec, eval_data=images))
+    assert outcome.step == 0 and "has no column 'text'" in outcome.stopped
 
 
 def test_other_data_or_settings_are_refused(scenes, undisturbed, tmp_path):

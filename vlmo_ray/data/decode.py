@@ -61,16 +61,11 @@ def decode_train_with_mask(
     """
     width, height = _open(image).size
     labels = _open_mask(mask)
-    check_mask_size((width, height), labels.size)
+    if labels.size != (width, height):
+        raise DecodeError(f"the image has {width} x {height} pixels, its mask {labels.width} x {labels.height}")
     drawn = draw_augmentation(width, height, data, forbid, draw)
     labels = labels.resize((size, size), Image.Resampling.NEAREST, box=drawn.box)
     return decode_train(image, size, data, forbid, draw), np.array(augment(labels, drawn, data))
-
-
-def check_mask_size(image: tuple[int, ...], mask: tuple[int, ...]) -> None:
-    """Raises `DecodeError` unless the two sizes (width, height) are equal."""
-    if image != mask:
-        raise DecodeError("the image has {} x {} pixels, its mask {} x {}".format(*image, *mask))
 
 
 def image_column(size: int) -> Column:

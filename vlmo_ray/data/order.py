@@ -27,6 +27,7 @@ from typing import overload
 import numpy as np
 
 from vlmo_ray import rng
+from vlmo_ray.config import Config
 from vlmo_ray.errors import UserError
 
 
@@ -96,6 +97,23 @@ class Schedule:
         return int(rows) if np.ndim(step) == 0 else rows
 
 
+def schedule_of(config: Config) -> Schedule:
+    return Schedule(tuple((p.steps, p.global_batch) for p in config.phases), config.slice_size)
+
+
+def span(schedule: Schedule, shuffle_steps: int, step: int) -> range:
+    """The steps whose rows are shuffled together with those of `step`.
+
+    Only the last span of the last phase may reach beyond the run's last step, so that a run whose last phase is made
+    longer later continues exactly where it stopped.
+    """
+    phase, _ = schedule.phase(step)
+    first = step - (step - phase.start) % shuffle_steps
+    last = first + shuffle_steps
+    is_last_phase = phase.stop == schedule.total_steps
+    return range(first, last if is_last_phase else min(last, phase.stop))
+
+
 @dataclass(frozen=True)
 class Rows:
     """Rows of the data set and their places: int64 arrays of equal length, sorted by (step, position)."""
@@ -145,16 +163,8 @@ class Order:
         return int(np.sum(self.chunk_rows, dtype=np.int64))
 
     def span(self, step: int) -> range:
-        """The steps whose rows are shuffled together with those of `step`.
-
-        Only the last span of the last phase may reach beyond the run's last step, so that a run that is made longer
-        later continues exactly where it stopped.
-        """
-        phase, _ = self.schedule.phase(step)
-        first = step - (step - phase.start) % self.shuffle_steps
-        last = first + self.shuffle_steps
-        is_last_phase = phase.stop == self.schedule.total_steps
-        return range(first, last if is_last_phase else min(last, phase.stop))
+        """The steps whose rows are shuffled together with those of `step`."""
+        return span(self.schedule, self.shuffle_steps, step)
 
     def slice_rows(
         self, span: range, first_slice: int, last_slice: int, start: int = 0, stop: int | None = None

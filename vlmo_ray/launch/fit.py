@@ -14,6 +14,7 @@ from pathlib import Path
 from vlmo_ray.config import ClusterConfig, Config, check
 from vlmo_ray.data.manifest import check_shards, load_manifest
 from vlmo_ray.data.mix import addresses, load_data
+from vlmo_ray.data.order import schedule_of
 from vlmo_ray.data.store import Store, open_store
 from vlmo_ray.errors import UserError
 from vlmo_ray.launch.driver import Driver
@@ -27,10 +28,10 @@ from vlmo_ray.launch.worker import work
 from vlmo_ray.runs.checkpoints import Checkpoints
 from vlmo_ray.runs.events import console, keeping, note, tell
 from vlmo_ray.runs.lease import lease
-from vlmo_ray.runs.load import published
+from vlmo_ray.runs.load import published, settled
 from vlmo_ray.runs.scratch import scratch
 from vlmo_ray.session import ray_session
-from vlmo_ray.train.build import RunSpec, schedule_of
+from vlmo_ray.train.build import RunSpec
 
 
 def fit(
@@ -82,6 +83,8 @@ def fit(
             tell("continued", sentence, step=state.step)
             if changed:
                 tell("changed", f"from here on with other settings: {'; '.join(changed)}", changes=changed)
+        else:
+            config = dataclasses.replace(config, init=settled(config.init))  # the same for all workers and starts
         cluster = config.cluster
         autoscaling = infeasible_groups() is not None
         if autoscaling:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, cast
 
@@ -33,8 +34,11 @@ class GroupConfig(BackendConfig):
 
 
 @contextlib.contextmanager
-def process_group(rank: int, world: int, device: torch.device) -> Iterator[None]:
+def process_group(rank: int, world: int, device: torch.device, patience_s: float) -> Iterator[None]:
     """The group of all workers inside the block: NCCL on GPUs, gloo on CPUs; none for a worker alone.
+
+    A worker waits half an hour and `patience_s` for the others, one of which may be waiting for storage. That a worker
+    is lost is seen by Ray, within seconds.
 
     After an error it is left to the end of the process: to destroy it would wait for workers that are lost.
     """
@@ -52,6 +56,12 @@ def process_group(rank: int, world: int, device: torch.device) -> Iterator[None]
     place = ray.train.collective.broadcast_from_rank_zero(store and (store.host, store.port))
     if store is None:
         store = TCPStore(*cast(tuple[str, int], place), world, is_master=False)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=store,
+        rank=rank,
+        world_size=world,
+        timeout=datetime.timedelta(seconds=1800 + patience_s),
+    )
     yield
     dist.destroy_process_group()

@@ -63,6 +63,13 @@ class Sweep:
     lost: str = ""  # why the sweep is another driver's by now: it must not be written any more
 
     @classmethod
+    def mode(cls, uri: str, metric: str) -> Literal["min", "max"] | None:
+        """What is better in the sweep of this metric that is there; None if there is none."""
+        store = Store(uri)
+        asked = read_sweep(store).asked if store.exists(_FILE) else None
+        return asked.mode if asked and asked.metric == metric else None
+
+    @classmethod
     def open(cls, store: Store, asked: Asked) -> Sweep:
         """A new sweep, or the one that is there. Raises UserError if that is of something else."""
         store.delete(LEAVING)
@@ -101,7 +108,7 @@ class Sweep:
 
     @property
     def best(self) -> Trial | None:
-        """The finished trial with the best metric at its end; one that is not finite is none."""
+        """The finished trial with the best metric at its end. Trials whose metric is not finite are ignored."""
         sign = 1 if self.asked.mode == "max" else -1
         finished = [
             (sign * trial.metric, trial)

@@ -20,7 +20,7 @@ from vlmo_ray.launch.sweep import LEAVING
 from vlmo_ray.launch.sweep import Trial as Entry
 from vlmo_ray.overrides import override
 from vlmo_ray.runs.evaluations import read_evaluations
-from vlmo_ray.runs.metrics import mean, read_metrics
+from vlmo_ray.runs.metrics import read_metrics
 
 LOOK_S = 1.0  # between two looks at a run
 
@@ -103,8 +103,9 @@ class TrialActor(ray_tune.Trainable):
             for end in range(every, len(rows) + 1, every):
                 if not self._known(job.metric, rows[0]):
                     break
-                if end > told:
-                    found.append((end, mean(rows[end - every : end])[job.metric]))
+                counted = [row[job.metric] for row in rows[end - every : end] if not row.get("skipped")]
+                if end > told and counted:
+                    found.append((end, sum(counted) / len(counted)))
         if strange := [step for step, value in found if not math.isfinite(value)]:
             self._ends(f"the {job.metric or 'metric'} is not finite at step {strange[0]}")
             found = [(step, value) for step, value in found if step < strange[0]]

@@ -172,10 +172,10 @@ def tune(
         what = "evaluate_every" if eval_data else "log_every"
         raise UserError(f"{what}={every} is more than the {config.total_steps} steps of a trial: it is never measured")
     metric = metric or ("" if eval_data else "loss")
-    direction = mode or _direction(metric)
+    uri = f"{storage.rstrip('/')}/{name or f'{config.name}-sweep'}"
+    direction = mode or Sweep.mode(uri, metric) or _direction(metric)
     given = [f"{path}={values}" for path, _, values in (text.partition("=") for text in space or config.search)]
     open_store(storage, create=True)
-    uri = f"{storage.rstrip('/')}/{name or f'{config.name}-sweep'}"
     store = open_store(uri, create=True, retry_timeout_s=config.data.retry_timeout_s)
     asked = Asked(config.name, list(settings), given, sources.fingerprint, eval_data, metric, direction, prune, seed)
     if everything := grid(parsed):

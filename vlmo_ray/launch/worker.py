@@ -79,7 +79,7 @@ def work(spec: RunSpec, token: str, drawn: bool = False) -> dict:
         return max(marked, Notice.PREEMPTED if leaving else Notice.NONE)
 
     style = "none" if spec.config.log_json else "text"
-    with events.console(style), process_group(rank, world, device):
+    with events.console(style), process_group(rank, world, device, 3 * spec.config.data.retry_timeout_s):
         events.tell("worker", f"worker {rank} of {world}: process {os.getpid()} on {host}, {device}", worker=rank)
         observe = Gauges(spec.run.rstrip("/").rpartition("/")[2])
         local_rank = context.get_local_rank()

@@ -87,10 +87,10 @@ class Facts:
     leased: bool  # whether a program has shown within the last minute that it trains the run
     read_at: float  # seconds since 1970
 
-    @property
-    def newest_evaluation(self) -> Result | None:
-        """Of what the run is trained for; None if there is none."""
-        return next((result for _, result in reversed(self.evaluations) if not result.task), None)
+    def newest(self, count: int = 1) -> list[tuple[int, Result]]:
+        """(step, result) of the newest evaluations, in the order of steps; what the run is trained for comes last, and
+        leaves room for others only if there is any."""
+        return sorted(self.evaluations, key=lambda each: (not each[1].task, each[0]))[-count:]
 
     @property
     def total_steps(self) -> int:

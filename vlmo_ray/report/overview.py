@@ -43,7 +43,7 @@ def table(runs: Sequence[Facts]) -> Table:
     for facts in runs:
         left = facts.seconds_left if facts.state == "running" else None
         loss = facts.curves.recent.get("loss")
-        evaluated = line(newest, 1) if (newest := facts.newest_evaluation) else ""
+        evaluated = " ".join(line(result, 1) for _, result in facts.newest())
         out.add_row(
             Text(facts.name),
             {"failed": "[red]failed[/]", "silent": "[red]silent[/]", "running": "[green]running[/]"}.get(
@@ -63,6 +63,5 @@ def as_dict(facts: Facts) -> dict:
         "run": facts.uri, "recipe": facts.config.name, "state": facts.state, "step": facts.curves.last,
         "total_steps": facts.total_steps, "seconds_left": facts.seconds_left if facts.state == "running" else None,
         "checkpoint": max(facts.checkpoints, default=None), "heard_at": facts.heard_at, "recent": facts.curves.recent,
-        "evaluation": {name: score.value for name, score in newest.scores.items()}
-        if (newest := facts.newest_evaluation) else {},
+        "evaluation": {name: score.value for _, result in facts.newest() for name, score in result.scores.items()},
     }  # fmt: skip

@@ -138,11 +138,11 @@ def _time(seconds: float) -> str:
 
 
 def _scores(facts: Facts) -> list[tuple[str, str, str, str, str]]:
-    """(metric, reached, chance, count, data) of the newest evaluation of each data set and metric."""
+    """(metric, reached, chance, count, data) of the newest evaluation of each data set, task and metric."""
     newest = {}
     for step, result in facts.evaluations:
         for name, score in result.scores.items():
-            newest[result.data, name] = (step, score)
+            newest[result.place, name] = (step, score)
 
     return [
         (

@@ -151,7 +151,7 @@ def _mark(shown: figure, facts: Facts, name: str, index: int) -> None:
 
 def evaluations(runs: Sequence[Facts], most: int = 8) -> list[figure]:
     """A figure for each of the first metrics that were measured at several steps, or of several runs; a line for each
-    data set of a run."""
+    data set and task of a run."""
     rows = [(name, facts.name, step) for facts in runs for step, result in facts.evaluations for name in result.scores]
     names = [name for name in dict.fromkeys(row[0] for row in rows) if len({r for r in rows if r[0] == name}) > 1]
     found = []
@@ -165,7 +165,7 @@ def evaluations(runs: Sequence[Facts], most: int = 8) -> list[figure]:
             own: dict[str, list[tuple[int, Result]]] = {}
             for step, result in facts.evaluations:
                 if name in result.scores:
-                    own.setdefault(result.data, []).append((step, result))
+                    own.setdefault(result.place, []).append((step, result))
             lines += [(facts, measured) for measured in own.values()]
         for index, (facts, measured) in enumerate(lines):
             scores = [result.scores[name] for _, result in measured]
@@ -175,7 +175,7 @@ def evaluations(runs: Sequence[Facts], most: int = 8) -> list[figure]:
                     "step": [step for step, _ in measured],
                     "value": [score.value for score in scores],
                     "count": [score.count for score in scores],
-                    "data": [result.data for _, result in measured],
+                    "data": [result.place for _, result in measured],
                 }
             )
             shown.line("samples", "value", source=source, line_color=colour(index))

@@ -214,14 +214,19 @@ def load(
 ) -> TrainState:
     """Fills weights, optimizer state and average in place, whatever number of workers wrote them.
 
-    If the checkpoint has no average, `average` starts at its weights.
+    A weight that the checkpoint has no moments of was never updated: they start at zero. One of which it has no average
+    starts that at its value.
     """
     _start_moments(optimizer)
-    averaged = bool(_averaged(folder))
-    content = _everything(task, optimizer, average if averaged else None)
+    names = _Reader(folder).read_metadata().state_dict_metadata
+    averages = {name: tensor for name, tensor in (average or {}).items() if f"average.{stored_name(name)}" in names}
+    content = _everything(task, optimizer, averages or None)
+    state = content["optimizer"]["state"]
+    known = {name for name in state if any(f"optimizer.state.{name}.{kind}" in names for kind in state[name])}
+    content["optimizer"]["state"] = {name: moments for name, moments in state.items() if name in known}
     _fill(content, folder, no_dist=not dist.is_initialized())
     for name, parameter in task.named_parameters():
-        if average is not None and not averaged and name in average:
+        if average is not None and name in average and name not in averages:
             average[name].copy_(parameter.detach())
     return read_state(folder)
 

@@ -1,7 +1,7 @@
 """Results of evaluations, which a run keeps in `evaluations/<step>-<hash of the data set's URI>.json`.
 
-Where something else was measured than what the run was trained for, "-<task>" follows the hash, and a hash of its
-options. Predictions are in a Parquet file of the same name: id, prediction, score and, where it is known, truth.
+Where something else was measured than what the run was trained for, the name ends in "-<task>", and with options in a
+hash of them too. Predictions are in a Parquet file of the same name: id, prediction, score and, where known, truth.
 """
 
 from __future__ import annotations
@@ -41,6 +41,11 @@ class Result:
     predictions: pa.Table | None = field(default=None, compare=False, repr=False)
     # makes the file for the benchmark's server from ids and predictions
     submission: Callable[[list[str], list[str]], bytes] | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def place(self) -> str:
+        """The data set, and what was measured on it if the run was not trained for that."""
+        return self.data + (f" ({self.task})" if self.task else "")
 
     def __getitem__(self, name: str) -> float:
         return self.scores[name].value
@@ -85,9 +90,9 @@ def _check_numbers(rows: Columns, data: str) -> None:
             bad = np.isnan(column).reshape(len(column), -1).any(axis=1)
             if bad.any():
                 raise UserError(
-                    f"the model's {name} is NaN for {bad.sum():,} rows of a batch of {data}, the first with the id "
-                    f"{rows['id'][bad.argmax()]!r}; its weights or activations are too large: evaluate an earlier "
-                    "checkpoint"
+                    f"{name} is NaN for {bad.sum():,} rows of {data}, the first with the id "
+                    f"{rows['id'][bad.argmax()]!r}: the model's activations have overflowed. Evaluate an earlier "
+                    "checkpoint, or train with a lower learning rate"
                 )
 
 
@@ -136,13 +141,14 @@ def submission(result: Result) -> bytes:
     return result.submission(ids, predicted)
 
 
-def keep_in_run(path: str, result: Result) -> None:
-    """Keeps a result in the run at `path`, at the step of its newest checkpoint; does nothing if `path` is no run."""
+def keep_in_run(path: str, result: Result, step: int | None = None) -> None:
+    """Keeps a result in the run at `path`, at the `step` of the weights, or where that is not known of the newest
+    checkpoint; does nothing if `path` is no run."""
     if not path.startswith("s3://") and not Path(path).is_dir():
         return
     run = Store(path)
     if state := Checkpoints(run).newest():
-        keep(run, state.step, result)
+        keep(run, state.step if step is None else step, result)
 
 
 def read_evaluations(run: Store, after: int = -1, *, every_task: bool = False) -> list[tuple[int, Result]]:

@@ -22,7 +22,7 @@ from vlmo_ray.overrides import from_dict, to_dict
 from vlmo_ray.progress import tracked
 from vlmo_ray.runs import checkpoint
 from vlmo_ray.runs.checkpoint import STATE
-from vlmo_ray.runs.checkpoints import Checkpoints
+from vlmo_ray.runs.checkpoints import Checkpoints, name_of
 from vlmo_ray.runs.scratch import scratch
 from vlmo_ray.runs.state import TrainState
 from vlmo_ray.tasks import build_task
@@ -44,6 +44,7 @@ class Loaded:
     config: Config | None = None
     schema: Schema | None = None
     own: dict[str, Tensor] = field(default_factory=dict)  # the task's own weights by stored name
+    step: int | None = None  # of the run's checkpoint that the weights are from, where it is known
 
     @property
     def heads(self) -> dict[str, Tensor]:
@@ -98,6 +99,21 @@ def published(run: Store, state: TrainState) -> bool:
     return run.exists(_SOURCE) and run.read(_SOURCE) == _address(state)
 
 
+def settled(path: str) -> str:
+    """Where the weights at `path` stay the same: of a run that still trains, its newest checkpoint."""
+    if not path or not (path.startswith("s3://") or Path(path).is_dir()):
+        return path
+    store = Store(path)
+    if store.exists("model.json") or (newest := Checkpoints(store).newest()) is None:
+        return path
+    return path if _is_final(store, newest) else store.address(name_of(newest.step))
+
+
+def _is_final(run: Store, newest: TrainState) -> bool:
+    """Whether the run's final weights are those of its newest checkpoint; runs of old versions do not say."""
+    return run.exists(f"{_MODEL}/model.json") and (published(run, newest) or not run.exists(_SOURCE))
+
+
 def _address(state: TrainState) -> bytes:
     return f"step {state.step} by {state.attempt}\n".encode()
 
@@ -128,7 +144,9 @@ def load_all(path: str | Path, **options) -> Loaded:
         own = Path(local) / _OWN
         tensors = load_tensors(own.read_bytes()) if own.is_file() else {}
         folders.check_finite(tensors, path)
-        return Loaded(model, from_dict(content["config"]), Schema.from_json(content["schema"]), tensors)
+        source = Path(local) / Path(_SOURCE).name
+        step = int(source.read_text().split()[1]) if source.is_file() else None
+        return Loaded(model, from_dict(content["config"]), Schema.from_json(content["schema"]), tensors, step)
 
 
 def export(path: str | Path, out: str | Path) -> None:
@@ -171,7 +189,9 @@ def _model_folder(path: str) -> Iterator[str]:
     with tempfile.TemporaryDirectory(prefix="vlmo-model-") as folder:
         target = Path(folder)
         inner = next((p for p in ("", f"{_MODEL}/") if store.exists(f"{p}model.json")), None)
-        if inner is not None:
+        # a run that was made longer has final weights of before until it ends again
+        newest = Checkpoints(store).newest() if inner else None
+        if inner is not None and (newest is None or _is_final(store, newest)):
             _fetch(store, inner, target)
         elif Checkpoints(store).fetch_newest(shards := target / "checkpoint"):
             _from_checkpoint(store, shards, target)
@@ -202,7 +222,9 @@ def _fetch(store: Store, prefix: str, target: Path) -> None:
 
 
 def _from_checkpoint(store: Store, shards: Path, target: Path) -> None:
-    config = from_dict(checkpoint.read_state(shards).config)
+    state = checkpoint.read_state(shards)
+    config = from_dict(state.config)
+    (target / Path(_SOURCE).name).write_bytes(_address(state))
     schema = None
     if store.exists(_TASK):
         described = store.read(_TASK)

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from vlmo_ray.config import Config
+from vlmo_ray.data.order import schedule_of, span
 from vlmo_ray.errors import UserError
 from vlmo_ray.overrides import differences, from_dict, to_dict
 
@@ -51,13 +52,21 @@ class TrainState:
         """Checks that a run of `config` on the data of `fingerprint` may continue from here; returns the differences.
 
         Raises UserError that lists them if there are any, unless `accept_changes`. A difference that the weights would
-        not fit is always an error. `config.py` marks beside each field what a resumed run may do with it.
+        not fit is always an error, and so is a run that would end before this step. `config.py` marks beside each field
+        what a resumed run may do with it.
         """
+        if self.step > config.total_steps:
+            raise UserError(
+                f"the checkpoint of step {self.step} is behind the last step, {config.total_steps}; give more steps in "
+                "phases, or another --name to start afresh"
+            )
         changed = [diff for diff in differences(from_dict(self.config), config) if diff.resume != "free"]
         misfits = any(diff.resume == "fixed" for diff in changed)
         told = [str(diff) for diff in changed]
         if fingerprint != self.fingerprint:
             told.append(f"data: fingerprint {self.fingerprint[:12]} -> {fingerprint[:12]}")
+        if dealt_anew := self._dealt_anew(config):
+            told.append(dealt_anew)
         if misfits or (told and not accept_changes):
             otherwise = "" if misfits else ", or go on with them by --accept-changes"
             raise UserError(
@@ -65,3 +74,23 @@ class TrainState:
                 f"Undo them, or give another --name to start afresh{otherwise}"
             )
         return told
+
+    def _dealt_anew(self, config: Config) -> str:
+        """What becomes of rows that are shuffled together, if this step stands among them and `config` deals them to
+        other places; else ""."""
+        before = from_dict(self.config)
+        if not 0 < self.step < config.total_steps:
+            return ""
+
+        def dealt(config: Config) -> tuple[range, int, int]:
+            schedule = schedule_of(config)
+            steps = span(schedule, config.data.shuffle_steps, self.step - 1)
+            return steps, schedule.batch_size(self.step - 1), config.slice_size
+
+        old, new = dealt(before), dealt(config)
+        if old == new or self.step == old[0].stop == new[0].stop:
+            return ""
+        return (
+            f"rows: those of steps {old[0].start} to {old[0].stop} are shuffled anew, so some that were consumed come "
+            "again, and others not in this epoch"
+        )

@@ -38,10 +38,12 @@ class Retrieval(ZeroShot):
             raise UserError("this model has no contrastive head ('itc'), which retrieval needs; load a pre-trained one")
         if folds < 1:
             raise UserError(f"folds={folds} of retrieval must be at least 1")
-        if isinstance(subset, str) or not all(isinstance(name, str) for name in subset):
+        is_list = isinstance(subset, Collection) and not isinstance(subset, str)
+        if not (is_list and all(isinstance(name, str) for name in subset)):
             raise UserError(f"subset={subset!r} of retrieval is not a list of image ids, each a string")
         self.model, self.head, self.folds = model, model.itc, folds
         self.subset = {rng.hash_text(name): name for name in subset}
+        self._absent: list[str] = []
 
     def encoder(self) -> Pairs:
         config = self.model.config
@@ -69,13 +71,19 @@ class Retrieval(ZeroShot):
         if self.folds > 1:
             scores |= self._folds(images, texts, image_of_text)
         if self.subset:
-            if unknown := [self.subset[key] for key in self.subset.keys() - set(keys.tolist())]:
-                raise UserError(f"subset names {len(unknown)} images that the data set lacks, e.g. {min(unknown)}")
             asked = np.isin(keys, list(self.subset))
+            self._absent = sorted(self.subset[key] for key in self.subset.keys() - set(keys.tolist()))
+            if not asked.any():
+                raise UserError(f"no image of subset, for example {self._absent[0]!r}, is among those of the data set")
             reached = recall_at_k(images, texts, image_of_text, asked=asked)
             num_texts = int(asked[image_of_text].sum())
             scores |= _scores("subset_", reached, chance, int(asked.sum()), num_texts)
         return scores
+
+    def remark(self, scores: dict[str, Score]) -> str:
+        if not self._absent:
+            return ""
+        return f"{len(self._absent)} images of subset were not scored, for example {self._absent[0]!r}"
 
     def _folds(self, images: np.ndarray, texts: np.ndarray, image_of_text: np.ndarray) -> dict[str, Score]:
         if len(images) % self.folds:

@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from vlmo_ray.config import Config
 from vlmo_ray.data.mix import DataSets, load_data
-from vlmo_ray.data.order import Schedule
+from vlmo_ray.data.order import schedule_of
 from vlmo_ray.data.pipeline import Stream
 from vlmo_ray.data.reader import Reader, Sources
 from vlmo_ray.data.schema import Schema
@@ -80,8 +80,9 @@ def starting_task(config: Config, schema: Schema, start: bool = True) -> Task:
 
 
 def _same_classes(trained: Schema, schema: Schema) -> bool:
+    """Whether there are classes, and all of them have the same names."""
     named = [field for field in trained.fields if field.values]
-    return all(field.name in schema and schema.field(field.name).values == field.values for field in named)
+    return bool(named) and all(field.name in schema and schema.field(field.name) == field for field in named)
 
 
 def _check_values(init: str, trained: Schema, schema: Schema) -> None:
@@ -104,10 +105,6 @@ def begin(spec: RunSpec, start: bool = True) -> tuple[DataSets, Task]:
     if data.fingerprint != spec.fingerprint:
         raise UserError(f"the data set at {spec.data} changed while the run was starting; start it again")
     return data, starting_task(config, data.schema, start)
-
-
-def schedule_of(config: Config) -> Schedule:
-    return Schedule(tuple((p.steps, p.global_batch) for p in config.phases), config.slice_size)
 
 
 def stream_of(spec: RunSpec, data: DataSets, task: Task, start: int, rank: int, world: int) -> Stream:

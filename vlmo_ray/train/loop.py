@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vlmo_ray.data.batch import Batch
 from vlmo_ray.data.mix import DataSets
-from vlmo_ray.data.order import Schedule, deal
+from vlmo_ray.data.order import Schedule, deal, schedule_of
 from vlmo_ray.data.store import Store
 from vlmo_ray.objectives.gather import Workers
 from vlmo_ray.runs import checkpoint, evaluations
@@ -31,12 +31,12 @@ from vlmo_ray.runs.scratch import scratch
 from vlmo_ray.runs.state import TrainState
 from vlmo_ray.tasks.task import Task
 from vlmo_ray.train.agree import Agreement, Notice
-from vlmo_ray.train.build import RunSpec, begin, mfu, precision_of, schedule_of, stream_of
+from vlmo_ray.train.build import RunSpec, begin, mfu, precision_of, stream_of
 from vlmo_ray.train.memory import check_memory
 from vlmo_ray.train.optim import WeightAverage, build_optimizer, lr_at, set_lr
 from vlmo_ray.train.parallel import clip, parallelize, total_norm, whole_state
 from vlmo_ray.train.step import gradients
-from vlmo_ray.train.validate import validate
+from vlmo_ray.train.validate import open_evaluation, validate
 
 Observer = Callable[[dict[str, float], tuple[str, ...]], None]
 
@@ -90,6 +90,8 @@ def train(
         if stopped:
             return Outcome(0, stopped)
         begun = agreement.attempt(begin, spec, fetched is None)
+        if begun is not None and spec.eval_data:  # now, and not after thousands of steps
+            agreement.attempt(open_evaluation, begun[1], spec.eval_data, config.data.retry_timeout_s)
         if begun is not None and device.type == "cuda":
             available = torch.cuda.get_device_properties(device).total_memory
             agreement.attempt(check_memory, begun[1], config, available, world)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from vlmo_ray.config import Config
+from vlmo_ray.config import Config, Phase
 from vlmo_ray.data.schema import Schema
 from vlmo_ray.errors import UserError
 from vlmo_ray.model.vlmo import VLMo
@@ -59,9 +59,15 @@ def memory_of(task: Task, config: Config, workers: int = 1) -> Memory:
     return Memory(state + copies, config.micro_batch * row, config.micro_batch)
 
 
+def largest_share(config: Config, phase: Phase, workers: int) -> int:
+    """Rows of the worker that has the most slices."""
+    return -(-phase.global_batch // config.slice_size // workers) * config.slice_size
+
+
 def check_memory(task: Task, config: Config, available: int, workers: int) -> None:
     """Raises UserError, with the setting to change, if a step does not fit a GPU with `available` bytes."""
-    needed = memory_of(task, config, workers)
+    share = max(largest_share(config, phase, workers) for phase in config.phases)
+    needed = memory_of(task, replace(config, micro_batch=min(config.micro_batch, share)), workers)
     if needed.total <= ROOM * available:
         return
     per_row = needed.passes / needed.rows

@@ -18,7 +18,7 @@ from vlmo_ray.config import Config, Phase
 from vlmo_ray.errors import UserError
 from vlmo_ray.tasks.task import Pass, Task
 from vlmo_ray.train.build import PEAK_TFLOPS
-from vlmo_ray.train.memory import ROOM, Memory, memory_of, on_meta
+from vlmo_ray.train.memory import ROOM, Memory, largest_share, memory_of, on_meta
 
 DAY = 86_400.0
 
@@ -262,7 +262,7 @@ def plan(
     if utilisation:
         assumed = Assumption(utilisation, "of peak", "given")
         kind = dataclasses.replace(kind, utilisation=assumed)
-    share = max(_share(config, phase, gpus) for phase in config.phases)
+    share = max(largest_share(config, phase, gpus) for phase in config.phases)
     local = dataclasses.replace(config, micro_batch=min(config.micro_batch, share))
     memory = memory_of(task, local, gpus)
     fits = int((ROOM * kind.memory - memory.state) / (memory.passes / memory.rows))
@@ -277,11 +277,6 @@ def plan(
     )  # fmt: skip
 
 
-def _share(config: Config, phase: Phase, gpus: int) -> int:
-    """Rows of the GPU that has the most slices."""
-    return -(-phase.global_batch // config.slice_size // gpus) * config.slice_size
-
-
 def _trained(task: Task) -> int:
     return sum(p.numel() for name, p in task.named_parameters() if task.trainable(name))
 
@@ -293,7 +288,7 @@ def traffic(task: Task, config: Config, phase: Phase, gpus: int) -> dict[str, fl
     other, gradients = (gpus - 1) / gpus, 4.0 * _trained(task)
     if config.cluster.strategy == "ddp":
         return {"gradients": 2 * other * gradients} | task.traffic(phase.global_batch, gpus)
-    micro_batches = -(-_share(config, phase, gpus) // config.micro_batch)
+    micro_batches = -(-largest_share(config, phase, gpus) // config.micro_batch)
     layers = [sum(p.numel() for p in layer.parameters()) for layer in task.model.layers]
 
     def through(passes: list[Pass]) -> list[int]:
@@ -310,7 +305,7 @@ def traffic(task: Task, config: Config, phase: Phase, gpus: int) -> dict[str, fl
 
 
 def _step(task: Task, config: Config, phase: Phase, gpu: Gpu, peak: float, gpus: int, nodes: int) -> Step:
-    rows = _share(config, phase, gpus)
+    rows = largest_share(config, phase, gpus)
     passes = -(-rows // config.micro_batch)
     useful = task.flops_per_row()
     flops = useful + task.taught_flops_per_row()

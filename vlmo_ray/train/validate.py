@@ -1,7 +1,7 @@
 """Evaluation inside a run: each worker takes some chunks of the data set, and rank 0 scores all rows.
 
-A chunk is one batch here as in `vlmo evaluate`, so the scores do not depend on the number of workers, nor on which of
-the two commands computed them, but for this: on a GPU a run computes in its own precision, `vlmo evaluate` in float32.
+A chunk is one batch here as in `vlmo evaluate`, so the scores do not depend on the number of workers. On a GPU a run
+evaluates in the precision that it trains in, `vlmo evaluate` in float32.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from vlmo_ray.data.manifest import load_manifest
 from vlmo_ray.data.order import deal
 from vlmo_ray.data.reader import Reader, Sources, whole_chunk
 from vlmo_ray.runs.evaluations import Result, scored
-from vlmo_ray.tasks.task import Columns, Evaluation
+from vlmo_ray.tasks.task import Columns, Evaluation, Task
 from vlmo_ray.train.agree import Agreement
 from vlmo_ray.train.parallel import Parallel
 
@@ -40,12 +40,7 @@ def validate(
     `agreement`, and is agreed on before the next step.
     """
 
-    def open_data() -> tuple[Sources, Evaluation, Reader]:
-        manifest = load_manifest(data, retry_timeout_s)
-        sources, evaluation = Sources((manifest,)), parallel.task.evaluation(manifest.schema)
-        return sources, evaluation, Reader(sources.places, evaluation.encoder(), retry_timeout_s=retry_timeout_s)
-
-    opened = agreement.attempt(open_data)
+    opened = agreement.attempt(open_evaluation, parallel.task, data, retry_timeout_s)
     if agreement.stops("evaluation"):
         return None
     assert opened is not None
@@ -82,3 +77,10 @@ def validate(
     if everything is None:
         return None
     return agreement.attempt(scored, evaluation, (block for blocks in everything for block in blocks), data)
+
+
+def open_evaluation(task: Task, data: str, retry_timeout_s: float) -> tuple[Sources, Evaluation, Reader]:
+    """Raises UserError if the task cannot be evaluated on this data set."""
+    manifest = load_manifest(data, retry_timeout_s)
+    sources, evaluation = Sources((manifest,)), task.evaluation(manifest.schema)
+    return sources, evaluation, Reader(sources.places, evaluation.encoder(), retry_timeout_s=retry_timeout_s)

@@ -171,7 +171,7 @@ def check_finite(state: Mapping[str, Tensor], path: str | Path) -> None:
     damaged = [name for name, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
     if damaged:
         raise UserError(
-            f"{path} has {len(damaged)} weights with values that are NaN or infinite: {shorten(damaged)}. "
+            f"{path} has NaN or infinite values in {len(damaged)} of its tensors: {shorten(damaged)}. "
             "Take an earlier checkpoint, or fetch the file again."
         )
 

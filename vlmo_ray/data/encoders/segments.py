@@ -8,14 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vlmo_ray.config import DataConfig
-from vlmo_ray.data.decode import (
-    check_mask_size,
-    decode_mask,
-    decode_train_with_mask,
-    decode_whole,
-    image_column,
-    size_of,
-)
+from vlmo_ray.data.decode import decode_mask, decode_train_with_mask, decode_whole, image_column, size_of
 from vlmo_ray.data.encoders import Column, Draw, Encoder, Row
 from vlmo_ray.data.schema import IGNORED, Record
 from vlmo_ray.errors import RecordError
@@ -75,7 +68,7 @@ class WholeSegments(Segments):
     def __call__(self, record: Record, draw: Draw | None) -> Row:
         pixels = decode_whole(record.values["image"], self.image_size, self.data)
         mask = self._known(decode_mask(record.values["mask"]))
-        check_mask_size(size_of(record.values["image"]), mask.shape[::-1])
+        _check_aspect(*size_of(record.values["image"]), *mask.shape[::-1])
         if max(pixels.shape[1:]) > _ASPECT * self.image_size:
             raise RecordError(f"the image is more than {_ASPECT} times as long as it is wide, or as wide as it is long")
         if mask.size > _MASK_PIXELS:
@@ -86,3 +79,10 @@ class WholeSegments(Segments):
             row[name] = np.full(column.shape, column.fill, column.dtype)
             row[name][: values.size] = values.reshape(-1)
         return row
+
+
+def _check_aspect(width: int, height: int, mask_width: int, mask_height: int) -> None:
+    """Raises RecordError if the mask, which may be larger than its image or smaller, has another aspect ratio."""
+    rounding = max(width, height, mask_width, mask_height)  # of a side by a pixel
+    if abs(width * mask_height - height * mask_width) > rounding:
+        raise RecordError("the mask has another aspect ratio than the image")

@@ -112,6 +112,6 @@ def _names(classes: str) -> tuple[str, ...]:
             names = [row["Name"] for row in table]
             if None in names:
                 short = lines[1 + names.index(None)]
-                raise UserError(f"{classes} has a line without a name: {short!r:.80}; it is a table with 'Name'")
+                raise UserError(f"{classes} has a line without a Name: {short!r:.80}; complete it, or remove it")
             return tuple(name.strip() for name in names)
     return tuple(lines)

@@ -16,8 +16,8 @@ Kinds = Mapping[str, type | tuple[type, ...]]
 
 
 def json_entries(data: bytes, address: str, required: Collection[str] | Kinds, key: str = "") -> list[dict]:
-    """The entries of the file at `address`, which all have the `required` names, and values of these types where they
-    are given; with `key`, those of its list `key`.
+    """The entries of the file at `address`. Each has the `required` names; a mapping also gives the types of their
+    values. `key` names the list inside a JSON object.
 
     Raises UserError that names the file, and the line or the entry, if it is of another form or has no entry.
     """
