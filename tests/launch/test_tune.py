@@ -69,8 +69,10 @@ def progress(run: Store) -> int:
     return len(read_metrics(run)[0])
 
 
-def killed_and_resumed(data: str, storage: str, folder: Path) -> Command:
-    command = Command(data, storage, folder)
+def test_a_sweep_is_killed_and_goes_on(scenes, bucket, tmp_path):
+    for file in (file for file in Path(scenes).rglob("*") if file.is_file()):
+        Store(f"{bucket}/data").upload(file, str(file.relative_to(scenes)))
+    command = Command(f"{bucket}/data", f"{bucket}/runs", tmp_path)
     process = command.start()
 
     def half_way() -> bool:
@@ -125,22 +127,6 @@ def killed_and_resumed(data: str, storage: str, folder: Path) -> Command:
     found = override(recipe("tiny"), best_settings(command.store.uri, recipe("tiny")))
     assert found.optim.peak_lr == float(best.params["optim.peak_lr"]) and found.total_steps == STEPS
 
-    return command
-
-
-def test_a_sweep_is_killed_and_goes_on_s3(scenes, bucket, tmp_path):
-    for file in (file for file in Path(scenes).rglob("*") if file.is_file()):
-        Store(f"{bucket}/data").upload(file, str(file.relative_to(scenes)))
-    killed_and_resumed(f"{bucket}/data", f"{bucket}/runs", tmp_path)
-
-
-@pytest.mark.full
-def test_a_sweep_is_killed_and_goes_on_in_a_folder(scenes, tmp_path):
-    command = killed_and_resumed(scenes, str(tmp_path / "runs"), tmp_path)
-    after = command.trials()
-    process = command.start()  # nothing is left to do
-    assert process.wait(60) == 0 and command.trials() == after
-
 
 @pytest.mark.full
 def test_a_sweep_that_is_asked_to_end_saves_and_goes_on(scenes, tmp_path):
@@ -163,3 +149,6 @@ def test_a_sweep_that_is_asked_to_end_saves_and_goes_on(scenes, tmp_path):
     process = command.start()
     assert process.wait(400) == 0, command.log.read_text()[-4000:]
     assert all(not read_metrics(Store(uri))[1] for uri in saved)  # no step was repeated
+    after = command.trials()
+    process = command.start()  # nothing is left to do
+    assert process.wait(60) == 0 and command.trials() == after
