@@ -90,8 +90,8 @@ def submit(address, environment, *arguments, flags=()) -> subprocess.CompletedPr
 def test_submit_and_submit_again(bucket, tmp_path):
     data, storage = f"{bucket}/scenes", f"{bucket}/runs"
     write_dataset(data, records(1, 200, image_size=32), rows_per_group=32)
-    arguments = ("--tiny", "--data", data, "--storage", storage, "--name", "job", "--set", "phases=[[44,16],[12,32]]")
-    total = 56  # so many that the first job is stopped before its end
+    arguments = ("--tiny", "--data", data, "--storage", storage, "--name", "job", "--set", "phases=[[104,16],[12,32]]")
+    total = 116  # so many that the first job is stopped before its end
     with head(tmp_path) as (address, environment):
         without = {name: value for name, value in environment.items() if not name.startswith("RAY_AUTH")}
         for wrong in (environment | {"RAY_AUTH_TOKEN": secrets.token_hex(32)}, without | {"HOME": str(tmp_path)}):
@@ -116,8 +116,8 @@ def test_submit_and_submit_again(bucket, tmp_path):
         assert found and reached <= int(found[1]) < total, first.stdout[-4000:]
         metrics, _ = read_metrics(Store(f"{storage}/job"))
         assert [m["step"] for m in metrics] == list(range(1, total + 1))
-        assert {m["samples"] for m in metrics} >= {44 * 16, 44 * 16 + 12 * 32}  # both phases
-    config = override(recipe("pretrain_1b_tiny"), ["phases=[[44,16],[12,32]]"])
+        assert {m["samples"] for m in metrics} >= {104 * 16, 104 * 16 + 12 * 32}  # both phases
+    config = override(recipe("pretrain_1b_tiny"), ["phases=[[104,16],[12,32]]"])
     assert train(job(data, tmp_path / "undisturbed", config)).step == total
     undisturbed, _ = read_metrics(Store(str(tmp_path / "undisturbed")))
     np.testing.assert_allclose([m["loss"] for m in metrics], [m["loss"] for m in undisturbed], rtol=1e-3)
