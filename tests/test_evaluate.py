@@ -61,6 +61,7 @@ def test_retrieval_does_not_depend_on_the_number_of_workers(ray_cluster, tmp_pat
     results = [evaluate(model, data, num_workers=n, subset=held_out) for n in (1, 2)]
     assert results[0] == results[1]
     result = results[0]
+    assert result.task == f"retrieval subset={held_out!r}"  # not what the weights were trained for
     counts = {name: score.count for name, score in result.scores.items()}
     assert counts["text_retrieval_r@1"] == 50 and counts["image_retrieval_r@1"] == 51 and result.num_rows == 51
     assert counts["subset_text_retrieval_r@5"] == len(set(held_out)) > 0

@@ -119,9 +119,13 @@ def test_a_driver_that_lost_its_run_ends_and_leaves_it_alone(ray_cluster, scenes
 @pytest.mark.full
 def test_a_sharded_run_equals_one_process(ray_cluster, bucket, scenes, tmp_path):
     cluster = dataclasses.replace(SMALL.cluster, strategy="fsdp", activation_checkpointing=True)
-    config = dataclasses.replace(SMALL, name="sharded", cluster=cluster, keep_checkpoints=2)
+    assert train(job(scenes, tmp_path / "before")).step == 10
+    trains = begin_at(tmp_path / "trains", tmp_path / "before" / "checkpoint-00000004")
+    config = dataclasses.replace(SMALL, name="sharded", cluster=cluster, keep_checkpoints=2, init=str(trains))
     run = fit(config, scenes, f"{bucket}/runs")
-    assert train(job(scenes, tmp_path / "alone")).step == 10
+    init = f"{trains}/checkpoint-00000004"  # of a run that still trains: the same for every worker
+    assert Checkpoints(run).newest().config["init"] == init
+    assert train(job(scenes, tmp_path / "alone", init=init)).step == 10
     found, wanted = (read_metrics(store)[0] for store in (run, Store(str(tmp_path / "alone"))))
     assert {m["workers"] for m in found} == {2}
     for name in ("samples", "loss", "itc", "itm", "mlm", "grad_norm"):

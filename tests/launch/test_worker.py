@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import datetime
 import json
 import shutil
 import threading
@@ -14,6 +15,7 @@ from small_run import SMALL, begin_at, job
 
 from vlmo_ray.data.store import Store
 from vlmo_ray.launch import worker
+from vlmo_ray.launch.group import process_group
 from vlmo_ray.launch.stop import STOP
 from vlmo_ray.launch.worker import RESIZE, Marks
 from vlmo_ray.runs.metrics import read_metrics
@@ -157,3 +159,15 @@ def test_a_lost_lease_stops_a_run_without_saving(scenes, tmp_path):
     outcome = train(job(scenes, tmp_path, cluster=cluster, checkpoint_every=100), notice=notice)
     assert outcome.step < 10 and "was taken over by process 7 on elsewhere" in outcome.stopped
     assert not run.list("checkpoint-")
+
+
+def test_workers_wait_longer_for_each_other_than_one_may_wait_for_storage(monkeypatch):
+    """With PyTorch's ten minutes for NCCL a slow upload of one would end all."""
+    made = []
+    monkeypatch.setattr("torch.distributed.init_process_group", lambda *given, **more: made.append((given, more)))
+    monkeypatch.setattr("torch.distributed.destroy_process_group", lambda: None)
+    monkeypatch.setattr("ray.util.get_node_ip_address", lambda: "127.0.0.1")
+    monkeypatch.setattr("ray.train.collective.broadcast_from_rank_zero", lambda place: place)
+    with process_group(0, 2, torch.device("cuda"), 3600):
+        [((backend,), more)] = made
+    assert backend == "nccl" and more["timeout"] == datetime.timedelta(seconds=1800 + 3600)

@@ -125,7 +125,11 @@ def test_a_checkpoint_that_is_named_is_refused_with_its_name(half):
     with pytest.raises(UserError, match=rf"{name} is damaged: its {STATE} cannot be read"):
         load(name)
     state.write_text(whole)
-    next(Path(name).rglob("*.distcp")).unlink()
+    file = next(Path(name).rglob("*.distcp"))
+    flip(file)
+    with pytest.raises(UserError, match=f"^{file} has changed since it was written"):
+        load(name)
+    file.unlink()
     with pytest.raises(UserError, match=f"{name} is not complete: some of its files are missing"):
         load(name)
 

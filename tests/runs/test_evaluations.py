@@ -25,11 +25,6 @@ def test_results_of_several_tasks_lie_side_by_side(tmp_path):
 
 
 class Means(Evaluation):
-    def rows(self, batch):
-        raise NotImplementedError
-
-    encoder = rows
-
     def score(self, blocks):
         return {"mean": Score(float(np.concatenate([block["value"] for block in blocks]).mean()), None, 3)}
 

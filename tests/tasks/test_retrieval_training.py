@@ -126,9 +126,9 @@ def test_folds_and_rsum_against_one_query_after_the_other():
         build_evaluation("retrieval", model, PAIRS, folds=5).score(blocks)
     for options, words in (
         ({"folds": 0}, "folds=0 of retrieval must be at least 1"),
-        ({"subset": "a.jpg"}, "is not a list of image ids"),
-        ({"subset": [391895]}, "is not a list of image ids"),
-        ({"subset": 391895}, "is not a list of image ids"),
+        ({"subset": "a.jpg"}, r"is not a list of texts; write for example subset=\["),
+        ({"subset": [391895]}, r"is not a list of texts; write for example subset=\["),
+        ({"subset": 391895}, r"is not a list of texts; write for example subset=\["),
     ):
         with pytest.raises(UserError, match=words):
             build_evaluation("retrieval", model, PAIRS, **options)

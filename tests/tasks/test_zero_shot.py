@@ -98,7 +98,7 @@ def test_the_command(ray_cluster, vlmo, model, data, monkeypatch):
         (SCHEMA, {"templates": []}, "write texts with one"),
         (SCHEMA, {"names": ["a", "b"]}, "has 2 names for the 6 classes"),
         (SCHEMA, {"names": [1, 2, 3, 4, 5, 6]}, "is not a list of texts"),
-        (SCHEMA, {"names": 5}, "names=5 of zero_shot is not a list of texts"),
+        (SCHEMA, {"names": 5}, "names=5 is not a list of texts"),
         (SCHEMA, {"templates": [5]}, "is not a list of texts"),
         (SCHEMA, {"name": ["a"]}, "'name' is not an option of zero_shot; it has templates, names"),
     ],

@@ -88,8 +88,8 @@ class Facts:
     read_at: float  # seconds since 1970
 
     def newest(self, count: int = 1) -> list[tuple[int, Result]]:
-        """(step, result) of the newest evaluations, in the order of steps; what the run is trained for comes last, and
-        leaves room for others only if there is any."""
+        """(step, result) of the newest evaluations, the newest last. Those of what the run is trained for count as
+        newer than all others."""
         return sorted(self.evaluations, key=lambda each: (not each[1].task, each[0]))[-count:]
 
     @property

@@ -187,14 +187,17 @@ class Checkpoints:
         """Downloads the checkpoint of this name. Raises UserError if it is not complete, or damaged."""
         address = self.run.address(name)
         try:
-            state, files = parse_state(self.run.read(f"{name}/{STATE}"))
+            content = self.run.read(f"{name}/{STATE}")
+            try:
+                state, files = parse_state(content)
+            except (ValueError, KeyError, TypeError) as error:
+                why = f"{address} is damaged: its {STATE} cannot be read ({error}); name another one"
+                raise UserError(why) from error
             self.fetch(name, state, files, folder)
         except FileNotFoundError as error:
             raise UserError(
                 f"{address} is not complete: some of its files are missing. If a run is storing it, wait a moment"
             ) from error
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{address} is damaged: its {STATE} cannot be read ({error}); name another one") from error
 
     def _set_aside(self, name: str, reason: str) -> None:
         """Makes a damaged checkpoint invisible, and leaves its files in place for a person to look at."""

@@ -195,7 +195,8 @@ class TopK(Evaluation):
 
 
 def rank_of(logits: Tensor, label: Tensor) -> Tensor:
-    """How many classes stand before the right one, [B]; all that are not lower do, also where a logit is NaN."""
+    """How many classes stand before the right one, [B]: all whose logit is not lower. A tie counts against the model,
+    and so does a NaN."""
     return (~(logits < logits.gather(1, label[:, None]))).sum(dim=1) - 1
 
 

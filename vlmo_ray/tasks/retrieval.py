@@ -16,7 +16,7 @@ from vlmo_ray.errors import UserError
 from vlmo_ray.model.vlmo import VLMo
 from vlmo_ray.tasks.metrics import chance_recall, recall_at_k
 from vlmo_ray.tasks.pretraining import Pretraining
-from vlmo_ray.tasks.task import Columns, Score, ZeroShot, given, image_states, joined
+from vlmo_ray.tasks.task import Columns, Score, ZeroShot, given, image_states, joined, texts_of
 
 
 class RetrievalTuning(Pretraining):
@@ -38,11 +38,8 @@ class Retrieval(ZeroShot):
             raise UserError("this model has no contrastive head ('itc'), which retrieval needs; load a pre-trained one")
         if folds < 1:
             raise UserError(f"folds={folds} of retrieval must be at least 1")
-        is_list = isinstance(subset, Collection) and not isinstance(subset, str)
-        if not (is_list and all(isinstance(name, str) for name in subset)):
-            raise UserError(f"subset={subset!r} of retrieval is not a list of image ids, each a string")
         self.model, self.head, self.folds = model, model.itc, folds
-        self.subset = {rng.hash_text(name): name for name in subset}
+        self.subset = {rng.hash_text(name): name for name in texts_of("subset", subset)}
         self._absent: list[str] = []
 
     def encoder(self) -> Pairs:

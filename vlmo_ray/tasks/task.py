@@ -7,7 +7,7 @@ into scores. A new task is one file here, one encoder, and one recipe with its c
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -334,6 +334,14 @@ def layer_rate(name: str, depth: int, decay: float) -> float:
         return 1.0
     _, inside, rest = name.partition("model.layers.")
     return decay ** (depth - int(rest.split(".")[0]) if inside else depth + 1)
+
+
+def texts_of(option: str, value: Any) -> tuple[str, ...]:
+    """The texts of an option of an evaluation. Raises UserError for anything but a list of them."""
+    is_list = isinstance(value, Collection) and not isinstance(value, str)
+    if not (is_list and all(isinstance(text, str) for text in value)):
+        raise UserError(f'{option}={value!r} is not a list of texts; write for example {option}=["a","b"]')
+    return tuple(value)
 
 
 def in_pair_pass(name: str, config: ModelConfig) -> bool:

@@ -21,7 +21,7 @@ from vlmo_ray.data.schema import Schema
 from vlmo_ray.errors import UserError
 from vlmo_ray.model.vlmo import VLMo
 from vlmo_ray.tasks.classification import rank_of, top_k
-from vlmo_ray.tasks.task import Columns, Score, ZeroShot, given, image_states, joined
+from vlmo_ray.tasks.task import Columns, Score, ZeroShot, given, image_states, joined, texts_of
 
 TEMPLATES = ("a photo of a {}.", "a picture of a {}.", "an image of a {}.", "there is a {} in the photo.")
 _BATCH = 256  # texts per pass
@@ -43,15 +43,10 @@ class ZeroShotClasses(ZeroShot):
         if "label" not in schema:
             raise UserError("zero_shot needs a 'label' column with the classes: `vlmo prepare folders`")
         classes = schema.field("label").values
-        for option, given_texts in (("names", names), ("templates", templates)):
-            if not isinstance(given_texts, str) and not (
-                isinstance(given_texts, Sequence) and all(isinstance(text, str) for text in given_texts)
-            ):
-                raise UserError(f"{option}={given_texts!r} of zero_shot is not a list of texts")
-        called = class_lines(names) if isinstance(names, str) else tuple(names)
+        called = class_lines(names) if isinstance(names, str) else texts_of("names", names)
         if called and len(called) != len(classes):
             raise UserError(f"names={names!r} has {len(called)} names for the {len(classes)} classes of the data set")
-        templates = (templates,) if isinstance(templates, str) else tuple(templates)
+        templates = (templates,) if isinstance(templates, str) else texts_of("templates", templates)
         if not templates or any(text.count("{}") != 1 for text in templates):
             raise UserError(f"templates={list(templates)}: write texts with one {{}} each, for the name of a class")
         self.model, self.classes = model, classes

@@ -50,10 +50,11 @@ class Regions(Encoder):
         image, boxes = record.values["image"], record.values["boxes"]
         if len(boxes) != 1:
             raise RecordError("boxes holds several boxes" if len(boxes) else "there is no box in boxes")
-        _check_inside(boxes[0], *size_of(image))
+        size = size_of(image)
+        _check_inside(boxes[0], *size)
         ids, mask, _ = tokenizer(self.max_text_len).encode(record.values["text"])
         pixels = decode_eval(image, self.image_size, self.data)
-        row = {"image": pixels, "text_ids": ids, "text_mask": mask, "size": size_of(image), "box": boxes[0]}
+        row = {"image": pixels, "text_ids": ids, "text_mask": mask, "size": size, "box": boxes[0]}
         if not self.reads_proposals:
             return row
         found = record.values["proposals"]
